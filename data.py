@@ -51,7 +51,7 @@ class Data:
     class_names: list[str]
 
 
-# ---------------------------------------------------------------------------------------------------------------- sources
+# -------------------------------------------------------------------------------------------------------------- sources
 
 
 def load(source: str, data_root: str | os.PathLike = "data") -> Data:
@@ -111,14 +111,10 @@ def from_arrays(name: str, train_images, train_labels, test_images, test_labels,
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"{part}_images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise ValueError(
-                f"{part}_labels must be {images.shape[:1]} integers, got {labels.shape} {labels.dtype}"
-            )
+            raise ValueError(f"{part}_labels must be {images.shape[:1]} integers, got {labels.shape} {labels.dtype}")
         counts = np.bincount(labels.astype(np.int64), minlength=len(class_names)) if labels.min(initial=0) >= 0 else []
         if len(counts) != len(class_names):
-            raise ValueError(
-                f"{part}_labels must lie in 0..{len(class_names) - 1}, got {labels.min()}..{labels.max()}"
-            )
+            raise ValueError(f"{part}_labels must lie in 0..{len(class_names) - 1}, got {labels.min()}..{labels.max()}")
         if not np.all(counts):
             empty = class_names[int(np.argmin(counts))]
             raise ValueError(f"class {empty!r} has no {part} image; each class needs at least one")
@@ -128,7 +124,7 @@ def from_arrays(name: str, train_images, train_labels, test_images, test_labels,
     return Data(name, *parts, class_names)
 
 
-# ----------------------------------------------------------------------------------------------------------------- splits
+# --------------------------------------------------------------------------------------------------------------- splits
 
 
 def split_classes(n_classes: int, split: str = "90-10", split_seed: int | None = None) -> tuple[list[int], list[int]]:
@@ -142,7 +138,7 @@ def split_classes(n_classes: int, split: str = "90-10", split_seed: int | None =
     a, b = int(match[1]), int(match[2])
     n_unseen = max(2, round(n_classes * b / (a + b))) if b else 0
     if n_classes - n_unseen < 2:
-        raise ValueError(f"split {split} of {n_classes} classes leaves {n_classes - n_unseen} to train on; 2 are needed")
+        raise ValueError(f"split {split} of {n_classes} classes leaves fewer than 2 to train on")
     order = list(range(n_classes))
     if split_seed is not None:
         order = torch.randperm(n_classes, generator=torch.Generator().manual_seed(split_seed)).tolist()
@@ -161,7 +157,7 @@ def hold_back(train: Images, per_class: int = HELD_BACK) -> tuple[Images, Images
     return train[(~held).nonzero()[:, 0]], train[held.nonzero()[:, 0]]
 
 
-# ---------------------------------------------------------------------------------------------------------------- batches
+# -------------------------------------------------------------------------------------------------------------- batches
 
 
 class Sampler:

@@ -38,6 +38,7 @@ class ResNet(nn.Module):
 
     def __init__(self, blocks: int, width: int = 16):
         super().__init__()
+        self.dimension = 4 * width
         self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = stage(width, width, blocks, stride=1)

@@ -1,0 +1,201 @@
+"""What both trainings share: options, seeding, device and precision, validation, checkpoints, log and progress."""
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+import data as datasets
+import model
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options both trainings have."""
+
+    data: str = "cifar100"  # cifar100 (downloaded), glyphs (drawn here), or the path of an .npz file
+    data_root: str = "data"  # folder for downloads and caches
+    out: str = "runs/run"  # folder of the run
+    split: str = "90-10"  # shares of seen and unseen classes; the unseen ones are never trained on
+    split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
+    backbone: Literal["resnet20", "resnet32", "resnet44", "resnet56"] = "resnet20"
+    width: int = 16  # channels of the first stage; the embedding has 4 * width numbers
+    distance: Literal["cosine", "euclidean", "sqeuclidean"] = "cosine"
+    mining: Literal["hard", "semihard", "all"] = "all"  # which triplets of a batch count
+    soft_margin: bool = True  # softplus((d_ap - d_an) / temperature) instead of max(0, d_ap - d_an + margin)
+    margin: float = 0.3
+    temperature: float = 0.1
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the network's arithmetic; auto: bfloat16 where fast
+    seed: int = 0
+    resume: bool = False  # continue the run in --out, bit for bit as if it had not stopped
+    overwrite: bool = False  # replace the run in --out
+
+    @property
+    def triplet(self) -> dict:
+        """The keyword arguments of `triplet.triplet_loss`."""
+        names = ("margin", "distance", "mining", "soft_margin", "temperature")
+        return {name: getattr(self, name) for name in names}
+
+
+class UserError(Exception):
+    """Something the user can put right; its text says how."""
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Around set-up: an error of the user's input ends the program with its message alone and exit status 2."""
+    try:
+        yield
+    except (ValueError, OSError, UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def require(options: Options, *names: str, least: float | None = None) -> None:
+    """Raise ValueError unless each of these options is above 0, or at least `least`."""
+    for name in names:
+        value = getattr(options, name)
+        if not (value > 0 if least is None else value >= least):
+            bound = "above 0" if least is None else f"at least {least}"
+            raise ValueError(f"--{name.replace('_', '-')} must be {bound}, got {value}")
+
+
+def pick_device(name: str) -> torch.device:
+    """The named device; "auto" is the GPU if there is one. Raises ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type the network computes in; "auto": bfloat16 where the processor multiplies it natively."""
+    if name == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_bfloat16_products()
+        name = "bfloat16" if fast else "float32"
+    return getattr(torch, name)
+
+
+def has_bfloat16_products() -> bool:
+    """Does this CPU multiply bfloat16 itself (AVX512-BF16 or AMX)? Without, bfloat16 is slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def git_commit() -> str:
+    """The commit of this code, with "+" if files differ from it; "unknown" outside a git checkout."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write atomically: a reader, or a crash, finds the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict:
+    """A dict of tensors and plain values; no code in the file is run. Raises ValueError or OSError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The seen classes' images, on the device, and what a checkpoint needs to know of the data."""
+
+    kept: datasets.Images
+    held_back: datasets.Images
+    sampler: datasets.Sampler
+    generator: torch.Generator  # of batches and augmentation
+    facts: dict  # name, source, classes, seen, unseen, mean, std
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Augmented, normalised images (B, 3, H, W) float32 and labels (B,) of an index (B,)."""
+        pixels = datasets.augment(self.kept.images, index, self.generator)
+        images = model.normalise_pixels(pixels, self.facts["mean"], self.facts["std"])
+        return images, self.kept.labels[index.to(self.kept.labels.device)]
+
+
+def training_data(options: Options, device: torch.device) -> TrainingData:
+    """Load the data, take the seen classes and hold back their last images. Raises ValueError or OSError."""
+    data = datasets.load(options.data, options.data_root)
+    seen, unseen = datasets.split_classes(len(data.class_names), options.split, options.split_seed)
+    kept, held_back = datasets.hold_back(data.train.of(seen))
+    if int(torch.bincount(kept.labels)[seen].min()) < 2:
+        raise ValueError("a seen class has fewer than 2 training images: triplets need an anchor and a positive")
+    mean, std = datasets.channel_statistics(kept.images)
+    facts = {
+        "name": data.name,
+        "source": options.data,
+        "classes": data.class_names,
+        "seen": seen,
+        "unseen": unseen,
+        "mean": mean,
+        "std": std,
+    }
+    generator = torch.Generator().manual_seed(options.seed)
+    sampler = datasets.Sampler(kept.labels, generator)
+    return TrainingData(kept.to(device), held_back, sampler, generator, facts)
+
+
+def refresh_batch_norm(net: nn.Module, train: TrainingData, batches: int = 20, batch_size: int = 250) -> None:
+    """Replace batch norm's running statistics by averages over training images, not augmented.
+
+    The statistics then belong to the weights in `net` now, whatever weights the last forward passes had (as for
+    averaged weights: Izmailov et al. 2018, arXiv:1803.05407, sec. 3.2). The images are the same at every call.
+    """
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+    was_training = net.training
+    net.train()
+    shuffled = torch.randperm(len(train.kept), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for index in shuffled[: batches * batch_size].split(batch_size):
+            images = train.kept.images[index.to(train.kept.images.device)]
+            net(model.normalise_pixels(images, train.facts["mean"], train.facts["std"]))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    net.train(was_training)

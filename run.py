@@ -1,0 +1,231 @@
+"""One training run in its folder: progress, validation, log, checkpoints, resuming, and reasons to stop."""
+
+import csv
+import dataclasses
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import metrics
+import model
+from engine import (
+    Options,
+    TrainingData,
+    UserError,
+    git_commit,
+    load_checkpoint,
+    pick_precision,
+    refresh_batch_norm,
+    save_checkpoint,
+)
+
+
+class Stopped(Exception):
+    """Training cannot go on; its text says why and what to try."""
+
+
+class Run:
+    """One training in its folder: last.pt, best.pt, log.csv, the progress bar, resuming, and reasons to stop.
+
+    last.pt holds the whole state of the training, best.pt the weights that did best on the held-back images; both hold
+    what evaluation needs: weights, options, data facts, centre and calibrated threshold.
+    """
+
+    LOG_EVERY = 20  # steps between rows of log.csv and checks of the loss
+
+    def __init__(
+        self,
+        options: Options,
+        train: TrainingData,
+        net: nn.Module,
+        total: int,
+        validate_every: int,
+        recalibrate: bool = False,
+        **parts: nn.Module | torch.optim.Optimizer,
+    ):
+        """`total` steps, validated every `validate_every`; `recalibrate` refreshes batch norm before each validation.
+
+        `parts` are what resuming needs beside the network. Raises ValueError, OSError or UserError.
+        """
+        self.options, self.train, self.net, self.total, self.validate_every = options, train, net, total, validate_every
+        self.recalibrate, self.parts = recalibrate, parts
+        self.step = self.images = self.collapsed = 0
+        self.seconds = 0.0  # spent training, over all resumptions
+        self.best = {"auc": -1.0}
+        self.losses: list[Tensor] = []
+        self.dtype = pick_precision(options.precision, self.device)
+        self.folder = Path(options.out)
+        self.open_folder()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the network computes in the chosen precision."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def open_folder(self) -> None:
+        """Make the run's folder, or resume what is in it. Raises ValueError, OSError or UserError."""
+        last = self.folder / "last.pt"
+        if self.options.resume:
+            self.restore(load_checkpoint(last))
+        elif last.exists() and not self.options.overwrite:
+            ways = "--resume continues it, --overwrite replaces it, --out goes elsewhere"
+            raise UserError(f"{self.folder} holds a run: {ways}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        if self.options.resume and (self.folder / "log.csv").exists():
+            with open(self.folder / "log.csv", newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
+        self.log_file = open(self.folder / "log.csv", "w", newline="")
+        fields = "step images seconds loss rate triplet_accuracy pair_accuracy auc threshold".split()
+        self.log = csv.DictWriter(self.log_file, fields)
+        self.log.writeheader()
+        self.log.writerows(rows)
+
+    def restore(self, saved: dict) -> None:
+        """Take up the saved state. Raises UserError if it was made with other options."""
+        if "training" not in saved:
+            raise UserError(f"{self.folder}/last.pt holds no training state to resume")
+        free = {"resume", "overwrite", "device", "out", "data_root"}
+        now = dataclasses.asdict(self.options)
+        differing = [name for name in now if name not in free and saved["options"].get(name, now[name]) != now[name]]
+        if differing:
+            was = ", ".join(f"--{name.replace('_', '-')} {saved['options'][name]}" for name in differing)
+            raise UserError(f"{self.folder} was trained with other options; to resume it give {was}")
+        state = saved["training"]
+        self.net.load_state_dict(state["net"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.train.generator.set_state(state["generator"])
+        torch.set_rng_state(state["rng"])
+        self.step, self.images, self.seconds, self.best = (state[k] for k in ("step", "images", "seconds", "best"))
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers from where the run stands to its end; Ctrl-C ends it after the current step, saved."""
+        interrupts: list[int] = []
+        before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+        bar = tqdm(total=self.total, initial=self.step, desc=self.folder.name, dynamic_ncols=True, smoothing=0.05)
+        started, images_before = time.monotonic(), self.images
+        seconds_before = self.seconds
+        try:
+            while self.step < self.total:
+                yield self.step
+                self.step += 1
+                self.seconds = seconds_before + time.monotonic() - started
+                bar.update()
+                row = {}
+                if self.step % self.LOG_EVERY == 0 or self.step == self.total or interrupts:
+                    row = self.check()
+                    rate = (self.images - images_before) / (time.monotonic() - started)
+                    bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:.0f} images/s")
+                if self.step % self.validate_every == 0 or self.step == self.total or interrupts:
+                    row |= self.validate()
+                    bar.write(f"step {self.step}: held-back images {describe(row)}")
+                    self.save()
+                if row:
+                    self.write_log(row)
+                if interrupts:
+                    bar.close()
+                    print(f"stopped at step {self.step} of {self.total}, saved; go on with --resume", file=sys.stderr)
+                    sys.exit(130)
+        except Stopped as error:
+            bar.close()
+            print(f"stopped at step {self.step}: {error}", file=sys.stderr)
+            sys.exit(1)
+        finally:
+            signal.signal(signal.SIGINT, before)
+            bar.close()
+            self.log_file.close()
+
+    def record(self, loss: Tensor, embeddings: Tensor, images: int, rate: float) -> None:
+        """Tell the run of a step: its loss, last embeddings (B, D), images seen and learning or meta-step rate."""
+        self.losses.append(loss.detach())
+        self.embeddings, self.rate = embeddings.detach(), rate
+        self.images += images
+
+    def check(self) -> dict:
+        """The mean loss since the last check. Raises Stopped if it is not finite or the embeddings collapsed."""
+        loss = float(torch.stack(self.losses).mean())
+        self.losses.clear()
+        if not math.isfinite(loss):
+            raise Stopped(f"the loss is {loss}; try a lower --lr, or --precision float32")
+        z = nn.functional.normalize(self.embeddings.float())
+        spread = 1 - float(z.mean(0).square().sum())  # mean of 1 - cosine over all pairs
+        self.collapsed = self.collapsed + 1 if spread < 1e-4 else 0
+        if self.collapsed >= 5:
+            raise Stopped(
+                f"all embeddings point the same way (mean cosine distance {spread:.1e}), a collapse batch-hard mining "
+                "is known for; try --mining all --soft-margin --temperature 0.1, or a lower --lr"
+            )
+        progress = {"step": self.step, "images": self.images, "seconds": self.seconds}
+        return progress | {"loss": loss, "rate": self.rate}
+
+    def validate(self) -> dict:
+        """Metrics of the held-back images; sets the centre and the calibrated threshold, and keeps the best weights."""
+        if self.recalibrate:
+            refresh_batch_norm(self.net, self.train)
+        facts, held_back = self.train.facts, self.train.held_back
+        embeddings = model.embed(self.net, held_back.images, facts["mean"], facts["std"])
+        self.center = embeddings.mean(0)
+        z = metrics.normalise(embeddings, self.center)
+        pairs = metrics.pair_statistics(z, held_back.labels)
+        found = {
+            "triplet_accuracy": metrics.triplet_accuracy(z, held_back.labels),
+            "pair_accuracy": pairs.oracle_accuracy,
+            "auc": pairs.auc,
+            "threshold": pairs.oracle_threshold,
+        }
+        self.validation = found
+        if found["auc"] > self.best["auc"]:
+            self.best = found | {"step": self.step}
+            save_checkpoint(self.folder / "best.pt", self.inference_state())
+        return found
+
+    def inference_state(self) -> dict:
+        """What evaluation needs, as tensors and plain values."""
+        return {
+            "model": self.net.state_dict(),
+            "options": dataclasses.asdict(self.options),
+            "data": self.train.facts,
+            "center": self.center,
+            "threshold": {
+                "mode": "auto",
+                "value": self.validation["threshold"],
+                "calibrated_on": f"{len(self.train.held_back)} held-back training images of "
+                f"{len(self.train.facts['seen'])} seen classes",
+            },
+            "validation": self.validation,
+            "step": self.step,
+            "images": self.images,
+            "seconds": self.seconds,
+            "threads": torch.get_num_threads(),
+            "commit": git_commit(),
+        }
+
+    def save(self) -> None:
+        """Write last.pt: inference state and everything that resuming needs."""
+        training = {name: part.state_dict() for name, part in self.parts.items()}
+        training |= {"net": self.net.state_dict(), "generator": self.train.generator.get_state()}
+        training |= {"rng": torch.get_rng_state(), "best": self.best}
+        training |= {"step": self.step, "images": self.images, "seconds": self.seconds}
+        save_checkpoint(self.folder / "last.pt", self.inference_state() | {"training": training})
+
+    def write_log(self, row: dict) -> None:
+        self.log.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        self.log_file.flush()
+
+
+def describe(row: dict) -> str:
+    return (
+        f"triplet {row['triplet_accuracy']:.1f} %, pairs {row['pair_accuracy']:.1f} %, AUC {row['auc']:.1f} %, "
+        f"threshold {row['threshold']:.3f}"
+    )

@@ -1,0 +1,77 @@
+"""Classic training: P x K batches, one network, triplet loss (and a normalised softmax beside it).
+
+    python train_classic.py                                 # CIFAR-100, 90 seen and 10 unseen classes
+    python train_classic.py --data my.npz --split 80-20 --out runs/mine
+
+Writes best.pt, last.pt and log.csv into --out; `python evaluate.py runs/classic/best.pt --threshold auto` gives the
+figures. Ctrl-C saves; --resume goes on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import tyro
+
+import engine
+import model
+from run import Run
+from triplet import triplet_loss
+
+
+@dataclass(frozen=True)
+class Options(engine.Options):
+    out: str = "runs/classic"  # folder of the run
+    epochs: float = 20.0  # passes over the seen classes' training images
+    batch_classes: int = 32  # P, classes in a batch
+    images_per_class: int = 4  # K, images of each class in a batch
+    lr: float = 0.1  # peak learning rate of SGD with Nesterov momentum 0.9
+    warmup_steps: int = 200  # linear rise to --lr; a linear fall to 0 follows
+    weight_decay: float = 5e-4
+    triplet_weight: float = 1.0  # of the triplet loss; 0 leaves it out
+    softmax_weight: float = 1.0  # of the normalised softmax over the seen classes; 0 leaves it out
+    softmax_scale: float = 16.0  # factor of its cosines
+
+
+def learning_rate(step: int, total: int, options: Options) -> float:
+    """Linear rise over the warm-up, then linear fall to 0 at the end."""
+    warmup = min(options.warmup_steps, total // 2)
+    return options.lr * min((step + 1) / (warmup + 1), (total - step) / (total - warmup))
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    torch.manual_seed(options.seed)
+    with engine.user_errors():
+        engine.require(options, "epochs", "lr", "softmax_scale", "temperature")
+        engine.require(options, "batch_classes", "images_per_class", least=2)
+        device = engine.pick_device(options.device)
+        train = engine.training_data(options, device)
+        net = model.build(options.backbone, options.width).to(device)
+        seen = torch.tensor(train.facts["seen"], device=device)
+        head = model.NormalisedSoftmax(len(seen), net.dimension, options.softmax_scale).to(device)
+        optimizer = torch.optim.SGD(
+            [*net.parameters(), *head.parameters()], momentum=0.9, nesterov=True, weight_decay=options.weight_decay
+        )
+        steps_per_epoch = len(train.kept) / (options.batch_classes * options.images_per_class)
+        total = max(1, round(options.epochs * steps_per_epoch))
+        run = Run(options, train, net, total, max(1, round(steps_per_epoch)), head=head, optimizer=optimizer)
+    for step in run.steps():
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, options)
+        index = train.sampler.batch(train.sampler.task(options.batch_classes), options.images_per_class)
+        images, labels = train.batch(index)
+        with run.autocast():
+            embeddings = net(images)
+        loss = embeddings.new_zeros((), dtype=torch.float32)
+        if options.triplet_weight:
+            loss = loss + options.triplet_weight * triplet_loss(embeddings, labels, **options.triplet)
+        if options.softmax_weight:
+            loss = loss + options.softmax_weight * head(embeddings, torch.searchsorted(seen, labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.record(loss, embeddings, len(labels), optimizer.param_groups[0]["lr"])
+
+
+if __name__ == "__main__":
+    main()

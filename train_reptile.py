@@ -1,0 +1,95 @@
+"""Reptile (Nichol et al. 2018, arXiv:1803.02999) with the triplet loss.
+
+    python train_reptile.py --iters 10000                   # CIFAR-100, 90 seen and 10 unseen classes
+    python train_reptile.py --data glyphs --iters 300       # no download
+
+A task is a few of the seen classes. Its inner steps train the network on P x K batches of them, augmented and mined
+afresh at each step; the weights kept so far then move a part of the way to the adapted ones. Only parameters are
+interpolated. Batch norm's running statistics are of no use on the way (each forward pass of training uses its batch's
+own) and are measured anew, with the interpolated weights, on training images whenever the network is validated.
+
+Writes best.pt, last.pt and log.csv into --out; `python evaluate.py runs/reptile/best.pt --threshold auto` gives the
+figures. Ctrl-C saves; --resume goes on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import tyro
+from torch import Tensor
+
+import engine
+import model
+from run import Run
+from triplet import triplet_loss
+
+
+@dataclass(frozen=True)
+class Options(engine.Options):
+    out: str = "runs/reptile"  # folder of the run
+    iters: int = 10_000  # meta-iterations
+    way: int = 16  # classes of a task
+    images_per_class: int = 8  # images of each class in each inner step
+    inner_steps: int = 5  # gradient steps on each task
+    lr: float = 1e-3  # of the inner Adam, whose first moment is off and whose second starts at 0 with each task
+    meta_batch: int = 1  # tasks whose adapted weights are averaged in a meta-iteration
+    meta_step_size: float = 1.0  # share of the way to the adapted weights, falls linearly to 0
+    validate_every: int = 250  # meta-iterations
+
+
+def adapt(run: Run, optimizer: torch.optim.Optimizer, options: Options) -> tuple[Tensor, Tensor]:
+    """Train the network in place on one task; return the mean loss and the last embeddings (way * K, D)."""
+    optimizer.state.clear()
+    task = run.train.sampler.task(options.way)
+    losses = []
+    for _ in range(options.inner_steps):
+        images, labels = run.train.batch(run.train.sampler.batch(task, options.images_per_class))
+        with run.autocast():
+            embeddings = run.net(images)
+        loss = triplet_loss(embeddings, labels, **options.triplet)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).mean(), embeddings
+
+
+@torch.no_grad()
+def meta_step(weights: list[Tensor], adapted: list[list[Tensor]], size: float) -> None:
+    """weights += size * mean_t(adapted_t - weights), in place (arXiv:1803.02999, algorithm 2)."""
+    for task in adapted:
+        torch._foreach_add_(task, weights, alpha=-1)
+    for task in adapted:
+        torch._foreach_add_(weights, task, alpha=size / len(adapted))
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    torch.manual_seed(options.seed)
+    with engine.user_errors():
+        engine.require(options, "iters", "inner_steps", "meta_batch", "validate_every", least=1)
+        engine.require(options, "lr", "meta_step_size", "temperature")
+        engine.require(options, "way", "images_per_class", least=2)
+        device = engine.pick_device(options.device)
+        train = engine.training_data(options, device)
+        net = model.build(options.backbone, options.width).to(device)
+        run = Run(options, train, net, options.iters, options.validate_every, recalibrate=True)
+    parameters = list(net.parameters())
+    optimizer = torch.optim.Adam(parameters, options.lr, betas=(0.0, 0.999), fused=True)
+    weights = [parameter.detach().clone() for parameter in parameters]
+    for step in run.steps():
+        adapted = []
+        for _ in range(options.meta_batch):
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, weights)
+            loss, embeddings = adapt(run, optimizer, options)
+            adapted.append([parameter.detach().clone() for parameter in parameters])
+        size = options.meta_step_size * (1 - step / options.iters)
+        meta_step(weights, adapted, size)
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, weights)  # the network shows the kept weights: to be validated, saved
+        run.record(loss, embeddings, options.meta_batch * options.inner_steps * len(embeddings), size)
+
+
+if __name__ == "__main__":
+    main()
