@@ -122,16 +122,15 @@ class Run:
                 self.step += 1
                 self.seconds = seconds_before + time.monotonic() - started
                 bar.update()
-                row = {}
-                if self.step % self.LOG_EVERY == 0 or self.step == self.total or interrupts:
+                due = self.step % self.validate_every == 0 or self.step == self.total or bool(interrupts)
+                if due or self.step % self.LOG_EVERY == 0:
                     row = self.check()
                     rate = (self.images - images_before) / (time.monotonic() - started)
                     bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:.0f} images/s")
-                if self.step % self.validate_every == 0 or self.step == self.total or interrupts:
-                    row |= self.validate()
-                    bar.write(f"step {self.step}: held-back images {describe(row)}")
-                    self.save()
-                if row:
+                    if due:
+                        row |= self.validate()
+                        bar.write(f"step {self.step}: held-back images {describe(row)}")
+                        self.save()
                     self.write_log(row)
                 if interrupts:
                     bar.close()
@@ -179,10 +178,10 @@ class Run:
         z = metrics.normalise(embeddings, self.center)
         pairs = metrics.pair_statistics(z, held_back.labels)
         found = {
-            "triplet_accuracy": metrics.triplet_accuracy(z, held_back.labels),
-            "pair_accuracy": pairs.oracle_accuracy,
-            "auc": pairs.auc,
-            "threshold": pairs.oracle_threshold,
+            "triplet_accuracy": float(metrics.triplet_accuracy(z, held_back.labels)),
+            "pair_accuracy": float(pairs.oracle_accuracy),
+            "auc": float(pairs.auc),
+            "threshold": float(pairs.oracle_threshold),
         }
         self.validation = found
         if found["auc"] > self.best["auc"]:

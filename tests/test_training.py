@@ -1,0 +1,249 @@
+"""The training scripts end to end on a tiny data set: learning, resuming, interrupting, stopping, refusing."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import data
+import engine
+import model
+import train_classic
+import train_reptile
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--split", "75-25", "--width", "4", "--device", "cpu", "--precision", "float32"]
+CLASSIC = [*SMALL, "--epochs", "10", "--batch-classes", "4", "--images-per-class", "4", "--warmup-steps", "5"]
+REPTILE = [
+    *SMALL,
+    "--iters",
+    "12",
+    "--way",
+    "3",
+    "--images-per-class",
+    "4",
+    "--inner-steps",
+    "3",
+    "--validate-every",
+    "6",
+]
+SCRIPTS = [(train_classic, CLASSIC), (train_reptile, REPTILE)]
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    return str(tiny.write_npz(tmp_path_factory.mktemp("data") / "tiny.npz"))
+
+
+@pytest.fixture
+def train(npz, monkeypatch):
+    """Runs a script's main with arguments, in this process; returns the folder of the run."""
+
+    def run(script, arguments, out, *more):
+        argv = [f"{script.__name__}.py", "--data", npz, "--out", str(out), *arguments, *more]
+        monkeypatch.setattr(sys, "argv", argv)
+        script.main()
+        return Path(out)
+
+    return run
+
+
+def same(a: object, b: object) -> bool:
+    """Are two checkpoints equal, bit for bit, but for the seconds they took?"""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(
+            same(a[key], b[key]) for key in a if key not in ("seconds", "resume", "out")
+        )
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
+def test_training_learns_and_leaves_its_files(train, tmp_path, script, arguments):
+    out = train(script, arguments, tmp_path / "run", *(["--iters", "40"] if script is train_reptile else []))
+    assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "log.csv"]
+    best = engine.load_checkpoint(out / "best.pt")
+    assert best["validation"]["triplet_accuracy"] > 80  # 50 is chance
+    assert best["options"]["width"] == 4 and best["data"]["unseen"] == [6, 7]
+    assert "training" not in best and best["center"].shape == (16,)
+    with open(out / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row["step"]) for row in rows]
+    assert steps == sorted(set(steps)) and float(rows[-1]["auc"]) > 80
+
+
+@pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
+def test_resuming_gives_the_same_bits(train, tmp_path, monkeypatch, script, arguments):
+    whole = train(script, arguments, tmp_path / "whole")
+    original = script.triplet_loss
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 20:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(script, "triplet_loss", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train(script, arguments, tmp_path / "parts")
+    assert stop.value.code == 130
+    stopped = engine.load_checkpoint(tmp_path / "parts" / "last.pt")
+    monkeypatch.setattr(script, "triplet_loss", original)
+    parts = train(script, arguments, tmp_path / "parts", "--resume")
+    ends = [engine.load_checkpoint(out / "last.pt") for out in (whole, parts)]
+    assert stopped["step"] < ends[0]["step"]
+    for end in ends:  # the stop was one validation more, which may be the best
+        end["training"].pop("best")
+    assert same(*ends)
+
+
+@pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
+def test_two_runs_agree_and_another_seed_differs(train, tmp_path, script, arguments):
+    runs = [train(script, arguments, tmp_path / str(i), *more) for i, more in enumerate(([], [], ["--seed", "1"]))]
+    first, second, other = (engine.load_checkpoint(run / "last.pt")["model"] for run in runs)
+    assert same(first, second) and not same(first, other)
+
+
+def test_a_run_is_never_lost(train, tmp_path, capsys):
+    out = train(train_reptile, REPTILE, tmp_path / "run")
+    before = (out / "last.pt").read_bytes()
+    for arguments, message in (
+        (REPTILE, "holds a run"),
+        ([*REPTILE, "--resume", "--lr", "0.5"], "other options; to resume it give --lr 0.001"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            train(train_reptile, arguments, out)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+        assert (out / "last.pt").read_bytes() == before
+    train(train_reptile, REPTILE, out, "--overwrite", "--seed", "3")
+    assert (out / "last.pt").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lr", "-1"], "--lr must be above 0, got -1"),
+        (["--lr", "nan"], "--lr must be above 0, got nan"),
+        (["--images-per-class", "1"], "--images-per-class must be at least 2"),
+        (["--split", "1-99"], "leaves fewer than 2"),
+        (["--device", "cuda:99"], "'cuda:99' cannot be used here"),
+        (["--device", "toaster"], "'toaster' cannot be used here"),
+        (["--data", "missing.npz"], "no such file: missing.npz"),
+        (["--resume"], "no such file"),
+        (["--backbone", "vgg"], "backbone"),
+        (["--no-such-option", "1"], "no-such-option"),
+    ],
+)
+@pytest.mark.parametrize(("script", "defaults"), SCRIPTS)
+def test_wrong_options_give_one_message(train, tmp_path, capsys, script, defaults, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        train(script, defaults, tmp_path / "run", *arguments)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and message in captured.err + captured.out
+    assert "Traceback" not in captured.err and not (tmp_path / "run").exists()
+
+
+def test_a_non_finite_loss_stops_the_run(train, tmp_path, capsys, monkeypatch):
+    original = train_reptile.triplet_loss
+    monkeypatch.setattr(train_reptile, "triplet_loss", lambda *a, **k: original(*a, **k) * float("nan"))
+    with pytest.raises(SystemExit) as stop:
+        train(train_reptile, REPTILE, tmp_path / "run")
+    assert stop.value.code == 1 and "the loss is nan" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_collapsed_embeddings_stop_the_run(train, tmp_path, capsys, monkeypatch):
+    original = train_classic.triplet_loss
+    monkeypatch.setattr(train_classic, "triplet_loss", lambda e, *a, **k: original(e * 0 + 1, *a, **k))
+    monkeypatch.setattr(
+        model.ResNet, "forward", lambda self, x: x.mean() * 0 + torch.ones(len(x), 16) + self.bn1.bias[0] * 0
+    )
+    with pytest.raises(SystemExit) as stop:
+        train(train_classic, [*CLASSIC, "--softmax-weight", "0", "--epochs", "60"], tmp_path / "run")
+    assert stop.value.code == 1 and "all embeddings point the same way" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_shell_saves_and_says_how_to_go_on(npz, tmp_path):
+    command = [
+        sys.executable,
+        "train_classic.py",
+        "--data",
+        npz,
+        "--out",
+        str(tmp_path / "run"),
+        *CLASSIC,
+        "--epochs",
+        "100000",
+    ]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "go on with --resume" in errors and "Traceback" not in errors
+    assert engine.load_checkpoint(tmp_path / "run" / "last.pt")["step"] > 0
+
+
+def test_meta_step_interpolates_towards_the_mean():
+    weights = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
+    adapted = [[torch.tensor([2.0, 0.0]), torch.tensor([[5.0]])], [torch.tensor([4.0, 2.0]), torch.tensor([[3.0]])]]
+    train_reptile.meta_step(weights, adapted, 0.5)
+    assert weights[0].tolist() == [2.0, 1.5] and weights[1].tolist() == [[3.5]]
+
+
+def test_reptile_keeps_its_weights_at_meta_step_size_0(train, tmp_path):
+    """One iteration with an all but empty meta-step: parameters stay, though the inner steps moved the network."""
+    out = train(train_reptile, REPTILE, tmp_path / "run", "--iters", "1", "--meta-step-size", "1e-30", "--lr", "0.1")
+    torch.manual_seed(0)
+    fresh = dict(model.build("resnet20", 4).named_parameters())
+    saved = engine.load_checkpoint(out / "last.pt")["model"]
+    assert all(torch.allclose(saved[name], parameter, rtol=0, atol=1e-25) for name, parameter in fresh.items())
+
+
+def test_batch_norm_statistics_are_those_of_the_weights(npz):
+    """After a refresh, evaluation mode normalises the training images to mean 0 and variance 1 in each channel."""
+    options = train_reptile.Options(data=npz, split="75-25", width=4)
+    train = engine.training_data(options, torch.device("cpu"))
+    net = model.build("resnet20", 4)
+    net.bn1.running_mean.fill_(1e6)
+    random_before = torch.get_rng_state(), train.generator.get_state()
+    engine.refresh_batch_norm(net, train)
+    assert all(map(torch.equal, random_before, (torch.get_rng_state(), train.generator.get_state())))
+    assert net.training and net.bn1.momentum == 0.1
+    images = model.normalise_pixels(train.kept.images, train.facts["mean"], train.facts["std"])
+    out = net.eval().bn1(net.conv1(images))
+    assert torch.allclose(out.mean((0, 2, 3)), torch.zeros(4), atol=1e-3)
+    assert torch.allclose(out.var((0, 2, 3)), torch.ones(4), atol=1e-2)
+
+
+def test_held_back_and_unseen_images_never_reach_the_training(npz):
+    loaded = data.load(npz)
+    train = engine.training_data(train_classic.Options(data=npz, split="75-25"), torch.device("cpu"))
+    everything = {bytes(image.numpy()) for image in loaded.train.images}
+    kept, held = ({bytes(image.numpy()) for image in part.images} for part in (train.kept, train.held_back))
+    unseen = {bytes(image.numpy()) for image in loaded.train.of([6, 7]).images}
+    assert not kept & held and not (kept | held) & unseen and kept | held | unseen == everything
+    assert train.facts["mean"] == data.channel_statistics(train.kept.images)[0]
+
+
+def test_checkpoints_are_written_whole_or_not_at_all(tmp_path):
+    engine.save_checkpoint(tmp_path / "a.pt", {"x": torch.ones(2)})
+    with pytest.raises(AttributeError):
+        engine.save_checkpoint(tmp_path / "a.pt", {"x": lambda: 0})
+    assert engine.load_checkpoint(tmp_path / "a.pt")["x"].tolist() == [1, 1]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+    (tmp_path / "bad.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:100])
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        engine.load_checkpoint(tmp_path / "bad.pt")
