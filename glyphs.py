@@ -10,6 +10,7 @@ mirrored forms resemble each other (tests/test_glyphs.py measures it), so case p
 
 import hashlib
 import os
+import tokenize
 import unicodedata
 import zipfile
 import zlib
@@ -48,7 +49,7 @@ STYLES = {
 FACES = tuple(family + style for family, styles in STYLES.items() for style in styles)
 TRAIN, TEST = 500, 100  # images a class
 SIDE = 32  # pixels
-CANVAS, GLYPH = 64, 44  # side of a mask and longer side of the glyph in it, pixels: twice the drawn size, or a little less
+CANVAS, GLYPH = 64, 44  # side of a mask and longer side of the glyph in it, pixels: up to twice what is drawn
 LUMINANCE = torch.tensor((0.299, 0.587, 0.114))  # ITU-R BT.601
 
 
@@ -120,7 +121,8 @@ class Chance:
 
     def field(self, channels: int, cells: int) -> Tensor:
         """(count, channels, SIDE, SIDE) smooth noise in -1..1, `cells` random values a side."""
-        return F.interpolate(self.uniform(-1, 1, channels, cells, cells), size=SIDE, mode="bilinear", align_corners=True)
+        values = self.uniform(-1, 1, channels, cells, cells)
+        return F.interpolate(values, size=SIDE, mode="bilinear", align_corners=True)
 
     def colour(self, luminance: Tensor) -> Tensor:
         """(count, 3, 1, 1) random colours of this luminance (count, 1), but for clipping to 0..1."""
@@ -138,7 +140,7 @@ def place(masks: Tensor, chance: Chance) -> Tensor:
     cos, sin = angle.cos(), angle.sin()
     linear = torch.stack((cos, shear * cos - sin, sin, shear * sin + cos), 1).view(-1, 2, 2)
     linear = linear * zoom[:, None, None] * torch.stack((squeeze, 1 / squeeze), 1)[:, :, None].sqrt()
-    shift = chance.uniform(-1, 1, 2, 1) * ((SIDE + 2 - size) / SIDE)[:, None, None]  # up to a pixel over the edge
+    shift = chance.uniform(-1, 1, 2, 1) * (1 - size / SIDE)[:, None, None]  # up to the edge
     theta = torch.cat((linear, linear @ shift), 2)
     grid = F.affine_grid(theta, (chance.count, 1, SIDE, SIDE), align_corners=False)
     grid = grid + 0.05 * chance.field(2, 4).permute(0, 2, 3, 1)
@@ -173,14 +175,14 @@ def draw(masks: Tensor, count: int, seed: int) -> np.ndarray:
 
     ramp = (chance.field(1, 2) + 0.6 * chance.field(1, 7)) * 0.5 + 0.5  # a gradient with a texture on it
     images = torch.lerp(chance.colour(ground), chance.colour(ground), ramp.clamp(0, 1))
-    clutter = scratches(chance) * chance.uniform(0, 0.7, 1, 1, 1)
+    clutter = scratches(chance) * chance.uniform(0, 0.6, 1, 1, 1)
     images = torch.lerp(images, chance.colour(ground + 0.4 * (glyph - ground)), clutter)
     ink = torch.lerp(chance.colour(glyph), chance.colour(glyph), chance.field(1, 2) * 0.5 + 0.5)
     images = torch.lerp(images, ink, place(masks, chance))
 
     images = blur(images, chance.uniform(0, 1, 1, 1, 1))
     noise = torch.randn(images.shape, generator=chance.generator)
-    images = images + noise * chance.uniform(0, 0.1, 1, 1, 1)
+    images = images + noise * chance.uniform(0, 0.08, 1, 1, 1)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
@@ -203,6 +205,9 @@ def generate(chars: list[str], train: int = TRAIN, test: int = TEST, seed: int =
 # ------------------------------------------------------------------------------------------------------------------- cache
 
 
+DAMAGED = (zipfile.BadZipFile, zlib.error, tokenize.TokenError, KeyError, ValueError, EOFError, RuntimeError)
+
+
 def cache_path(cache_dir: Path) -> Path:
     """Where the set is kept: the name changes with this file and with the fonts."""
     key = hashlib.sha256(Path(__file__).read_bytes() + matplotlib.__version__.encode()).hexdigest()
@@ -210,13 +215,13 @@ def cache_path(cache_dir: Path) -> Path:
 
 
 def load(cache_dir: Path) -> Arrays:
-    """The data set, from `cache_dir` or drawn anew (some 15 seconds) and kept there (184 MB)."""
+    """The data set, from `cache_dir` or drawn anew (some 10 seconds) and kept there (184 MB)."""
     path = cache_path(Path(cache_dir))
     try:
         with np.load(path, allow_pickle=False) as arrays:  # zip members carry a checksum
             return Arrays(*(arrays[field] for field in Arrays._fields[:-1]), arrays["class_names"].tolist())
-    except (FileNotFoundError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
-        pass  # absent or damaged
+    except (FileNotFoundError, *DAMAGED):
+        pass
     arrays = generate(classes())
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.tmp")
