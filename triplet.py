@@ -1,0 +1,399 @@
+"""The triplet loss with mining in the batch: `triplet_loss` and `mine`.
+
+Two implementations keep one contract, written down in `triplet_loss`: the native op (csrc/), which fuses distances,
+mining and loss and holds no (B, B) matrix, and plain PyTorch, which is the easier one to read and runs everywhere.
+"""
+
+import functools
+import importlib.util
+import logging
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+log = logging.getLogger("triplet")
+
+# The position of a name is its code in the native op (csrc/triplet.h).
+DISTANCES = ("cosine", "euclidean", "sqeuclidean")
+MININGS = ("hard", "semihard", "all")
+REDUCTIONS = ("none", "mean", "sum")
+IMPLS = ("auto", "native", "torch")
+LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+NATIVE_BUILD = "pip install -e . (with a C++ compiler)"
+
+
+class Mined(NamedTuple):
+    """Rows of the mined positive and negative of each anchor: (B,) int64 each, -1 in both where it takes no part."""
+
+    positive: Tensor
+    negative: Tensor
+
+
+class Settings(NamedTuple):
+    """How a loss is computed, by name."""
+
+    distance: str
+    mining: str
+    soft_margin: bool
+    margin: float
+    temperature: float
+    reduction: str
+
+    def codes(self) -> tuple[int, int, bool, float, float, int]:
+        """The same for the native op."""
+        return (
+            DISTANCES.index(self.distance),
+            MININGS.index(self.mining),
+            self.soft_margin,
+            self.margin,
+            self.temperature,
+            REDUCTIONS.index(self.reduction),
+        )
+
+
+def triplet_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    margin: float = 0.3,
+    *,
+    distance: Literal["cosine", "euclidean", "sqeuclidean"] = "cosine",
+    mining: Literal["hard", "semihard", "all"] = "hard",
+    soft_margin: bool = False,
+    temperature: float = 1.0,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    others: tuple[Tensor, Tensor] | None = None,
+    impl: Literal["auto", "native", "torch"] = "auto",
+) -> Tensor:
+    """The triplet loss of a batch, on triplets (anchor, positive, negative) found in the batch.
+
+    Args:
+        embeddings: (B, D) float64, float32, bfloat16 or float16; need not be normalised.
+        labels: (B,) of any integer type and any values.
+        margin: by how much the negative must be farther than the positive, in units of the distance.
+        distance: "cosine" is 1 - cos, in 0..2, with norms clamped at 1e-12: a zero row has distance 1 to all rows and
+            gradient 0. "euclidean" and "sqeuclidean" are those of the rows as they are; where the distance is 0, so is
+            its gradient.
+        mining: "hard": each anchor with its farthest positive and nearest negative (Hermans et al. 2017,
+            arXiv:1703.07737, eq. 5). "semihard": with its farthest positive and the nearest negative strictly farther
+            than that, or the farthest negative if none is (after Schroff et al. 2015, arXiv:1503.03832, sec. 3.2).
+            "all": every triplet. An anchor is never its own positive; a copy of it can be. Ties go to the lowest row.
+        soft_margin: a triplet costs softplus((d_ap - d_an) / temperature), without margin, instead of
+            max(0, d_ap - d_an + margin).
+        temperature: above 0; on the unit sphere 0.1 to 0.2 gives the soft margin a useful gradient.
+        reduction: "mean" over the anchors that take part; with mining "all", over the triplets of positive loss, or
+            over all triplets if `soft_margin`. "sum". "none": (B,), the loss of each anchor ("all": the sum of its
+            triplets), 0 where it takes no part.
+        others: (embeddings (M, D), labels (M,)), candidates beside the batch's own rows, as gathered from other ranks
+            or kept from earlier batches. They are never anchors. Row B + j of the candidates is others[j].
+        impl: "native" is the compiled op, "torch" plain PyTorch, "auto" the native one where it can run (what runs, and
+            why, is logged once).
+
+    Returns:
+        A scalar, or (B,) for reduction "none"; float64 for float64 input, else float32. Gradients reach `embeddings` and
+        the others' embeddings, in their types, and are those of the loss with the mined rows held fixed.
+
+        An anchor without a positive or without a negative takes no part. If none takes part, the loss is 0 and so are
+        its gradients. If any embedding is not finite, the loss is NaN and so are all gradients; nothing waits for the
+        GPU to find out. The same input gives the same bits again, for the same number of threads.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, type, device or value; the message says what came.
+        RuntimeError: impl="native" where the native op is not built.
+    """
+    settings = Settings(distance, mining, bool(soft_margin), float(margin), float(temperature), reduction)
+    if check(embeddings, labels, others, settings, impl):
+        return native_loss(embeddings, labels, others, settings)
+    losses, count = torch_losses(embeddings, labels, others, settings)
+    if reduction == "mean":
+        return losses.sum() / count.sum().clamp(min=1)
+    return losses.sum() if reduction == "sum" else losses
+
+
+def mine(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    distance: Literal["cosine", "euclidean", "sqeuclidean"] = "cosine",
+    mining: Literal["hard", "semihard"] = "hard",
+    others: tuple[Tensor, Tensor] | None = None,
+    impl: Literal["auto", "native", "torch"] = "auto",
+) -> Mined:
+    """The rows that `triplet_loss` would use, under the same contract. Mining "all" is a ValueError."""
+    if mining == "all":
+        raise ValueError('mine() lists one triplet for each anchor; mining="all" has many')
+    settings = Settings(distance, mining, False, 0.0, 1.0, "none")
+    native = check(embeddings, labels, others, settings, impl)
+    with torch.no_grad():
+        if native:
+            return Mined(*torch.ops.oneshot.triplet_forward(*tensors(embeddings, labels, others), *settings.codes())[2:])
+        return torch_mine(*prepare(embeddings, labels, others, settings), settings)[0]
+
+
+# --------------------------------------------------------------------------------------------------------- arguments
+
+
+def check(
+    embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, settings: Settings, impl: str
+) -> bool:
+    """Raise for wrong arguments; return whether the native op is to be used."""
+    for name, value, known in (
+        ("distance", settings.distance, DISTANCES),
+        ("mining", settings.mining, MININGS),
+        ("reduction", settings.reduction, REDUCTIONS),
+        ("impl", impl, IMPLS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if not settings.temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {settings.temperature}")
+    if settings.margin != settings.margin:
+        raise ValueError("margin must be a number, got nan")
+    check_rows("embeddings", embeddings, "labels", labels)
+    if others is not None:
+        check_rows("others[0]", others[0], "others[1]", others[1])
+        if others[0].shape[1] != embeddings.shape[1] or others[0].dtype != embeddings.dtype:
+            raise ValueError(
+                f"others[0] must have the width and type of embeddings, {embeddings.shape[1]} and {embeddings.dtype}, "
+                f"got {others[0].shape[1]} and {others[0].dtype}"
+            )
+        if others[0].device != embeddings.device:
+            raise ValueError(f"others are on {others[0].device}, embeddings on {embeddings.device}")
+    if impl == "torch":
+        return False
+    return use_native(embeddings.device.type, impl)
+
+
+def check_rows(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -> None:
+    """Raise unless the two are rows (B, D) of floats and labels (B,) of integers on one device."""
+    if not isinstance(embeddings, Tensor) or not isinstance(labels, Tensor):
+        got = f"{type(embeddings).__name__} and {type(labels).__name__}"
+        raise TypeError(f"{name} and {label_name} must be tensors, got {got}")
+    if embeddings.ndim != 2 or embeddings.shape[1] == 0:
+        raise ValueError(f"{name} must be (B, D) with D at least 1, got {tuple(embeddings.shape)}")
+    if embeddings.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {embeddings.dtype}")
+    if labels.shape != embeddings.shape[:1]:
+        raise ValueError(f"{label_name} must be ({embeddings.shape[0]},), got {tuple(labels.shape)}")
+    if labels.dtype not in LABEL_TYPES:
+        raise TypeError(f"{label_name} must be integers, got {labels.dtype}")
+    if labels.device != embeddings.device:
+        raise ValueError(f"{label_name} are on {labels.device}, {name} on {embeddings.device}")
+
+
+def tensors(embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, ...]:
+    """The native op's tensor arguments: labels as int64, everything contiguous."""
+    if others is None:
+        return embeddings.contiguous(), labels.to(torch.int64).contiguous(), None, None
+    return (*tensors(embeddings, labels, None)[:2], *tensors(*others, None)[:2])
+
+
+# ------------------------------------------------------------------------------------------------------------- native
+
+
+@functools.cache
+def native_library() -> str:
+    """Load the native op and register what the stable ABI cannot: "" if it is there, else why it is not."""
+    spec = importlib.util.find_spec("oneshot_C")
+    if spec is None or spec.origin is None:
+        return "the native op is not built"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"the native op does not load ({error})"
+    torch.library.register_fake("oneshot::triplet_forward", fake_forward)
+    torch.library.register_fake("oneshot::triplet_backward", fake_backward)
+    torch.library.register_autograd("oneshot::triplet_forward", backward_of_op, setup_context=save_for_backward)
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def use_native(device: str, impl: str) -> bool:
+    """Does the native op run on this device? A constant to torch.compile, which traces neither loading nor logging."""
+    return decide_native(device, impl)
+
+
+@functools.cache
+def decide_native(device: str, impl: str) -> bool:
+    """The same, found out and logged once for each device and `impl`."""
+    why = native_library() if device == "cpu" else f"there is no native op for {device} tensors"
+    if not why:
+        log.info("triplet loss on %s: the native op", device)
+    elif impl == "native":
+        raise RuntimeError(f"{why}; build it with: {NATIVE_BUILD}")
+    else:
+        log.warning("triplet loss on %s: plain PyTorch, since %s; build it with: %s", device, why, NATIVE_BUILD)
+    return not why
+
+
+def native_loss(
+    embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, settings: Settings
+) -> Tensor:
+    """The loss by the native op. Eager mode takes the shorter way round PyTorch's registered autograd."""
+    arguments = (*tensors(embeddings, labels, others), *settings.codes())
+    if torch.compiler.is_compiling():
+        return torch.ops.oneshot.triplet_forward(*arguments)[0]
+    return Native.apply(*arguments)
+
+
+class Native(torch.autograd.Function):
+    """The native op in eager mode: half the overhead of autograd registered with the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.oneshot.triplet_forward.default(*arguments)
+        save_for_backward(ctx, arguments, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return backward_of_op(ctx, grad)
+
+
+def save_for_backward(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:4], *output[1:])
+    ctx.codes = inputs[4:]
+
+
+@torch.autograd.function.once_differentiable
+def backward_of_op(ctx, grad, *unused):
+    """Gradients of the op's ten inputs; only the two of embeddings are not None."""
+    embeddings, labels, other_embeddings, other_labels, count, positive, negative = ctx.saved_tensors
+    grads = torch.ops.oneshot.triplet_backward(
+        grad, embeddings, labels, other_embeddings, other_labels, count, positive, negative, *ctx.codes
+    )
+    return grads[0], None, grads[1] if other_embeddings is not None else None, *(None,) * 7
+
+
+def fake_forward(embeddings, labels, other_embeddings, other_labels, distance, mining, soft, margin, temperature, reduction):
+    rows = embeddings.shape[0]
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    loss = embeddings.new_empty((rows,) if REDUCTIONS[reduction] == "none" else (), dtype=dtype)
+    count = labels.new_empty(())
+    mined = (labels.new_empty((rows,)), labels.new_empty((rows,)))
+    return loss, count, *mined
+
+
+def fake_backward(grad, embeddings, labels, other_embeddings, other_labels, *unused):
+    grad_others = embeddings.new_empty((0,)) if other_embeddings is None else torch.empty_like(other_embeddings)
+    return torch.empty_like(embeddings), grad_others
+
+
+# ------------------------------------------------------------------------------------------------------------ PyTorch
+
+
+def prepare(
+    embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates (B + M, D) in the type of the arithmetic, normalised for cosine, and who is whose positive or negative:
+    two masks (B, B + M). A non-finite value anywhere makes all candidates NaN."""
+    rows = len(embeddings)
+    if others is not None:
+        embeddings, labels = torch.cat((embeddings, others[0])), torch.cat((labels.long(), others[1].long()))
+    x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    finite = x.detach().isfinite().all()
+    x = x * torch.where(finite, 1.0, torch.nan).to(x.dtype)
+    if settings.distance == "cosine":
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)  # float32 would overflow from 1e18
+        x = torch.where(norm == 0, 0, x / norm.clamp(min=1e-12)).to(x.dtype)
+    same = labels[:rows, None] == labels
+    itself = torch.arange(len(x), device=x.device) == torch.arange(rows, device=x.device)[:, None]
+    return x, same & ~itself, ~same
+
+
+def torch_losses(
+    embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """The loss of each anchor (B,) and how many anchors or triplets it stands for in the mean (B,)."""
+    with torch.autocast(embeddings.device.type, enabled=False):
+        x, positives, negatives = prepare(embeddings, labels, others, settings)
+        if settings.mining == "all":
+            losses, count = losses_of_all(x, positives, negatives, settings)
+        else:
+            (positive, negative), takes_part = torch_mine(x, positives, negatives, settings)
+            anchor = x[: len(positives)]
+            gap = separation(anchor, x[positive.clamp(min=0)], settings.distance) - separation(
+                anchor, x[negative.clamp(min=0)], settings.distance
+            )
+            losses, count = torch.where(takes_part, cost(gap, settings), 0), takes_part.long()
+        return losses + 0 * x.detach().sum(), count  # NaN also where no anchor takes part
+
+
+def separation(a: Tensor, b: Tensor, distance: str) -> Tensor:
+    """Distances (B,) of paired rows (B, D), by differences where there are any."""
+    if distance == "cosine":
+        return 1 - (a * b).sum(1)
+    squared = (a - b).square().sum(1)
+    if distance == "sqeuclidean":
+        return squared
+    apart = squared > 0
+    return torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
+
+
+def cost(gap: Tensor, settings: Settings) -> Tensor:
+    """The loss of triplets with these d_ap - d_an."""
+    if settings.soft_margin:
+        return F.softplus(gap / settings.temperature, threshold=40)
+    return F.relu(gap + settings.margin)
+
+
+@torch.no_grad()
+def torch_mine(x: Tensor, positives: Tensor, negatives: Tensor, settings: Settings) -> tuple[Mined, Tensor]:
+    """The mined rows, and which anchors take part (B,). Needs only the order of the distances, not themselves."""
+    rows = len(positives)
+    if settings.distance == "cosine":
+        order = -(x[:rows] @ x.T)
+    else:  # |a|^2 + |b|^2 - 2ab cancels unless the rows are centred; scaled, it cannot overflow
+        x = x - x.mean(0)
+        x = x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+        squares = x.square().sum(1)
+        order = squares[:rows, None] + squares - 2 * (x[:rows] @ x.T)
+    infinity = torch.tensor(torch.inf, dtype=x.dtype, device=x.device)
+    hardest, positive = torch.where(positives, order, -infinity).max(1, keepdim=True)
+    nearest = torch.where(negatives, order, infinity)
+    if settings.mining == "semihard":
+        farther = negatives & (order > hardest)
+        beyond = torch.where(farther, order, infinity)
+        farthest = torch.where(negatives, order, -infinity).argmax(1)
+        negative = torch.where(farther.any(1), beyond.argmin(1), farthest)
+    else:
+        negative = nearest.argmin(1)
+    takes_part = positives.any(1) & negatives.any(1)
+    return Mined(torch.where(takes_part, positive[:, 0], -1), torch.where(takes_part, negative, -1)), takes_part
+
+
+def losses_of_all(x: Tensor, positives: Tensor, negatives: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Summed loss (B,) of all triplets of each anchor, and how many of them count in the mean (B,)."""
+    rows = len(positives)
+    if settings.distance == "cosine":
+        distances = 1 - x[:rows] @ x.T
+    else:
+        distances = torch.cdist(x[:rows], x, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = distances.square() if settings.distance == "sqeuclidean" else distances
+
+    def of_pairs(distances: Tensor, anchor: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and count of the triplets of each pair (anchor, positive): (pairs,) each."""
+        gap = distances[anchor, positive][:, None] - distances[anchor]
+        losses = torch.where(negatives[anchor], cost(gap, settings), 0)
+        return losses.sum(1), (losses > 0).sum(1)
+
+    if torch.compiler.is_compiling():  # no shapes that depend on data
+        gap = distances[:, :, None] - distances[:, None, :]
+        losses = torch.where(positives[:, :, None] & negatives[:, None, :], cost(gap, settings), 0)
+        summed, count = losses.sum((1, 2)), (losses > 0).sum((1, 2))
+    else:
+        summed, count = distances.new_zeros(rows), torch.zeros(rows, dtype=torch.int64, device=x.device)
+        anchors, partners = positives.nonzero(as_tuple=True)
+        at_once = max(1, 2**24 // max(1, x.shape[0]))  # pairs whose triplets are held at a time
+        for anchor, positive in zip(anchors.split(at_once), partners.split(at_once), strict=True):
+            if len(anchors) > at_once:  # recompute in the backward pass, to hold one part only
+                losses, counts = checkpoint(of_pairs, distances, anchor, positive, use_reentrant=False)
+            else:
+                losses, counts = of_pairs(distances, anchor, positive)
+            summed, count = summed.index_add(0, anchor, losses), count.index_add(0, anchor, counts)
+    if settings.soft_margin:
+        count = positives.sum(1) * negatives.sum(1)
+    return summed, count
