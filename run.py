@@ -58,6 +58,7 @@ class Run:
         self.recalibrate, self.parts = recalibrate, parts
         self.step = self.images = self.collapsed = 0
         self.seconds = 0.0  # spent training, over all resumptions
+        self.commit = git_commit()
         self.best = {"auc": -1.0}
         self.losses: list[Tensor] = []
         self.dtype = pick_precision(options.precision, self.device)
@@ -169,13 +170,12 @@ class Run:
         return progress | {"loss": loss, "rate": self.rate}
 
     def validate(self) -> dict:
-        """Metrics of the held-back images; sets the centre and the calibrated threshold, and keeps the best weights."""
+        """Metrics of the held-back images; sets the calibrated threshold and keeps the best weights."""
         if self.recalibrate:
             refresh_batch_norm(self.net, self.train)
         facts, held_back = self.train.facts, self.train.held_back
         embeddings = model.embed(self.net, held_back.images, facts["mean"], facts["std"])
-        self.center = embeddings.mean(0)
-        z = metrics.normalise(embeddings, self.center)
+        z = metrics.normalise(embeddings)
         pairs = metrics.pair_statistics(z, held_back.labels)
         found = {
             "triplet_accuracy": float(metrics.triplet_accuracy(z, held_back.labels)),
@@ -195,7 +195,7 @@ class Run:
             "model": self.net.state_dict(),
             "options": dataclasses.asdict(self.options),
             "data": self.train.facts,
-            "center": self.center,
+            "center": None,  # subtracting the mean embedding makes networks trained on raw cosines worse
             "threshold": {
                 "mode": "auto",
                 "value": self.validation["threshold"],
@@ -207,7 +207,7 @@ class Run:
             "images": self.images,
             "seconds": self.seconds,
             "threads": torch.get_num_threads(),
-            "commit": git_commit(),
+            "commit": self.commit,
         }
 
     def save(self) -> None:
