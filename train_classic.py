@@ -27,7 +27,7 @@ class Options(engine.Options):
     lr: float = 0.1  # peak learning rate of SGD with Nesterov momentum 0.9
     warmup_steps: int = 200  # linear rise to --lr; a linear fall to 0 follows
     weight_decay: float = 5e-4
-    triplet_weight: float = 1.0  # of the triplet loss; 0 leaves it out
+    triplet_weight: float = 3.0  # of the triplet loss; 0 leaves it out
     softmax_weight: float = 1.0  # of the normalised softmax over the seen classes; 0 leaves it out
     softmax_scale: float = 16.0  # factor of its cosines
 
