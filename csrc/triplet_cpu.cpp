@@ -1,0 +1,182 @@
+// The native ops on the CPU: tensors to pointers, classes to numbers, the choice of kernels by type, the reduction.
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "triplet_cpu.h"
+
+namespace triplet {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+void check_rows(const Tensor& embeddings, const Tensor& labels, const char* name) {
+  require(embeddings.dim() == 2, name, " must be (B, D), got ", embeddings.dim(), " dimensions");
+  require(labels.dim() == 1 && labels.size(0) == embeddings.size(0), "labels of ", name, " must be (",
+          embeddings.size(0), ",), got ", labels.dim(), " dimensions and ", labels.numel(), " values");
+  require(labels.scalar_type() == ScalarType::Long, "labels must be int64");
+  require(embeddings.is_contiguous() && labels.is_contiguous(), name, " and labels must be contiguous");
+  require(embeddings.is_cpu() && labels.is_cpu(), name, " and labels must be on the CPU");
+}
+
+// A batch with what it points to.
+template <typename In>
+struct OwningBatch : Batch<In> {
+  std::vector<int32_t> memory;  // class_of, order, starts
+
+  OwningBatch(const Tensor& embeddings, const Tensor& labels, const MaybeTensor& other_embeddings,
+              const MaybeTensor& other_labels) {
+    check_rows(embeddings, labels, "embeddings");
+    this->own = embeddings.const_data_ptr<In>();
+    this->rows = embeddings.size(0);
+    this->width = embeddings.size(1);
+    this->others = nullptr;
+    this->other_rows = 0;
+    require(other_embeddings.has_value() == other_labels.has_value(), "others need both embeddings and labels");
+    if (other_embeddings) {
+      check_rows(*other_embeddings, *other_labels, "others");
+      require(other_embeddings->size(1) == this->width, "others must be ", this->width, " wide, got ",
+              other_embeddings->size(1));
+      require(other_embeddings->scalar_type() == embeddings.scalar_type(), "others must have the type of embeddings");
+      this->others = other_embeddings->template const_data_ptr<In>();
+      this->other_rows = other_embeddings->size(0);
+    }
+    require(this->rows > 0 && this->width > 0, "embeddings must not be empty, got (", this->rows, ", ", this->width, ")");
+    require(this->candidates() < std::numeric_limits<int32_t>::max() / 2, "at most 2^30 rows, got ", this->candidates());
+    number_classes(labels.const_data_ptr<int64_t>(),
+                   other_labels ? other_labels->const_data_ptr<int64_t>() : nullptr);
+  }
+
+  void number_classes(const int64_t* labels, const int64_t* other_labels) {
+    const int64_t n = this->candidates();
+    memory.resize(3 * n + 1);
+    int32_t *class_of = memory.data(), *order = class_of + n, *starts = order + n;
+    const auto label = [&](int32_t j) { return j < this->rows ? labels[j] : other_labels[j - this->rows]; };
+    std::iota(order, order + n, 0);
+    std::sort(order, order + n, [&](int32_t a, int32_t b) {
+      return label(a) != label(b) ? label(a) < label(b) : a < b;
+    });
+    int32_t classes = 0;
+    for (int32_t at = 0; at < n; ++at) {
+      if (at == 0 || label(order[at]) != label(order[at - 1])) starts[classes++] = at;
+      class_of[order[at]] = classes - 1;
+    }
+    starts[classes] = int32_t(n);
+    this->class_of = class_of;
+    this->order = order;
+    this->starts = starts;
+    this->classes = classes;
+  }
+};
+
+Threads pytorch_threads(int64_t work) {
+  const int64_t count = work < (1 << 20) ? 1 : int64_t(torch::stable::get_num_threads());  // waking threads costs 5 us
+  return {count, [](int64_t n, void (*body)(void*, int64_t), void* context) {
+            torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) body(context, i);
+            });
+          }};
+}
+
+// f(In(), T()) for the embeddings' type and that of its arithmetic
+template <typename F>
+void by_type(const Tensor& embeddings, F&& f) {
+  switch (embeddings.scalar_type()) {
+    case ScalarType::Double: return f(double(), double());
+    case ScalarType::Float: return f(float(), float());
+    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16(), float());
+    case ScalarType::Half: return f(torch::headeronly::Half(), float());
+    default: require(false, "embeddings must be float64, float32, bfloat16 or float16");
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
+    Tensor embeddings, Tensor labels, MaybeTensor other_embeddings, MaybeTensor other_labels, int64_t distance,
+    int64_t mining, bool soft_margin, double margin, double temperature, int64_t reduction) {
+  const Settings settings = make_settings(distance, mining, soft_margin, margin, temperature, reduction);
+  require(settings.mining != Mining::all, "mining \"all\" has no native implementation");
+  const auto type = embeddings.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const bool each = settings.reduction == Reduction::none;
+  Tensor loss, count = torch::stable::new_empty(labels, {});
+  Tensor positive, negative;
+  by_type(embeddings, [&](auto in, auto t) {
+    using In = decltype(in);
+    using T = decltype(t);
+    const OwningBatch<In> batch(embeddings, labels, other_embeddings, other_labels);
+    positive = torch::stable::new_empty(labels, {batch.rows});
+    negative = torch::stable::new_empty(labels, {batch.rows});
+    loss = each ? torch::stable::new_empty(embeddings, {batch.rows}, type) : torch::stable::new_empty(embeddings, {}, type);
+    std::unique_ptr<T[]> own(each ? nullptr : new T[batch.rows]);
+    T* losses = each ? loss.mutable_data_ptr<T>() : own.get();
+    int64_t* rows = positive.mutable_data_ptr<int64_t>();
+    const bool finite = kernels<In, T>().forward(
+        batch, settings, pytorch_threads(batch.rows * batch.candidates() * batch.width), losses, rows,
+        negative.mutable_data_ptr<int64_t>());
+    if (!finite) {
+      std::fill_n(losses, batch.rows, std::numeric_limits<T>::quiet_NaN());
+      std::fill_n(rows, batch.rows, -1);
+      std::fill_n(negative.mutable_data_ptr<int64_t>(), batch.rows, -1);
+    }
+    const int64_t anchors = finite ? batch.rows - std::count(rows, rows + batch.rows, -1) : -1;  // -1: NaN for backward
+    *count.mutable_data_ptr<int64_t>() = anchors;
+    if (!each) {
+      double sum = std::accumulate(losses, losses + batch.rows, 0.0);
+      if (settings.reduction == Reduction::mean && anchors > 0) sum /= double(anchors);
+      *loss.mutable_data_ptr<T>() = T(sum);
+    }
+  });
+  return {loss, count, positive, negative};
+}
+
+std::tuple<Tensor, Tensor> backward(
+    Tensor grad, Tensor embeddings, Tensor labels, MaybeTensor other_embeddings, MaybeTensor other_labels, Tensor count,
+    Tensor positive, Tensor negative, int64_t distance, int64_t mining, bool soft_margin, double margin,
+    double temperature, int64_t reduction) {
+  const Settings settings = make_settings(distance, mining, soft_margin, margin, temperature, reduction);
+  Tensor grad_own = torch::stable::empty_like(embeddings);
+  Tensor grad_others =
+      other_embeddings ? torch::stable::empty_like(*other_embeddings) : torch::stable::new_empty(embeddings, {0});
+  by_type(embeddings, [&](auto in, auto t) {
+    using In = decltype(in);
+    using T = decltype(t);
+    const OwningBatch<In> batch(embeddings, labels, other_embeddings, other_labels);
+    In* own = grad_own.mutable_data_ptr<In>();
+    In* others = other_embeddings ? grad_others.mutable_data_ptr<In>() : nullptr;
+    const int64_t anchors = *count.const_data_ptr<int64_t>();
+    if (anchors < 0) {
+      std::fill_n(own, batch.rows * batch.width, In(std::numeric_limits<float>::quiet_NaN()));
+      if (others) std::fill_n(others, batch.other_rows * batch.width, In(std::numeric_limits<float>::quiet_NaN()));
+      return;
+    }
+    const T* given = grad.const_data_ptr<T>();
+    std::unique_ptr<T[]> each(new T[batch.rows]);
+    for (int64_t i = 0; i < batch.rows; ++i) {
+      each[i] = settings.reduction == Reduction::none ? given[i * grad.stride(0)] : given[0];
+      if (settings.reduction == Reduction::mean) each[i] /= T(std::max<int64_t>(anchors, 1));
+    }
+    kernels<In, T>().backward(batch, settings, pytorch_threads(8 * batch.candidates() * batch.width), each.get(),
+                              positive.const_data_ptr<int64_t>(), negative.const_data_ptr<int64_t>(), own, others);
+  });
+  return {grad_own, grad_others};
+}
+
+}  // namespace
+}  // namespace triplet
+
+STABLE_TORCH_LIBRARY_IMPL(oneshot, CPU, m) {
+  m.impl("triplet_forward", TORCH_BOX(&triplet::forward));
+  m.impl("triplet_backward", TORCH_BOX(&triplet::backward));
+}

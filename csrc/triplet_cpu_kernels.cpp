@@ -1,0 +1,62 @@
+// The kernels compiled once for each instruction set, and the choice among them at run time. Inside the regions nothing
+// of the standard library is instantiated: its templates would be shared with code for older processors.
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "triplet_cpu.h"
+
+// kBytes: width of a vector; kRows x 2 vectors is the tile whose sums stay in registers
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define TRIPLET_X86
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace triplet::avx512 {
+constexpr int kBytes = 64, kRows = 12;
+#include "triplet_cpu_kernels.inc"
+}  // namespace triplet::avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace triplet::avx2 {
+constexpr int kBytes = 32, kRows = 6;
+#include "triplet_cpu_kernels.inc"
+}  // namespace triplet::avx2
+#pragma GCC pop_options
+#endif
+
+namespace triplet::portable {
+constexpr int kBytes = 16, kRows = 4;
+#include "triplet_cpu_kernels.inc"
+}  // namespace triplet::portable
+
+namespace triplet {
+
+template <typename In, typename T>
+Kernels<In, T> kernels() {
+#ifdef TRIPLET_X86
+  // ONESHOT_ISA=avx2|portable takes a narrower set, for tests
+  static const char* wanted = std::getenv("ONESHOT_ISA");
+  const bool any = wanted == nullptr || *wanted == 0;
+  if ((any || !std::strcmp(wanted, "avx512")) && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return {&avx512::mined_forward<In, T>, &avx512::mined_backward<In, T>};
+  }
+  if ((any || std::strcmp(wanted, "portable")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return {&avx2::mined_forward<In, T>, &avx2::mined_backward<In, T>};
+  }
+#endif
+  return {&portable::mined_forward<In, T>, &portable::mined_backward<In, T>};
+}
+
+template Kernels<float, float> kernels();
+template Kernels<double, double> kernels();
+template Kernels<torch::headeronly::BFloat16, float> kernels();
+template Kernels<torch::headeronly::Half, float> kernels();
+
+}  // namespace triplet
