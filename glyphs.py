@@ -1,8 +1,9 @@
 """The embedded data set: letters, digits and signs of ten scripts, drawn with the fonts that matplotlib ships.
 
-It has the shape of CIFAR-100 (100 classes, 500 training and 100 test images each, 32 x 32 RGB) and needs no download. A class
-is a character, in every face that covers it. No two classes are homoglyphs: neither their tilted, sheared, squeezed nor
-mirrored forms resemble each other (tests/test_glyphs.py measures it), so case pairs and look-alikes of other scripts are out.
+It has the shape of CIFAR-100 (100 classes, 500 training and 100 test images each, 32 x 32 RGB) and needs no download. A
+class is a character, in every face that covers it. No two classes are homoglyphs: neither their tilted, sheared,
+squeezed nor mirrored forms resemble each other (tests/test_glyphs.py measures it), so case pairs and look-alikes of
+other scripts are out.
 
     python train_reptile.py --data glyphs
     python glyphs.py sheet.png      # one picture of each class
@@ -54,7 +55,7 @@ LUMINANCE = torch.tensor((0.299, 0.587, 0.114))  # ITU-R BT.601
 
 
 class Arrays(NamedTuple):
-    """The layout of `--data FILE.npz`: images (N, 32, 32, 3) uint8, labels (N,) uint8 sorted, a Unicode name for each label."""
+    """The layout of `--data FILE.npz`: images (N, 32, 32, 3) uint8, sorted labels (N,) uint8, their Unicode names."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -70,7 +71,7 @@ def classes() -> list[str]:
     return [char for _, char in sorted(places, key=lambda place: place[0])]
 
 
-# ------------------------------------------------------------------------------------------------------------------ glyphs
+# --------------------------------------------------------------------------------------------------------------- glyphs
 
 
 def open_faces() -> dict[str, FT2Font]:
@@ -79,7 +80,7 @@ def open_faces() -> dict[str, FT2Font]:
 
 
 def covers(face: str, font: FT2Font, char: str) -> bool:
-    """Whether the face has this character. The cm faces hold other characters than they say outside ASCII letters, digits."""
+    """Whether the face has this character. The cm faces hold what they say for ASCII letters and digits only."""
     return ord(char) in font.get_charmap() and (not face.startswith("cm") or (char.isascii() and char.isalnum()))
 
 
@@ -105,7 +106,7 @@ def render(fonts: dict[str, FT2Font], char: str) -> Tensor:
     return torch.from_numpy(np.stack(masks))
 
 
-# ------------------------------------------------------------------------------------------------------------------ images
+# --------------------------------------------------------------------------------------------------------------- images
 
 
 class Chance:
@@ -132,7 +133,7 @@ class Chance:
 
 
 def place(masks: Tensor, chance: Chance) -> Tensor:
-    """One mask for each image, tilted, sheared, squeezed, scaled, shifted and a little warped: (count, 1, SIDE, SIDE)."""
+    """A mask for each image, tilted, sheared, squeezed, scaled, shifted, a little warped: (count, 1, SIDE, SIDE)."""
     face = (chance.uniform(0, 1) * len(masks)).long()
     angle, shear = chance.uniform(-0.26, 0.26), chance.uniform(-0.2, 0.2)  # radians (15 degrees), ratio
     squeeze, size = chance.uniform(-0.16, 0.16).exp(), chance.uniform(18, 29)  # width / height, longer side in pixels
@@ -149,7 +150,7 @@ def place(masks: Tensor, chance: Chance) -> Tensor:
 
 
 def scratches(chance: Chance, number: int = 3) -> Tensor:
-    """Clutter: circular arcs, thin or thick, from tight rings to nearly straight lines: (count, 1, SIDE, SIDE) in 0..1."""
+    """Clutter: circular arcs, thin or thick, tight rings to nearly straight lines: (count, 1, SIDE, SIDE) in 0..1."""
     axis = torch.linspace(-1, 1, SIDE)
     x, y = (chance.uniform(-2, 2, number, 1, 1) for _ in range(2))
     distance = ((axis - x).square() + (axis[:, None] - y).square()).sqrt() - chance.uniform(0.2, 2.5, number, 1, 1)
@@ -202,7 +203,7 @@ def generate(chars: list[str], train: int = TRAIN, test: int = TEST, seed: int =
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- cache
+# ---------------------------------------------------------------------------------------------------------------- cache
 
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, tokenize.TokenError, KeyError, ValueError, EOFError, RuntimeError)

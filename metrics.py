@@ -30,7 +30,7 @@ def upper_blocks(z: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, Te
         yield similarity[first, second], a == b, a, b
 
 
-# -------------------------------------------------------------------------------------------------------------- pairs
+# ---------------------------------------------------------------------------------------------------------------- pairs
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ def pair_statistics(z: Tensor, labels: Tensor) -> PairStatistics | None:
     for similarity, of_one, _, _ in upper_blocks(z, labels):
         below = similarity[~of_one & (similarity < upper)]
         lower = max(lower, float(below.max())) if len(below) else lower
-    return PairStatistics(100 * auc, 100 * equal_error(rejected, 1 - refused), 100 * float(balanced[best]), (lower + upper) / 2)
+    return PairStatistics(
+        100 * auc, 100 * equal_error(rejected, 1 - refused), 100 * float(balanced[best]), (lower + upper) / 2
+    )
 
 
 def equal_error(false_reject: Tensor, false_accept: Tensor) -> float:
@@ -98,7 +100,9 @@ class PairTable:
         weight = weight.double()
         accepted, total = self.accepted.diagonal(), self.total.diagonal()
         hit = (weight @ accepted) / (weight @ total)
-        crossed = torch.stack([self.total - self.accepted, self.total]) * (1 - torch.eye(len(total), dtype=torch.float64))
+        crossed = torch.stack([self.total - self.accepted, self.total]) * (
+            1 - torch.eye(len(total), dtype=torch.float64)
+        )
         refused, all_crossed = torch.einsum("rc,kcd,rd->kr", weight, crossed, weight)
         return 50 * (hit + refused / all_crossed)
 
@@ -122,7 +126,7 @@ def pair_table(z: Tensor, labels: Tensor, threshold: float) -> PairTable:
     return PairTable(*tables)
 
 
-# ----------------------------------------------------------------------------------------------------------- triplets
+# ------------------------------------------------------------------------------------------------------------- triplets
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ def triplet_accuracy(z: Tensor, labels: Tensor) -> float:
     return float(triplet_table(z, labels).accuracy())
 
 
-# ---------------------------------------------------------------------------------------------------------- intervals
+# ------------------------------------------------------------------------------------------------------------ intervals
 
 
 def bootstrap(table: PairTable | TripletTable, resamples: int = 2000, seed: int = 0) -> tuple[float, float] | None:

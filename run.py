@@ -87,7 +87,7 @@ class Run:
             with open(self.folder / "log.csv", newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
         self.log_file = open(self.folder / "log.csv", "w", newline="")
-        fields = "step images seconds loss rate triplet_accuracy pair_accuracy auc threshold".split()
+        fields = ["step", "images", "seconds", "loss", "rate", "triplet_accuracy", "pair_accuracy", "auc", "threshold"]
         self.log = csv.DictWriter(self.log_file, fields)
         self.log.writeheader()
         self.log.writerows(rows)

@@ -97,7 +97,15 @@ def extensions() -> list:
     from torch.utils import cpp_extension
 
     sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"] if switch("ONESHOT_SANITIZE") else []
-    flags = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-ignored-attributes", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", *sanitize]
+    flags = [
+        "-O3",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+        "-Wno-ignored-attributes",
+        f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
+        *sanitize,
+    ]
     common = {"py_limited_api": True, "include_dirs": ["csrc"]}
     native = cpp_extension.CppExtension(
         "oneshot_C", sources, extra_compile_args={"cxx": flags}, extra_link_args=sanitize, **common
@@ -106,7 +114,9 @@ def extensions() -> list:
     if not cuda_sources or home is None or switch("ONESHOT_CUDA") is False:
         return [native]
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
-        os.environ["TORCH_CUDA_ARCH_LIST"] = "7.5;8.0;9.0;10.0;12.0+PTX" if (toolkit_version(home) or 0) >= 13 else "7.0;8.0;9.0+PTX"
+        os.environ["TORCH_CUDA_ARCH_LIST"] = (
+            "7.5;8.0;9.0;10.0;12.0+PTX" if (toolkit_version(home) or 0) >= 13 else "7.0;8.0;9.0+PTX"
+        )
     nvcc = ["-O3", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA", "-cudart=static"]
     cuda = cpp_extension.CUDAExtension(
         "oneshot_C_cuda", cuda_sources, extra_compile_args={"cxx": flags, "nvcc": nvcc}, **common

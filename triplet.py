@@ -92,8 +92,8 @@ def triplet_loss(
             why, is logged once).
 
     Returns:
-        A scalar, or (B,) for reduction "none"; float64 for float64 input, else float32. Gradients reach `embeddings` and
-        the others' embeddings, in their types, and are those of the loss with the mined rows held fixed.
+        A scalar, or (B,) for reduction "none"; float64 for float64 input, else float32. Gradients reach `embeddings`
+        and the others' embeddings, in their types, and are those of the loss with the mined rows held fixed.
 
         An anchor without a positive or without a negative takes no part. If none takes part, the loss is 0 and so are
         its gradients. If any embedding is not finite, the loss is NaN and so are all gradients; nothing waits for the
@@ -128,11 +128,13 @@ def mine(
     native = check(embeddings, labels, others, settings, impl)
     with torch.no_grad():
         if native:
-            return Mined(*torch.ops.oneshot.triplet_forward(*tensors(embeddings, labels, others), *settings.codes())[2:])
+            return Mined(
+                *torch.ops.oneshot.triplet_forward(*tensors(embeddings, labels, others), *settings.codes())[2:]
+            )
         return torch_mine(*prepare(embeddings, labels, others, settings), settings)[0]
 
 
-# --------------------------------------------------------------------------------------------------------- arguments
+# ------------------------------------------------------------------------------------------------------------ arguments
 
 
 def check(
@@ -171,8 +173,8 @@ def check_rows(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -
     if not isinstance(embeddings, Tensor) or not isinstance(labels, Tensor):
         got = f"{type(embeddings).__name__} and {type(labels).__name__}"
         raise TypeError(f"{name} and {label_name} must be tensors, got {got}")
-    if embeddings.ndim != 2 or embeddings.shape[1] == 0:
-        raise ValueError(f"{name} must be (B, D) with D at least 1, got {tuple(embeddings.shape)}")
+    if embeddings.ndim != 2 or embeddings.numel() == 0:
+        raise ValueError(f"{name} must be (B, D), not empty, got {tuple(embeddings.shape)}")
     if embeddings.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {embeddings.dtype}")
     if labels.shape != embeddings.shape[:1]:
@@ -190,7 +192,7 @@ def tensors(embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | 
     return (*tensors(embeddings, labels, None)[:2], *tensors(*others, None)[:2])
 
 
-# ------------------------------------------------------------------------------------------------------------- native
+# --------------------------------------------------------------------------------------------------------------- native
 
 
 @functools.cache
@@ -228,9 +230,7 @@ def decide_native(device: str, impl: str) -> bool:
     return not why
 
 
-def native_loss(
-    embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, settings: Settings
-) -> Tensor:
+def native_loss(embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, settings: Settings) -> Tensor:
     """The loss by the native op. Eager mode takes the shorter way round PyTorch's registered autograd."""
     arguments = (*tensors(embeddings, labels, others), *settings.codes())
     if torch.compiler.is_compiling():
@@ -268,7 +268,9 @@ def backward_of_op(ctx, grad, *unused):
     return grads[0], None, grads[1] if other_embeddings is not None else None, *(None,) * 7
 
 
-def fake_forward(embeddings, labels, other_embeddings, other_labels, distance, mining, soft, margin, temperature, reduction):
+def fake_forward(
+    embeddings, labels, other_embeddings, other_labels, distance, mining, soft, margin, temperature, reduction
+):
     rows = embeddings.shape[0]
     dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     loss = embeddings.new_empty((rows,) if REDUCTIONS[reduction] == "none" else (), dtype=dtype)
@@ -282,14 +284,14 @@ def fake_backward(grad, embeddings, labels, other_embeddings, other_labels, *unu
     return torch.empty_like(embeddings), grad_others
 
 
-# ------------------------------------------------------------------------------------------------------------ PyTorch
+# -------------------------------------------------------------------------------------------------------------- PyTorch
 
 
 def prepare(
     embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates (B + M, D) in the type of the arithmetic, normalised for cosine, and who is whose positive or negative:
-    two masks (B, B + M). A non-finite value anywhere makes all candidates NaN."""
+    """Candidates (B + M, D) in the type of the arithmetic, normalised for cosine, and two masks (B, B + M): who is whose
+    positive, who is whose negative. A non-finite value anywhere makes all candidates NaN."""
     rows = len(embeddings)
     if others is not None:
         embeddings, labels = torch.cat((embeddings, others[0])), torch.cat((labels.long(), others[1].long()))

@@ -28,7 +28,7 @@ def masks() -> dict[str, Tensor]:
     return {char: glyphs.render(fonts, char) for char in CLASSES + list("".join(HOMOGLYPHS))}
 
 
-# --------------------------------------------------------------------------------------------------------------- characters
+# ----------------------------------------------------------------------------------------------------------- characters
 
 
 def test_classes_are_many_and_the_last_ones_mix_the_scripts():
@@ -41,7 +41,7 @@ def test_classes_are_many_and_the_last_ones_mix_the_scripts():
 
 
 def test_faces_really_have_the_characters():
-    """Against fontTools' reading of the fonts: a code point that is there, with the right glyph where its name says which."""
+    """Against fontTools' reading of the fonts: the code point is there, with the right glyph where a name says which."""
     fonts = glyphs.open_faces()
     assert not any("LastResort" in face for face in fonts)
     for char in CLASSES:
@@ -73,7 +73,7 @@ def test_the_drawn_glyph_is_the_right_one(masks):
     assert correlation.diagonal().min() > 0.75
 
 
-# --------------------------------------------------------------------------------------------------------------- homoglyphs
+# ----------------------------------------------------------------------------------------------------------- homoglyphs
 
 
 def transforms() -> Tensor:
@@ -108,7 +108,7 @@ def describe(masks: Tensor, maps: Tensor, side: int = 24) -> Tensor:
 
 
 def likeness(masks: dict[str, Tensor], chars: list[str]) -> Tensor:
-    """(C, C) largest correlation of any face of one character, transformed, with any face of the other; 0 on the diagonal."""
+    """(C, C) largest correlation of a transformed face of one character with a face of the other; 0 on the diagonal."""
     every = torch.cat([masks[char] for char in chars])
     owner = torch.arange(len(chars)).repeat_interleave(torch.tensor([len(masks[char]) for char in chars]))
     plain, maps = describe(every, torch.eye(2)[None]).T, transforms()
@@ -129,7 +129,7 @@ def test_the_measure_finds_known_homoglyphs(masks, pair):
     assert likeness(masks, list(pair)).max() >= ALIKE
 
 
-# ------------------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------------------- images
 
 
 def test_layout_and_determinism():
@@ -179,7 +179,7 @@ def test_glyphs_are_placed_whole_and_varied(masks):
     assert (border / ink).mean() < 0.02 and (border / ink).max() < 0.25
 
 
-# -------------------------------------------------------------------------------------------------------------------- cache
+# ---------------------------------------------------------------------------------------------------------------- cache
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 import data
 import engine
 import model
+import tiny
 import train_classic
 import train_reptile
 

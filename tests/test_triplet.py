@@ -1,0 +1,483 @@
+"""triplet.py and the native op against a plain-Python oracle: implementation x device x type x mining x distance."""
+
+import os
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+
+import oracle
+import triplet
+from triplet import DISTANCES, mine, triplet_loss
+
+NATIVE = triplet.native_library() == ""
+IMPLS = [
+    pytest.param("torch", "cpu", id="torch"),
+    *([pytest.param("native", "cpu", id="native")] if NATIVE or os.environ.get("ONESHOT_NATIVE") == "1" else []),
+    pytest.param(
+        "auto",
+        "cuda",
+        id="cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
+    ),
+]
+TYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+MININGS = ("hard", "semihard", "all")
+# how far rounding may move a value of order 1: a few times the resolution of the arithmetic's type
+RESOLUTION = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 4e-6, torch.float16: 4e-6}
+
+
+def supported(impl: str, mining: str) -> bool:
+    """Mining "all" is computed by PyTorch alone."""
+    return not (impl == "native" and mining == "all")
+
+
+def batch(rows, width=5, classes=None, dtype=torch.float64, others=0, seed=0, offset=0.0):
+    """Embeddings and labels of a batch and, if `others`, of as many others."""
+    generator = torch.Generator().manual_seed(1000 * rows + seed)
+    x = (torch.randn(rows + others, width, generator=generator, dtype=torch.float64) + offset).to(dtype)
+    labels = torch.randint(classes or max(1, rows // 4), (rows + others,), generator=generator)
+    return x[:rows], labels[:rows], (x[rows:], labels[rows:]) if others else None
+
+
+def compare(impl, device, x, labels, others, kind, mining, soft=False, margin=0.3, temperature=0.5):
+    """Hold loss, count, mined rows and gradients against the oracle; mined rows may differ within rounding."""
+    rows = x.double().tolist() + (others[0].double().tolist() if others else [])
+    names = labels.tolist() + (others[1].tolist() if others else [])
+    settings = (kind, mining, margin, soft, temperature)
+    scale = max(1.0, max(oracle.distance(rows[0], row, kind) for row in rows))
+    spread = max(abs(value - x.double().mean(0)[k].item()) for row in rows for k, value in enumerate(row))
+    slack = RESOLUTION[x.dtype] * (scale if kind == "cosine" else max(scale, x.shape[1] * spread**2))
+    leaf = x.to(device).requires_grad_()
+    far = (others[0].to(device).requires_grad_(), others[1].to(device)) if others else None
+    given = None
+    if mining != "all":
+        mined = mine(leaf, labels.to(device), distance=kind, mining=mining, others=far, impl=impl)
+        given = list(zip(mined.positive.tolist(), mined.negative.tolist(), strict=True))
+        check_mined(given, rows, names, kind, mining, slack)
+    losses, count, gradient = oracle.triplet_loss(rows, names, len(x), *settings, given=given)
+    keywords = dict(distance=kind, mining=mining, soft_margin=soft, temperature=temperature, others=far, impl=impl)
+    each = triplet_loss(leaf, labels.to(device), margin, reduction="none", **keywords)
+    assert each.shape == (len(x),) and each.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
+    summands = max(1.0, float(len(names)) ** 2 if mining == "all" else 1.0)
+    assert torch.allclose(
+        each.double().cpu(),
+        torch.tensor(losses, dtype=torch.float64),
+        rtol=1e-4 * (x.dtype != torch.float64),
+        atol=slack * 8 * summands,
+    )
+    total = triplet_loss(leaf, labels.to(device), margin, reduction="sum", **keywords)
+    mean = triplet_loss(leaf, labels.to(device), margin, reduction="mean", **keywords)
+    expected = torch.tensor([sum(losses), sum(losses) / max(count, 1)], dtype=torch.float64)
+    assert torch.allclose(torch.stack((total, mean)).double().cpu(), expected, rtol=2e-4, atol=slack * 8 * summands)
+    if x.dtype in (torch.float64, torch.float32):
+        weights = torch.linspace(-1, 1, len(x), dtype=torch.float64)
+        leaves = [leaf, *([far[0]] if far else [])]
+        grads = torch.autograd.grad(each, leaves, weights.to(each))
+        exact = torch.tensor(gradient(weights.tolist()), dtype=torch.float64)
+        got = torch.cat([grad.double().cpu() for grad in grads])
+        assert torch.allclose(
+            got, exact, rtol=0, atol=1e-9 if x.dtype == torch.float64 else 2e-4 * float(exact.abs().max() + 1e-3)
+        )
+
+
+def check_mined(given, rows, names, kind, mining, slack):
+    """Are the mined rows the oracle's, or as good as them within rounding?"""
+    for a, (p, n) in enumerate(given):
+        positives = [j for j in range(len(rows)) if names[j] == names[a] and j != a]
+        negatives = [j for j in range(len(rows)) if names[j] != names[a]]
+        if not positives or not negatives:
+            assert (p, n) == (-1, -1)
+            continue
+        assert p in positives and n in negatives
+        d = [oracle.distance(rows[a], row, kind) for row in rows]
+        best_p, best_n = oracle.mine(d, positives, negatives, mining)
+        if kind == "euclidean":  # the order is that of squares
+            d = [value * value for value in d]
+        assert d[p] >= d[best_p] - slack
+        if mining == "hard":
+            assert d[n] <= d[best_n] + slack
+        else:
+            between = [j for j in negatives if d[best_p] + slack < d[j] < d[n] - slack]
+            beyond = [j for j in negatives if d[j] > d[best_p] + slack]
+            assert (d[n] > d[best_p] - slack and not between) or (not beyond and d[n] >= d[best_n] - slack)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_agrees_with_the_oracle(impl, device, kind, mining, dtype):
+    if not supported(impl, mining):
+        with pytest.raises(ValueError, match='"all"'):
+            triplet_loss(*batch(8)[:2], mining=mining, impl=impl)
+        return
+    sizes = (1, 2, 7, 33) if mining == "all" else (1, 2, 7, 33, 65)
+    for rows, others, soft in product(sizes, (0, 5), (False, True)):
+        compare(impl, device, *batch(rows, dtype=dtype, others=others), kind, mining, soft)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("mining", ("hard", "semihard"))
+def test_larger_batches(impl, device, kind, mining):
+    compare(impl, device, *batch(257, width=3, dtype=torch.float32, others=40), kind, mining)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", ("hard", "semihard"))
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_agrees_with_the_other_implementation_at_size(impl, device, kind, mining):
+    """Beyond the oracle's reach: several tiles, blocks and tasks, in float64, where mined rows are the same."""
+    x, labels, others = batch(1500, width=37, classes=180, others=700)
+    found = [
+        mine(x.to(on), labels.to(on), distance=kind, mining=mining, impl=how, others=tuple(o.to(on) for o in others))
+        for how, on in ((impl, device), ("torch", "cpu"))
+    ]
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("labels", [[3] * 9, list(range(9)), [0] * 8 + [1], [-(2**62), 2**62, 0] * 3])
+def test_label_patterns(impl, device, mining, labels):
+    """One class, all different, an anchor without a positive, values at the ends of int64."""
+    if supported(impl, mining):
+        for kind in DISTANCES:
+            compare(impl, device, batch(9)[0], torch.tensor(labels), None, kind, mining)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_label_types_and_strides(impl, device, dtype):
+    x, labels, _ = batch(33)
+    expected = triplet_loss(x.to(device), labels.to(device), impl=impl)
+    strided = x.repeat_interleave(2, 0)[::2].T.contiguous().T.to(device)
+    every_other = labels.to(dtype).repeat_interleave(3).to(device)[::3]
+    assert triplet_loss(strided, every_other, impl=impl) == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", MININGS)
+def test_ties_go_to_the_lowest_row(impl, device, mining):
+    """Rows on a grid have exactly equal distances, and copies of rows."""
+    if supported(impl, mining):
+        x = torch.tensor([[float(i % 3), float(i // 3 % 2)] for i in range(24)], dtype=torch.float64)
+        labels = torch.arange(24) // 6
+        for kind in ("euclidean", "sqeuclidean"):
+            compare(impl, device, x, labels, None, kind, mining)
+        if mining == "hard":
+            mined = mine(x.to(device), labels.to(device), distance="sqeuclidean", impl=impl)
+            rows, names = x.tolist(), labels.tolist()
+            for a in range(24):
+                d = [oracle.distance(rows[a], row, "sqeuclidean") for row in rows]
+                p = [j for j in range(24) if names[j] == names[a] and j != a]
+                n = [j for j in range(24) if names[j] != names[a]]
+                assert (mined.positive[a], mined.negative[a]) == oracle.mine(d, p, n, mining)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_copies_and_equal_rows(impl, device, kind):
+    """Distance 0 has gradient 0, and a copy of an anchor can be its positive; the lowest of equal rows wins."""
+    x = torch.ones(300, 7, device=device, requires_grad=True)
+    labels = torch.arange(300, device=device) % 2
+    mined = mine(x, labels, distance=kind, impl=impl)
+    assert mined.positive.tolist() == [2, 3] + [0, 1] * 149 and mined.negative.tolist() == [1, 0] * 150
+    loss = triplet_loss(x, labels, 0.25, distance=kind, impl=impl)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.25) and x.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("kind", ("euclidean", "sqeuclidean"))
+@pytest.mark.parametrize("mining", ("hard", "semihard"))
+def test_rows_far_from_the_origin_mine_correctly(impl, device, kind, mining):
+    """Values on a grid of 1/64 stay exact under the offset, so the mined rows must be the same with and without it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-128, 129, (257, 16), generator=generator) / 64
+    labels = torch.randint(30, (257,), generator=generator)
+    compare(impl, device, x + 1000, labels, None, kind, mining)
+    near, far = (
+        mine((x + by).double().to(device), labels.to(device), distance=kind, mining=mining, impl=impl)
+        for by in (0, 1000)
+    )
+    assert torch.equal(near.negative, far.negative) and torch.equal(near.positive, far.positive)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_zero_rows(impl, device, kind, mining):
+    if supported(impl, mining):
+        x, labels, _ = batch(17)
+        x[3] = x[8] = x[9] = 0
+        compare(impl, device, x, labels, None, kind, mining)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("factor", [1e18, 1e-18, 1e-40])
+@pytest.mark.parametrize("width", [1, 64, 4097])
+def test_magnitudes(impl, device, factor, width):
+    """The order survives what a float32 square does not: 1e18 * 64 columns, values whose squares are denormal or 0."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, width, generator=generator)
+    labels = torch.arange(40, device=device) % 8
+    for kind in ("cosine", "euclidean") if factor > 1 else ("euclidean",):
+        if kind == "cosine" and width == 1:
+            continue  # only +1 and -1: ties all over
+        base, scaled = (mine((x * by).to(device), labels, distance=kind, impl=impl) for by in (1.0, factor))
+        if factor == 1e-40 and width == 1:
+            continue  # denormals keep too few digits to tell near rows apart
+        assert (base.negative == scaled.negative).float().mean() > 0.9
+        loss = triplet_loss((x * factor).to(device).requires_grad_(), labels, distance="cosine", impl=impl)
+        assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("soft", [False, True])
+def test_no_anchor_takes_part(impl, device, mining, soft):
+    if supported(impl, mining):
+        for labels in (torch.zeros(6), torch.arange(6), torch.zeros(1)):
+            x = torch.randn(len(labels), 4, device=device, requires_grad=True)
+            for reduction in ("mean", "sum", "none"):
+                loss = triplet_loss(
+                    x, labels.long().to(device), mining=mining, soft_margin=soft, reduction=reduction, impl=impl
+                )
+                assert loss.abs().sum() == 0
+                assert torch.autograd.grad(loss.sum(), x)[0].abs().sum() == 0
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("where", ["embeddings", "others"])
+def test_non_finite_embeddings_give_nan(impl, device, mining, value, where):
+    if not supported(impl, mining):
+        return
+    for kind, one_class, reduction in product(DISTANCES, (False, True), ("mean", "none")):
+        x, labels, others = batch(12, others=5)
+        (x if where == "embeddings" else others[0])[4, 2] = value
+        leaves = [x.to(device).requires_grad_(), others[0].to(device).requires_grad_()]
+        names = [(t * (not one_class)).to(device) for t in (labels, others[1])]
+        loss = triplet_loss(
+            leaves[0],
+            names[0],
+            distance=kind,
+            mining=mining,
+            others=(leaves[1], names[1]),
+            reduction=reduction,
+            impl=impl,
+        )
+        assert loss.isnan().all()
+        assert all(grad.isnan().all() for grad in torch.autograd.grad(loss.sum(), leaves))
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", MININGS)
+def test_gradcheck(impl, device, mining):
+    if not supported(impl, mining):
+        return
+    x, labels, others = batch(9, others=4)
+    leaves = [x.to(device).requires_grad_(), others[0].to(device).requires_grad_()]
+    for kind, soft, reduction in product(DISTANCES, (False, True), ("mean", "none")):
+
+        def loss(a, b, kind=kind, soft=soft, reduction=reduction):
+            far = (b, others[1].to(device))
+            return triplet_loss(
+                a,
+                labels.to(device),
+                distance=kind,
+                mining=mining,
+                soft_margin=soft,
+                reduction=reduction,
+                others=far,
+                impl=impl,
+            )
+
+        assert torch.autograd.gradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_gradients_only_where_required(impl, device, needs):
+    x, labels, others = batch(12, others=5)
+    leaves = [t.to(device).requires_grad_(need) for t, need in zip((x, others[0]), needs, strict=True)]
+    triplet_loss(leaves[0], labels.to(device), others=(leaves[1], others[1].to(device)), impl=impl).backward()
+    for leaf, need in zip(leaves, needs, strict=True):
+        assert (leaf.grad is not None) == need
+    with torch.no_grad():
+        assert not triplet_loss(leaves[0], labels.to(device), impl=impl).requires_grad
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_float32_inside(impl, device, mining, dtype):
+    """At most twice the error, against float64, of the torch implementation."""
+    if not supported(impl, mining):
+        return
+    x, labels, _ = batch(65, width=32, dtype=dtype)
+    errors = []
+    exact_leaf = x.double().requires_grad_()
+    exact = triplet_loss(exact_leaf, labels, mining=mining, impl="torch")
+    (exact_grad,) = torch.autograd.grad(exact, exact_leaf)
+    for how, on in ((impl, device), ("torch", "cpu")):
+        leaf = x.to(on).requires_grad_()
+        loss = triplet_loss(leaf, labels.to(on), mining=mining, impl=how)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        assert loss.dtype == torch.float32 and grad.dtype == dtype
+        errors.append((abs(loss.item() - exact.item()), float((grad.double().cpu() - exact_grad).abs().max())))
+    assert errors[0][0] <= 2 * errors[1][0] + 1e-6 and errors[0][1] <= 2 * errors[1][1] + 1e-6
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_autocast_computes_in_float32(impl, device, mining, kind):
+    if supported(impl, mining):
+        x, labels, _ = batch(33, dtype=torch.float32)
+        plain = triplet_loss(x.to(device), labels.to(device), mining=mining, distance=kind, impl=impl)
+        with torch.autocast(device, torch.bfloat16):
+            cast = triplet_loss(x.to(device), labels.to(device), mining=mining, distance=kind, impl=impl)
+        assert torch.equal(plain, cast)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", MININGS)
+def test_compiles_to_one_graph(impl, device, mining):
+    if not supported(impl, mining):
+        return
+    x, labels, _ = batch(16, dtype=torch.float32)
+    labels = labels.to(device)
+
+    def loss(x):
+        return triplet_loss(x * 2, labels, mining=mining, soft_margin=True, impl=impl) * 3
+
+    results = []
+    for run in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = x.to(device).clone().requires_grad_()
+        value = run(leaf)
+        results.append((value.detach(), *torch.autograd.grad(value, leaf)))
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.allclose(eager, compiled, atol=1e-6)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", MININGS)
+def test_same_input_same_bits(impl, device, mining):
+    if not supported(impl, mining):
+        return
+    x, labels, others = batch(300, width=24, classes=40, dtype=torch.float32, others=90)
+
+    def once():
+        leaf = x.to(device).requires_grad_()
+        far = (others[0].to(device), others[1].to(device))
+        loss = triplet_loss(leaf, labels.to(device), mining=mining, others=far, impl=impl)
+        return loss.detach().clone(), *torch.autograd.grad(loss, leaf)
+
+    runs = [once() for _ in range(3)]
+    threads = torch.get_num_threads()
+    if impl == "native":  # here for any number of threads
+        torch.set_num_threads(threads % 3 + 1)
+        runs.append(once())
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+def test_wrong_arguments_say_what_came(impl, device):
+    x, labels = torch.randn(4, 3, device=device), torch.tensor([0, 0, 1, 1], device=device)
+    for error, message, call in (
+        (ValueError, r"\(B, D\).*got \(4,\)", lambda: triplet_loss(x[:, 0], labels, impl=impl)),
+        (ValueError, r"got \(4, 0\)", lambda: triplet_loss(x[:, :0], labels, impl=impl)),
+        (ValueError, r"got \(0, 3\)", lambda: triplet_loss(x[:0], labels[:0], impl=impl)),
+        (
+            ValueError,
+            r"labels must be \(4,\), got \(4, 2\)",
+            lambda: triplet_loss(x, labels[:, None].expand(4, 2), impl=impl),
+        ),
+        (TypeError, "int64", lambda: triplet_loss(x.long(), labels, impl=impl)),
+        (TypeError, "got torch.float32", lambda: triplet_loss(x, labels.float(), impl=impl)),
+        (TypeError, "got list", lambda: triplet_loss(x.tolist(), labels, impl=impl)),
+        (
+            ValueError,
+            "distance must be one of.*'manhattan'",
+            lambda: triplet_loss(x, labels, distance="manhattan", impl=impl),
+        ),
+        (ValueError, "mining must be one of", lambda: triplet_loss(x, labels, mining="easy", impl=impl)),
+        (ValueError, "reduction must be one of", lambda: triplet_loss(x, labels, reduction="max", impl=impl)),
+        (ValueError, "impl must be one of", lambda: triplet_loss(x, labels, impl="fast")),
+        (ValueError, "temperature must be above 0, got 0", lambda: triplet_loss(x, labels, temperature=0, impl=impl)),
+        (ValueError, "margin must be a number", lambda: triplet_loss(x, labels, float("nan"), impl=impl)),
+        (ValueError, "got 2 and", lambda: triplet_loss(x, labels, others=(x[:, :2], labels), impl=impl)),
+        (ValueError, "torch.float64", lambda: triplet_loss(x, labels, others=(x.double(), labels), impl=impl)),
+        (ValueError, r"others\[1\] must be \(4,\)", lambda: triplet_loss(x, labels, others=(x, labels[:2]), impl=impl)),
+        (ValueError, "one triplet for each anchor", lambda: mine(x, labels, mining="all", impl=impl)),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_native_must_be_there_when_asked_for():
+    """With ONESHOT_NATIVE=1, a missing native op is a failure, not a skip."""
+    if os.environ.get("ONESHOT_NATIVE") == "1":
+        assert triplet.native_library() == ""
+        assert triplet.use_native("cpu", "native") and triplet.use_native("cpu", "auto")
+
+
+def test_without_the_native_op_auto_says_so_and_native_is_an_error(monkeypatch, caplog):
+    monkeypatch.setattr(triplet, "native_library", lambda: "the native op is not built")
+    triplet.decide_native.cache_clear()
+    x, labels, _ = batch(8)
+    with caplog.at_level("INFO", logger="triplet"):
+        for _ in range(2):
+            triplet_loss(x, labels)
+    assert len(caplog.records) == 1 and "pip install -e ." in caplog.text
+    with pytest.raises(RuntimeError, match=r"pip install -e \."):
+        triplet_loss(x, labels, impl="native")
+    triplet.decide_native.cache_clear()
+
+
+@pytest.mark.skipif(not NATIVE and os.environ.get("ONESHOT_NATIVE") != "1", reason="pure Python install")
+class TestNative:
+    def test_opcheck(self):
+        x, labels, others = batch(9, dtype=torch.float32, others=4)
+        for mining, reduction in product((0, 1), (0, 1, 2)):
+            codes = (0, mining, False, 0.3, 1.0, reduction)
+            far = (others[0].requires_grad_(), others[1])
+            for tail in ((None, None), far):
+                torch.library.opcheck(
+                    torch.ops.oneshot.triplet_forward.default, (x.requires_grad_(), labels, *tail, *codes)
+                )
+
+    @pytest.mark.parametrize("isa", ["avx2", "portable"])
+    def test_narrower_instruction_sets(self, isa):
+        """The kernels for other processors, in a process that is told to take them."""
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", NARROW]
+        environment = os.environ | {"ONESHOT_ISA": isa}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and "passed" in done.stdout, done.stdout
+
+    def test_no_square_matrix_is_held(self):
+        """Peak memory of forward and backward at B = 20000 grows by far less than the (B, B) matrix's 1.6 GB."""
+        code = (
+            "import resource, torch; from triplet import triplet_loss\n"
+            "def run(n):\n"
+            "    x = torch.randn(n, 16, requires_grad=True)\n"
+            "    triplet_loss(x, torch.arange(n) % (n // 4), impl='native').backward()\n"
+            "    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+            "before = run(64); print(run(20000) - before)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=os.path.dirname(triplet.__file__)
+        )
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) < 64  # MB
+
+
+NARROW = "native and (larger_batches or implementation_at_size or gradcheck or (oracle and float32))"
