@@ -163,7 +163,7 @@ def check(
             )
         if others[0].device != embeddings.device:
             raise ValueError(f"others are on {others[0].device}, embeddings on {embeddings.device}")
-    if impl == "torch":
+    if impl == "torch" or (impl == "auto" and settings.mining == "all"):  # "all" has no native implementation
         return False
     return use_native(embeddings.device.type, impl)
 
@@ -290,8 +290,8 @@ def fake_backward(grad, embeddings, labels, other_embeddings, other_labels, *unu
 def prepare(
     embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates (B + M, D) in the type of the arithmetic, normalised for cosine, and two masks (B, B + M): who is whose
-    positive, who is whose negative. A non-finite value anywhere makes all candidates NaN."""
+    """Candidates (B + M, D) in the type of the arithmetic, normalised for cosine, and two masks (B, B + M): who is
+    whose positive, who is whose negative. A non-finite value anywhere makes all candidates NaN."""
     rows = len(embeddings)
     if others is not None:
         embeddings, labels = torch.cat((embeddings, others[0])), torch.cat((labels.long(), others[1].long()))

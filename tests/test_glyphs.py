@@ -41,7 +41,7 @@ def test_classes_are_many_and_the_last_ones_mix_the_scripts():
 
 
 def test_faces_really_have_the_characters():
-    """Against fontTools' reading of the fonts: the code point is there, with the right glyph where a name says which."""
+    """Against fontTools' reading of the fonts: the code point is there, with the right glyph if a name says which."""
     fonts = glyphs.open_faces()
     assert not any("LastResort" in face for face in fonts)
     for char in CLASSES:

@@ -1,0 +1,186 @@
+"""metrics.py against brute force over pairs and triplets, and against scikit-learn."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score, roc_curve
+
+import metrics
+
+
+def embeddings(images, classes, seed=0, levels=None):
+    """Normalised rows around class centres; `levels` rounds similarities' ingredients, for ties."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (images,), generator=generator)
+    x = torch.randn(images, 6, generator=generator) + torch.randn(classes, 6, generator=generator)[labels]
+    if levels:  # rows of +-1/2 in four columns: similarities are exact multiples of 1/4
+        x = torch.where(x[:, :4] > 0, 0.5, -0.5)
+        return x, labels
+    return metrics.normalise(x), labels
+
+
+def all_pairs(z, labels):
+    """Similarity and "same class" of each pair i < j, as numpy arrays."""
+    i, j = torch.triu_indices(len(z), len(z), 1)
+    return (z @ z.T)[i, j].numpy(), (labels[i] == labels[j]).numpy()
+
+
+def balanced(similarity, same, threshold):
+    return 50 * ((similarity[same] > threshold).mean() + (similarity[~same] <= threshold).mean())
+
+
+CASES = [(60, 5, None), (90, 7, 4), (700, 9, None), (40, 3, 4)]
+
+
+@pytest.mark.parametrize(("images", "classes", "levels"), CASES)
+def test_pair_statistics(images, classes, levels):
+    z, labels = embeddings(images, classes, levels=levels)
+    similarity, same = all_pairs(z, labels)
+    found = metrics.pair_statistics(z, labels)
+    assert found.auc == pytest.approx(100 * roc_auc_score(same, similarity), abs=1e-9 if levels else 1e-4)
+    far, tar, _ = roc_curve(same, similarity, drop_intermediate=False)
+    assert found.oracle_accuracy == pytest.approx(50 * (1 + (tar - far).max()), abs=1e-9 if levels else 1e-3)
+    assert balanced(similarity, same, found.oracle_threshold) == pytest.approx(found.oracle_accuracy, abs=1e-3)
+    crossing = np.interp(0, far - (1 - tar), far)
+    assert found.eer == pytest.approx(100 * crossing, abs=1e-6 if levels else 0.05)
+
+
+def test_the_oracle_threshold_is_the_middle_of_its_interval():
+    z = torch.tensor([[1.0, 0], [0.8, 0.6], [0, 1], [-0.6, 0.8]])
+    found = metrics.pair_statistics(z, torch.tensor([0, 0, 1, 1]))
+    # same: 0.8, 0.8; different: 0, 0.6, -0.6, 0
+    assert found == metrics.PairStatistics(100.0, 0.0, 100.0, pytest.approx(0.7))
+
+
+@pytest.mark.parametrize(("images", "classes", "levels"), CASES)
+@pytest.mark.parametrize("threshold", [-0.3, 0.25, 0.5])
+def test_pair_table(images, classes, levels, threshold):
+    z, labels = embeddings(images, classes, levels=levels)
+    similarity, same = all_pairs(z, labels)
+    table = metrics.pair_table(z, labels, threshold)
+    assert float(table.accuracy()) == pytest.approx(balanced(similarity, same, threshold), abs=1e-3)
+    assert table.total.diagonal().sum() + table.total.triu(1).sum() == len(z) * (len(z) - 1) / 2
+    for row, label in enumerate(labels.unique()):
+        i, j = torch.triu_indices(len(z), len(z), 1)
+        member = ((labels[i] == label) | (labels[j] == label)).numpy()
+        expected = balanced(similarity[member], same[member], threshold)
+        assert float(table.per_class()[row]) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(("images", "classes", "levels"), CASES[:2])
+def test_triplet_accuracy(images, classes, levels):
+    z, labels = embeddings(images, classes, levels=levels)
+    similarity = z @ z.T
+    per_anchor = {}
+    for a in range(len(z)):
+        positives = [p for p in range(len(z)) if labels[p] == labels[a] and p != a]
+        negatives = [n for n in range(len(z)) if labels[n] != labels[a]]
+        if positives and negatives:
+            right = [bool(similarity[a, p] > similarity[a, n]) for p, n in itertools.product(positives, negatives)]
+            per_anchor[a] = 100 * np.mean(right)
+    assert metrics.triplet_accuracy(z, labels) == pytest.approx(np.mean(list(per_anchor.values())), abs=1e-3)
+    for row, label in enumerate(labels.unique()):
+        own = [value for a, value in per_anchor.items() if labels[a] == label]
+        assert float(metrics.triplet_table(z, labels).per_class()[row]) == pytest.approx(np.mean(own), abs=1e-3)
+
+
+def test_blocks_do_not_matter(monkeypatch):
+    z, labels = embeddings(300, 6, levels=4)
+    whole = metrics.pair_statistics(z, labels), float(metrics.pair_table(z, labels, 0.3).accuracy())
+    monkeypatch.setattr(metrics, "ROWS", 7)
+    assert whole == (metrics.pair_statistics(z, labels), float(metrics.pair_table(z, labels, 0.3).accuracy()))
+
+
+def test_constant_embeddings_know_nothing():
+    z, labels = torch.ones(30, 1), torch.arange(30) % 3
+    found = metrics.pair_statistics(z, labels)
+    assert (found.auc, found.eer, found.oracle_accuracy) == (50.0, 50.0, 50.0)
+    for threshold in (0.5, 1.0):
+        assert float(metrics.pair_table(z, labels, threshold).accuracy()) == 50
+    assert metrics.triplet_accuracy(z, labels) == 0  # a tie is wrong
+    accuracy, _ = metrics.few_shot(z, labels, 3, 1, episodes=500)
+    assert accuracy == pytest.approx(100 / 3)
+
+
+def test_degenerate_inputs():
+    z, _ = embeddings(10, 2)
+    assert metrics.pair_statistics(z, torch.zeros(10, dtype=torch.long)) is None  # one class
+    assert metrics.pair_statistics(z, torch.arange(10)) is None  # no two of a class
+    zeros = torch.zeros(6, 3)
+    assert torch.equal(metrics.normalise(zeros), zeros)
+    lonely = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 2])  # a class of one image has no positive pair
+    assert 0 <= metrics.triplet_accuracy(z, lonely) <= 100
+    assert metrics.bootstrap(metrics.pair_table(z, torch.arange(10) % 2, 0.5)) is None  # 2 classes
+
+
+def test_centring():
+    x = torch.randn(20, 4) + 5
+    assert torch.allclose(metrics.normalise(x, x.mean(0)), torch.nn.functional.normalize(x - x.mean(0)))
+
+
+@pytest.mark.parametrize("make", [metrics.triplet_table, lambda z, labels: metrics.pair_table(z, labels, 0.2)])
+def test_resampling_classes_equals_copying_them(make):
+    """A class drawn twice counts as two classes that are never compared with each other."""
+    z, labels = embeddings(120, 5)
+    accuracy = float(make(z, labels).accuracy(torch.tensor([[2.0, 0, 1, 1, 1]])))
+    similarity = z @ z.T
+    counts = torch.tensor([2.0, 0, 1, 1, 1])[labels]
+    if make is metrics.triplet_table:
+        total = weight = 0.0
+        for a in range(len(z)):
+            same = (labels == labels[a]) & (torch.arange(len(z)) != a)
+            right = (similarity[a, same][:, None] > similarity[a, labels != labels[a]]).double().mean(0)
+            negative_weight = counts[labels != labels[a]].double()
+            total += float(counts[a] * (right * negative_weight).sum() / negative_weight.sum())
+            weight += float(counts[a])
+        expected = 100 * total / weight
+    else:
+        i, j = torch.triu_indices(len(z), len(z), 1)
+        accepted, same = similarity[i, j] > 0.2, labels[i] == labels[j]
+        own, crossed = counts[i] * same, counts[i] * counts[j] * ~same
+        expected = 50 * float((own * accepted).sum() / own.sum() + (crossed * ~accepted).sum() / crossed.sum())
+    assert accuracy == pytest.approx(expected, abs=1e-3)
+
+
+def test_bootstrap_covers_the_spread_between_classes():
+    z, labels = embeddings(400, 20)
+    table = metrics.pair_table(z, labels, 0.3)
+    low, high = metrics.bootstrap(table)
+    assert low < float(table.accuracy()) < high and 1 < high - low < 30
+    assert (low, high) == metrics.bootstrap(table)
+
+
+def test_few_shot_by_hand():
+    """Two classes of two images: with one support each, every query is another image; which ones are right is known."""
+    z = torch.tensor([[1.0, 0], [0.8, 0.6], [0, 1], [0.8, -0.6]])
+    labels = torch.tensor([0, 0, 1, 1])
+    accuracy, interval = metrics.few_shot(z, labels, way=2, shot=1, episodes=20_000)
+    right = []
+    for a, b in itertools.product((0, 1), (2, 3)):
+        for query, own, other in ((1 - a, a, b), (5 - b, b, a)):
+            # the supports are compared in either order, and a tie goes to the first
+            mine, theirs = float(z[query] @ z[own]), float(z[query] @ z[other])
+            right.append(0.5 if mine == theirs else float(mine > theirs))
+    assert accuracy == pytest.approx(100 * np.mean(right), abs=3 * interval) and 0 < interval < 1
+
+
+def test_few_shot_episodes():
+    z, labels = embeddings(200, 8)
+    same = [metrics.few_shot(z, labels, 5, 1, episodes=300) for _ in range(2)]
+    assert same[0] == same[1] != metrics.few_shot(z, labels, 5, 1, episodes=300, seed=1)
+    assert metrics.few_shot(z, labels, 9, 1) is None  # more classes than there are
+    assert metrics.few_shot(z, labels, 5, 200) is None  # no query is left
+    assert metrics.few_shot(z, labels, 5, 5, episodes=300)[0] > same[0][0]
+    noise = metrics.normalise(torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)))
+    accuracy, _ = metrics.few_shot(noise, torch.arange(1000) % 10, 10, 1, episodes=2000)
+    assert accuracy == pytest.approx(10, abs=0.7)
+
+
+def test_published_few_shot():
+    z = torch.tensor([[1.0, 0], [0, 1], [0.9, 0.1], [0.1, 0.9], [1.0, 0.1]])
+    labels = torch.tensor([7, 9, 7, 9, 9])
+    score, constant = metrics.published_few_shot(metrics.normalise(z), labels, 0.5)
+    # supports 0 and 1, queries 2, 3, 4: six pairs, of which (0, 4) is accepted and (1, 4) refused, both wrongly
+    assert score == pytest.approx(100 * 4 / 6) and constant == pytest.approx(50)
