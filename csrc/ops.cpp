@@ -1,5 +1,5 @@
-// Names and types of the native ops; each backend registers its own implementation. What they compute is written down in
-// the docstring of triplet_loss (triplet.py).
+// Names and types of the native ops; each backend registers its own implementation. What they compute is written down
+// in the docstring of triplet_loss (triplet.py).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(oneshot, m) {

@@ -1,5 +1,5 @@
-// What the backends share: the codes of triplet.py's options, the cost of a triplet, checks of the arguments. No PyTorch
-// headers here, so that kernels can be compiled without them.
+// What the backends share: the codes of triplet.py's options, the cost of a triplet, checks of the arguments. No
+// PyTorch headers here, so that kernels can be compiled without them.
 #pragma once
 
 #include <cmath>
@@ -59,8 +59,8 @@ inline void require(bool holds, const Parts&... parts) {
   throw std::invalid_argument(message.str());
 }
 
-inline Settings make_settings(
-    int64_t distance, int64_t mining, bool soft_margin, double margin, double temperature, int64_t reduction) {
+inline Settings make_settings(int64_t distance, int64_t mining, bool soft_margin, double margin, double temperature,
+                              int64_t reduction) {
   require(distance >= 0 && distance <= 2, "distance must be a code of 0..2, got ", distance);
   require(mining >= 0 && mining <= 2, "mining must be a code of 0..2, got ", mining);
   require(reduction >= 0 && reduction <= 2, "reduction must be a code of 0..2, got ", reduction);

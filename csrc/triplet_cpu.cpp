@@ -54,10 +54,11 @@ struct OwningBatch : Batch<In> {
       this->others = other_embeddings->template const_data_ptr<In>();
       this->other_rows = other_embeddings->size(0);
     }
-    require(this->rows > 0 && this->width > 0, "embeddings must not be empty, got (", this->rows, ", ", this->width, ")");
-    require(this->candidates() < std::numeric_limits<int32_t>::max() / 2, "at most 2^30 rows, got ", this->candidates());
-    number_classes(labels.const_data_ptr<int64_t>(),
-                   other_labels ? other_labels->const_data_ptr<int64_t>() : nullptr);
+    require(this->rows > 0 && this->width > 0, "embeddings must not be empty, got (", this->rows, ", ", this->width,
+            ")");
+    require(this->candidates() < std::numeric_limits<int32_t>::max() / 2, "at most 2^30 rows, got ",
+            this->candidates());
+    number_classes(labels.const_data_ptr<int64_t>(), other_labels ? other_labels->const_data_ptr<int64_t>() : nullptr);
   }
 
   void number_classes(const int64_t* labels, const int64_t* other_labels) {
@@ -66,9 +67,8 @@ struct OwningBatch : Batch<In> {
     int32_t *class_of = memory.data(), *order = class_of + n, *starts = order + n;
     const auto label = [&](int32_t j) { return j < this->rows ? labels[j] : other_labels[j - this->rows]; };
     std::iota(order, order + n, 0);
-    std::sort(order, order + n, [&](int32_t a, int32_t b) {
-      return label(a) != label(b) ? label(a) < label(b) : a < b;
-    });
+    std::sort(order, order + n,
+              [&](int32_t a, int32_t b) { return label(a) != label(b) ? label(a) < label(b) : a < b; });
     int32_t classes = 0;
     for (int32_t at = 0; at < n; ++at) {
       if (at == 0 || label(order[at]) != label(order[at - 1])) starts[classes++] = at;
@@ -95,17 +95,23 @@ Threads pytorch_threads(int64_t work) {
 template <typename F>
 void by_type(const Tensor& embeddings, F&& f) {
   switch (embeddings.scalar_type()) {
-    case ScalarType::Double: return f(double(), double());
-    case ScalarType::Float: return f(float(), float());
-    case ScalarType::BFloat16: return f(torch::headeronly::BFloat16(), float());
-    case ScalarType::Half: return f(torch::headeronly::Half(), float());
-    default: require(false, "embeddings must be float64, float32, bfloat16 or float16");
+    case ScalarType::Double:
+      return f(double(), double());
+    case ScalarType::Float:
+      return f(float(), float());
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16(), float());
+    case ScalarType::Half:
+      return f(torch::headeronly::Half(), float());
+    default:
+      require(false, "embeddings must be float64, float32, bfloat16 or float16");
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
-    Tensor embeddings, Tensor labels, MaybeTensor other_embeddings, MaybeTensor other_labels, int64_t distance,
-    int64_t mining, bool soft_margin, double margin, double temperature, int64_t reduction) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, Tensor labels, MaybeTensor other_embeddings,
+                                                   MaybeTensor other_labels, int64_t distance, int64_t mining,
+                                                   bool soft_margin, double margin, double temperature,
+                                                   int64_t reduction) {
   const Settings settings = make_settings(distance, mining, soft_margin, margin, temperature, reduction);
   require(settings.mining != Mining::all, "mining \"all\" has no native implementation");
   const auto type = embeddings.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -118,13 +124,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
     const OwningBatch<In> batch(embeddings, labels, other_embeddings, other_labels);
     positive = torch::stable::new_empty(labels, {batch.rows});
     negative = torch::stable::new_empty(labels, {batch.rows});
-    loss = each ? torch::stable::new_empty(embeddings, {batch.rows}, type) : torch::stable::new_empty(embeddings, {}, type);
+    loss = each ? torch::stable::new_empty(embeddings, {batch.rows}, type)
+                : torch::stable::new_empty(embeddings, {}, type);
     std::unique_ptr<T[]> own(each ? nullptr : new T[batch.rows]);
     T* losses = each ? loss.mutable_data_ptr<T>() : own.get();
     int64_t* rows = positive.mutable_data_ptr<int64_t>();
-    const bool finite = kernels<In, T>().forward(
-        batch, settings, pytorch_threads(batch.rows * batch.candidates() * batch.width), losses, rows,
-        negative.mutable_data_ptr<int64_t>());
+    const bool finite =
+        kernels<In, T>().forward(batch, settings, pytorch_threads(batch.rows * batch.candidates() * batch.width),
+                                 losses, rows, negative.mutable_data_ptr<int64_t>());
     if (!finite) {
       std::fill_n(losses, batch.rows, std::numeric_limits<T>::quiet_NaN());
       std::fill_n(rows, batch.rows, -1);
@@ -141,10 +148,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(
   return {loss, count, positive, negative};
 }
 
-std::tuple<Tensor, Tensor> backward(
-    Tensor grad, Tensor embeddings, Tensor labels, MaybeTensor other_embeddings, MaybeTensor other_labels, Tensor count,
-    Tensor positive, Tensor negative, int64_t distance, int64_t mining, bool soft_margin, double margin,
-    double temperature, int64_t reduction) {
+std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor labels, MaybeTensor other_embeddings,
+                                    MaybeTensor other_labels, Tensor count, Tensor positive, Tensor negative,
+                                    int64_t distance, int64_t mining, bool soft_margin, double margin,
+                                    double temperature, int64_t reduction) {
   const Settings settings = make_settings(distance, mining, soft_margin, margin, temperature, reduction);
   Tensor grad_own = torch::stable::empty_like(embeddings);
   Tensor grad_others =

@@ -32,8 +32,8 @@ struct Threads {
 // Arithmetic is in T: double for double, else float.
 template <typename In, typename T>
 struct Kernels {
-  // Hard or semihard mining: the loss of each anchor, 0 where it takes no part, and its rows, -1 there. Returns false if
-  // an embedding is not finite; the outputs are then of no use.
+  // Hard or semihard mining: the loss of each anchor, 0 where it takes no part, and its rows, -1 there. Returns false
+  // if an embedding is not finite; the outputs are then of no use.
   bool (*forward)(const Batch<In>&, const Settings&, const Threads&, T* losses, int64_t* positive, int64_t* negative);
   // Gradients of all candidates from those of the anchors' losses (rows,).
   void (*backward)(const Batch<In>&, const Settings&, const Threads&, const T* grad, const int64_t* positive,
