@@ -5,25 +5,33 @@ Two shared libraries are made, both on PyTorch's stable ABI, so that one build s
     oneshot_C        csrc/*.cpp, links libtorch_cpu only, and so loads under CPU-only PyTorch too
     oneshot_C_cuda   csrc/*.cu, where a CUDA toolkit of PyTorch's major version is found
 
-`triplet.py` finds them by module name and loads them with torch.ops.load_library; they are never imported.
+`triplet.py` finds them by module name (importlib.util.find_spec, the same for editable and regular installs) and loads
+them with torch.ops.load_library; they are never imported. To rebuild in place: `python setup.py build_ext --inplace`.
 
-Environment: ONESHOT_NATIVE=1 makes a missing compiler an error (otherwise the package is pure Python), ONESHOT_CUDA=0|1
-leaves CUDA out or insists on it, ONESHOT_SANITIZE=1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
+Environment, each 0, 1 or unset:
+
+    ONESHOT_NATIVE    1: a missing compiler is an error (unset: a notice, and pure Python); 0: pure Python
+    ONESHOT_CUDA      1: a missing toolkit is an error; 0: no oneshot_C_cuda
+    ONESHOT_SANITIZE  1: oneshot_C with AddressSanitizer and UndefinedBehaviorSanitizer
+
+CXX, CUDA_HOME and TORCH_CUDA_ARCH_LIST mean what they mean to PyTorch.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-STABLE_ABI = "0x020a000000000000"  # PyTorch 2.10, the oldest one that can load the libraries
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # PyTorch 2.10, the oldest one that can load the libraries
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-ignored-attributes"]
 NO_COMPILER = (
-    "one-shot: no C++ compiler was found ({}), so the triplet loss will run in plain PyTorch. "
+    "one-shot: no working C++ compiler was found ({}), so the triplet loss will run in plain PyTorch. "
     "For the native op install a compiler (Debian: apt-get install g++) and run `pip install -e .` again."
 )
 
@@ -36,9 +44,24 @@ def switch(name: str) -> bool | None:
     return None if value == "" else value == "1"
 
 
+def tell(notice: str) -> None:
+    """Print once: pip also runs this file for the metadata, before it builds."""
+    if not {"egg_info", "dist_info"} & set(sys.argv):
+        print(notice, file=sys.stderr)
+
+
 def compiler() -> str | None:
-    """The C++ compiler that builds would use, or None."""
-    return shutil.which(os.environ.get("CXX", "") or "c++") or shutil.which("g++")
+    """The C++ compiler to build with: the first that works, its standard library included. CXX is the only candidate
+    where it is set."""
+    for command in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
+        check = [*shlex.split(command), "-x", "c++", "-fsyntax-only", "-"]
+        try:
+            works = subprocess.run(check, input="#include <vector>\n", capture_output=True, text=True).returncode == 0
+        except OSError:
+            works = False
+        if works:
+            return command
+    return None
 
 
 def toolkit_candidates() -> list[Path]:
@@ -49,12 +72,16 @@ def toolkit_candidates() -> list[Path]:
     return [*named, *usual, *([Path(on_path).resolve().parent.parent] if on_path else [])]
 
 
+def runtimes(home: Path) -> list[Path]:
+    """A toolkit's static runtime libraries."""
+    return [*home.glob("lib*/libcudart_static.a"), *home.glob("targets/*/lib/libcudart_static.a")]
+
+
 def toolkit_version(home: Path) -> int | None:
     """Major version of a working toolkit (nvcc, headers and a libcudart to link), or None."""
     nvcc = home / "bin" / "nvcc"
-    runtime = [*home.glob("lib*/libcudart_static.a"), *home.glob("targets/*/lib/libcudart_static.a")]
     headers = [*home.glob("include/cuda_runtime.h"), *home.glob("targets/*/include/cuda_runtime.h")]
-    if not (nvcc.is_file() and runtime and headers):
+    if not (nvcc.is_file() and runtimes(home) and headers):
         return None
     try:
         told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60).stdout
@@ -77,64 +104,106 @@ def find_toolkit(torch_cuda: str | None, candidates: list[Path]) -> tuple[Path |
     return None, f"no CUDA {wanted} toolkit with nvcc, headers and libcudart" + f" ({'; '.join(others)})" * bool(others)
 
 
-def extensions() -> list:
-    """What to build here; [] for a pure Python install."""
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
-    cuda_sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cu"))
-    if compiler() is None:
-        notice = NO_COMPILER.format(f"CXX={os.environ['CXX']}" if os.environ.get("CXX") else "c++, g++")
-        if switch("ONESHOT_NATIVE"):
-            raise SystemExit(notice)
-        print(notice, file=sys.stderr)
-        return []
-    import torch
+def toolkit_to_use(sources: list[str], torch_cuda: str | None) -> Path | None:
+    """The toolkit to build oneshot_C_cuda with, None to leave it out. SystemExit where ONESHOT_CUDA=1 cannot be met."""
+    wanted = switch("ONESHOT_CUDA")
+    if wanted is False or not (sources or wanted):
+        return None
+    home, why_not = find_toolkit(torch_cuda, toolkit_candidates()) if sources else (None, "csrc has no .cu file")
+    if home is None and wanted:
+        raise SystemExit(f"one-shot: ONESHOT_CUDA=1, but {why_not} (CUDA_HOME names the toolkit's folder)")
+    if home is None:
+        tell(f"one-shot: the CUDA library is left out: {why_not}")
+    return home
 
-    home, why_not = find_toolkit(torch.version.cuda, toolkit_candidates())
-    if switch("ONESHOT_CUDA") and home is None:
-        raise SystemExit(f"ONESHOT_CUDA=1, but {why_not}; set CUDA_HOME to the toolkit")
-    if home is not None:
-        os.environ["CUDA_HOME"] = str(home)  # before cpp_extension is imported: its own guess trusts nvcc's folder
-    from torch.utils import cpp_extension
+
+def architectures(toolkit: int, gpu: bool) -> str | None:
+    """Value for TORCH_CUDA_ARCH_LIST, None to leave it to PyTorch, whose guess needs a GPU. Without one: what a toolkit
+    of this major version compiles for (13 dropped Volta), and PTX for later GPUs."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST") or gpu:
+        return None
+    return "7.5;8.0;9.0;10.0;12.0+PTX" if toolkit >= 13 else "7.0;7.5;8.0;9.0+PTX"
+
+
+def sources_of(pattern: str) -> list[str]:
+    """Files of csrc, relative to this one."""
+    return [f"csrc/{path.name}" for path in sorted((ROOT / "csrc").glob(pattern))]
+
+
+def native_extension() -> Extension:
+    """oneshot_C."""
+    from torch.utils.cpp_extension import CppExtension
 
     sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"] if switch("ONESHOT_SANITIZE") else []
-    flags = [
-        "-O3",
-        "-Wall",
-        "-Wextra",
-        "-Wno-unused-parameter",
-        "-Wno-ignored-attributes",
-        f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
-        *sanitize,
-    ]
-    common = {"py_limited_api": True, "include_dirs": ["csrc"]}
-    native = cpp_extension.CppExtension(
-        "oneshot_C", sources, extra_compile_args={"cxx": flags}, extra_link_args=sanitize, **common
+    extension = CppExtension(
+        "oneshot_C",
+        sources_of("*.cpp"),
+        depends=sources_of("*.h") + sources_of("*.inc"),
+        include_dirs=["csrc"],
+        extra_compile_args={"cxx": ["-O3", *WARNINGS, TARGET, *sanitize]},
+        extra_link_args=sanitize,
+        py_limited_api=True,
     )
-    native.libraries = ["c10", "torch_cpu"]
-    if not cuda_sources or home is None or switch("ONESHOT_CUDA") is False:
-        return [native]
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
-        os.environ["TORCH_CUDA_ARCH_LIST"] = (
-            "7.5;8.0;9.0;10.0;12.0+PTX" if (toolkit_version(home) or 0) >= 13 else "7.0;8.0;9.0+PTX"
-        )
-    nvcc = ["-O3", f"-DTORCH_TARGET_VERSION={STABLE_ABI}", "-DUSE_CUDA", "-cudart=static"]
-    cuda = cpp_extension.CUDAExtension(
-        "oneshot_C_cuda", cuda_sources, extra_compile_args={"cxx": flags, "nvcc": nvcc}, **common
-    )
-    cuda.libraries = ["c10", "torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"]
-    return [native, cuda]
+    extension.libraries = ["torch_cpu"]
+    return extension
 
 
-def build_commands(modules: list) -> dict:
-    """The build command: PyTorch's, without the Python symbols that the libraries do not use."""
+def cuda_extension(home: Path) -> Extension:
+    """oneshot_C_cuda, with its own CUDA runtime in it."""
+    from torch.utils.cpp_extension import CUDAExtension
+
+    extension = CUDAExtension(
+        "oneshot_C_cuda",
+        sources_of("*.cu"),
+        depends=sources_of("*.h") + sources_of("*.cuh"),
+        include_dirs=["csrc"],
+        library_dirs=[str(runtimes(home)[0].parent)],
+        extra_compile_args={"cxx": ["-O3", TARGET], "nvcc": ["-O3", TARGET, "-DUSE_CUDA"]},
+        py_limited_api=True,
+    )
+    extension.libraries = ["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"]
+    return extension
+
+
+def extensions() -> list[Extension]:
+    """What to build here; [] for a pure Python install."""
+    wanted = switch("ONESHOT_NATIVE")
+    command = None if wanted is False else compiler()
+    if command is None:
+        tried = f"CXX={os.environ['CXX']}" if os.environ.get("CXX") else "c++, g++, clang++"
+        notice = "one-shot: ONESHOT_NATIVE=0, pure Python" if wanted is False else NO_COMPILER.format(tried)
+        if wanted or switch("ONESHOT_CUDA"):
+            raise SystemExit(notice)
+        tell(notice)
+        return []
+    os.environ["CXX"] = command  # for PyTorch and setuptools alike, whose own defaults differ
+    import torch
+
+    home = toolkit_to_use(sources_of("*.cu"), torch.version.cuda)
+    if home is None:
+        return [native_extension()]
+    os.environ["CUDA_HOME"] = str(home)  # before cpp_extension is imported: its own guess trusts nvcc's folder
+    names = architectures(toolkit_version(home) or 0, torch.cuda.is_available())
+    if names:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = names
+    return [native_extension(), cuda_extension(home)]
+
+
+def main() -> None:
+    os.chdir(ROOT)
+    modules = extensions()
     if not modules:
-        return {}
+        setup()
+        return
     from torch.utils.cpp_extension import BuildExtension
 
-    return {"build_ext": BuildExtension}
+    # the libraries use none of Python's ABI: one wheel serves every later Python
+    setup(
+        ext_modules=modules,
+        cmdclass={"build_ext": BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
-    modules = extensions()
-    setup(ext_modules=modules, cmdclass=build_commands(modules))
+    main()
