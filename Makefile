@@ -1,7 +1,7 @@
 .PHONY: build test lint format bench sanitize
 
 build:  ## the native op, in place
-	python setup.py -q build_ext --inplace
+	ONESHOT_NATIVE=1 python setup.py -q build_ext --inplace
 
 test: build
 	ONESHOT_NATIVE=1 pytest -q
@@ -19,9 +19,9 @@ format:
 bench: build
 	python benchmarks/bench_triplet.py
 
-sanitize:  ## the native op's tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	ONESHOT_SANITIZE=1 ONESHOT_CUDA=0 python setup.py -q build_ext --inplace --force
+sanitize:  ## the native op's tests under AddressSanitizer and UndefinedBehaviorSanitizer; the usual build is put back
+	ONESHOT_NATIVE=1 ONESHOT_SANITIZE=1 ONESHOT_CUDA=0 python setup.py -q build_ext --inplace --build-temp build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 ONESHOT_NATIVE=1 \
-	pytest -q tests/test_triplet.py -k "native and not compiles and not narrower and not square_matrix"
-	python setup.py -q build_ext --inplace --force
+	pytest -q tests/test_triplet.py -k "native and not compiles and not narrower and not square_matrix"; \
+	status=$$?; python setup.py -q build_ext --inplace; exit $$status

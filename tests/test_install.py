@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -64,28 +65,94 @@ def test_wrong_switch_is_refused(monkeypatch):
         build.switch("ONESHOT_CUDA")
 
 
-def run_setup(folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    """`setup.py build` in a copy of what it needs, with no compiler on PATH."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "triplet.py"):
+def test_cuda_is_forced_or_left_out(tmp_path, monkeypatch, capsys):
+    good = toolkit(tmp_path / "good")
+    monkeypatch.setattr(build, "toolkit_candidates", lambda: [good])
+    monkeypatch.delenv("ONESHOT_CUDA", raising=False)
+    assert build.toolkit_to_use(["csrc/a.cu"], "13.0") == good
+    assert build.toolkit_to_use([], "13.0") is None and capsys.readouterr().err == ""
+    assert build.toolkit_to_use(["csrc/a.cu"], "12.6") is None
+    assert "the CUDA library is left out: no CUDA 12 toolkit" in capsys.readouterr().err
+    monkeypatch.setenv("ONESHOT_CUDA", "0")
+    assert build.toolkit_to_use(["csrc/a.cu"], "13.0") is None
+    monkeypatch.setenv("ONESHOT_CUDA", "1")
+    assert build.toolkit_to_use(["csrc/a.cu"], "13.0") == good
+    with pytest.raises(SystemExit, match="ONESHOT_CUDA=1, but no CUDA 12 toolkit"):
+        build.toolkit_to_use(["csrc/a.cu"], "12.6")
+    with pytest.raises(SystemExit, match="ONESHOT_CUDA=1, but csrc has no .cu file"):
+        build.toolkit_to_use([], "13.0")
+
+
+def test_architectures_without_a_gpu(monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert build.architectures(13, gpu=True) is None
+    assert "7.0" not in build.architectures(13, gpu=False) and "9.0" in build.architectures(13, gpu=False)
+    assert "10.0" not in build.architectures(12, gpu=False) and build.architectures(12, gpu=False).endswith("+PTX")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    assert build.architectures(13, gpu=False) is None
+
+
+def test_the_compiler_must_work(tmp_path, monkeypatch):
+    """A command that is there but compiles nothing, such as a stub, is no compiler."""
+    for name, status in (("c++", 1), ("g++", 0)):
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.compiler() == "g++"
+    monkeypatch.setenv("CXX", "g++ -O0")
+    assert build.compiler() == "g++ -O0"
+    monkeypatch.setenv("CXX", "c++")
+    assert build.compiler() is None
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    assert build.compiler() is None
+
+
+def run_setup(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    """`setup.py COMMAND` in a copy of what it needs, with no compiler on PATH."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "triplet.py"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     (folder / "bin").mkdir()
     keep = {name: value for name, value in os.environ.items() if not name.startswith("ONESHOT_") and name != "CXX"}
     environment = keep | {"PATH": str(folder / "bin")} | environment
-    command = [sys.executable, "setup.py", "build"]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "setup.py", *command], cwd=folder, env=environment, capture_output=True, text=True
+    )
 
 
 def test_without_a_compiler_the_package_is_pure_python(tmp_path):
-    done = run_setup(tmp_path)
+    done = run_setup(tmp_path, "build")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("no C++ compiler was found") == 1 and "apt-get install g++" in done.stderr
+    assert done.stderr.count("no working C++ compiler was found") == 1 and "apt-get install g++" in done.stderr
     assert list(tmp_path.glob("build/**/triplet.py")) and not list(tmp_path.glob("build/**/*.so"))
 
 
 def test_a_missing_compiler_is_an_error_where_the_native_op_is_required(tmp_path):
-    done = run_setup(tmp_path, ONESHOT_NATIVE="1", CXX="/no/such/compiler")
+    done = run_setup(tmp_path, "build", ONESHOT_NATIVE="1", CXX="/no/such/compiler")
     assert done.returncode != 0 and "CXX=/no/such/compiler" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_left_out_or_forced_against_each_other(tmp_path):
+    pure = run_setup(tmp_path, "build", ONESHOT_NATIVE="0", PATH=os.environ["PATH"])
+    assert pure.returncode == 0 and not list(tmp_path.glob("build/**/*.so")), pure.stderr
+    assert "compiler" not in pure.stderr
+    (tmp_path / "again").mkdir()
+    both = run_setup(tmp_path / "again", "build", ONESHOT_NATIVE="0", ONESHOT_CUDA="1", PATH=os.environ["PATH"])
+    assert both.returncode != 0 and "ONESHOT_NATIVE=0" in both.stderr
+
+
+def test_the_notice_is_printed_by_the_build_alone(tmp_path):
+    """pip runs setup.py for the metadata as well."""
+    assert "compiler" not in run_setup(tmp_path, "-q", "egg_info").stderr
+
+
+def test_a_source_package_holds_the_headers(tmp_path):
+    done = run_setup(tmp_path, "-q", "sdist", "--formats=tar")
+    assert done.returncode == 0, done.stderr
+    [package] = tmp_path.glob("dist/*.tar")
+    names = {Path(name).name for name in tarfile.open(package).getnames()}
+    assert names >= {path.name for path in (ROOT / "csrc").iterdir()}
 
 
 @pytest.mark.skipif(
