@@ -163,7 +163,7 @@ def check(
             )
         if others[0].device != embeddings.device:
             raise ValueError(f"others are on {others[0].device}, embeddings on {embeddings.device}")
-    if impl == "torch" or (impl == "auto" and settings.mining == "all"):  # "all" has no native implementation
+    if impl == "torch":
         return False
     return use_native(embeddings.device.type, impl)
 

@@ -113,7 +113,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, Tensor lab
                                                    bool soft_margin, double margin, double temperature,
                                                    int64_t reduction) {
   const Settings settings = make_settings(distance, mining, soft_margin, margin, temperature, reduction);
-  require(settings.mining != Mining::all, "mining \"all\" has no native implementation");
   const auto type = embeddings.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const bool each = settings.reduction == Reduction::none;
   Tensor loss, count = torch::stable::new_empty(labels, {});
@@ -129,19 +128,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, Tensor lab
     std::unique_ptr<T[]> own(each ? nullptr : new T[batch.rows]);
     T* losses = each ? loss.mutable_data_ptr<T>() : own.get();
     int64_t* rows = positive.mutable_data_ptr<int64_t>();
-    const bool finite =
-        kernels<In, T>().forward(batch, settings, pytorch_threads(batch.rows * batch.candidates() * batch.width),
-                                 losses, rows, negative.mutable_data_ptr<int64_t>());
+    int64_t* opposites = negative.mutable_data_ptr<int64_t>();
+    const Threads threads = pytorch_threads(batch.rows * batch.candidates() * batch.width);
+    int64_t total = 0;  // what a mean is taken over
+    bool finite;
+    if (settings.mining == Mining::all) {
+      std::vector<int64_t> counts(batch.rows);
+      finite = kernels<In, T>().all_forward(batch, settings, threads, losses, counts.data());
+      total = std::accumulate(counts.begin(), counts.end(), int64_t(0));
+      std::fill_n(rows, batch.rows, -1);
+      std::fill_n(opposites, batch.rows, -1);
+    } else {
+      finite = kernels<In, T>().mined_forward(batch, settings, threads, losses, rows, opposites);
+      total = batch.rows - std::count(rows, rows + batch.rows, -1);
+    }
     if (!finite) {
       std::fill_n(losses, batch.rows, std::numeric_limits<T>::quiet_NaN());
       std::fill_n(rows, batch.rows, -1);
-      std::fill_n(negative.mutable_data_ptr<int64_t>(), batch.rows, -1);
+      std::fill_n(opposites, batch.rows, -1);
+      total = -1;  // tells the backward pass
     }
-    const int64_t anchors = finite ? batch.rows - std::count(rows, rows + batch.rows, -1) : -1;  // -1: NaN for backward
-    *count.mutable_data_ptr<int64_t>() = anchors;
+    *count.mutable_data_ptr<int64_t>() = total;
     if (!each) {
       double sum = std::accumulate(losses, losses + batch.rows, 0.0);
-      if (settings.reduction == Reduction::mean && anchors > 0) sum /= double(anchors);
+      if (settings.reduction == Reduction::mean && total > 0) sum /= double(total);
       *loss.mutable_data_ptr<T>() = T(sum);
     }
   });
@@ -162,8 +172,8 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor label
     const OwningBatch<In> batch(embeddings, labels, other_embeddings, other_labels);
     In* own = grad_own.mutable_data_ptr<In>();
     In* others = other_embeddings ? grad_others.mutable_data_ptr<In>() : nullptr;
-    const int64_t anchors = *count.const_data_ptr<int64_t>();
-    if (anchors < 0) {
+    const int64_t total = *count.const_data_ptr<int64_t>();
+    if (total < 0) {
       std::fill_n(own, batch.rows * batch.width, In(std::numeric_limits<float>::quiet_NaN()));
       if (others) std::fill_n(others, batch.other_rows * batch.width, In(std::numeric_limits<float>::quiet_NaN()));
       return;
@@ -172,10 +182,16 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor label
     std::unique_ptr<T[]> each(new T[batch.rows]);
     for (int64_t i = 0; i < batch.rows; ++i) {
       each[i] = settings.reduction == Reduction::none ? given[i * grad.stride(0)] : given[0];
-      if (settings.reduction == Reduction::mean) each[i] /= T(std::max<int64_t>(anchors, 1));
+      if (settings.reduction == Reduction::mean) each[i] /= T(std::max<int64_t>(total, 1));
     }
-    kernels<In, T>().backward(batch, settings, pytorch_threads(8 * batch.candidates() * batch.width), each.get(),
-                              positive.const_data_ptr<int64_t>(), negative.const_data_ptr<int64_t>(), own, others);
+    if (settings.mining == Mining::all) {
+      const Threads threads = pytorch_threads(batch.rows * batch.candidates() * batch.width);
+      kernels<In, T>().all_backward(batch, settings, threads, each.get(), own, others);
+    } else {
+      const Threads threads = pytorch_threads(8 * batch.candidates() * batch.width);
+      kernels<In, T>().mined_backward(batch, settings, threads, each.get(), positive.const_data_ptr<int64_t>(),
+                                      negative.const_data_ptr<int64_t>(), own, others);
+    }
   });
   return {grad_own, grad_others};
 }

@@ -17,7 +17,9 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace triplet::avx512 {
 constexpr int kBytes = 64, kRows = 12;
-#include "triplet_cpu_kernels.inc"
+#include "triplet_cpu_common.inc"
+#include "triplet_cpu_mined.inc"
+#include "triplet_cpu_all.inc"
 }  // namespace triplet::avx512
 #pragma GCC pop_options
 
@@ -25,14 +27,18 @@ constexpr int kBytes = 64, kRows = 12;
 #pragma GCC target("avx2,fma,f16c")
 namespace triplet::avx2 {
 constexpr int kBytes = 32, kRows = 6;
-#include "triplet_cpu_kernels.inc"
+#include "triplet_cpu_common.inc"
+#include "triplet_cpu_mined.inc"
+#include "triplet_cpu_all.inc"
 }  // namespace triplet::avx2
 #pragma GCC pop_options
 #endif
 
 namespace triplet::portable {
 constexpr int kBytes = 16, kRows = 4;
-#include "triplet_cpu_kernels.inc"
+#include "triplet_cpu_common.inc"
+#include "triplet_cpu_mined.inc"
+#include "triplet_cpu_all.inc"
 }  // namespace triplet::portable
 
 namespace triplet {
@@ -45,13 +51,13 @@ Kernels<In, T> kernels() {
   const bool any = wanted == nullptr || *wanted == 0;
   if ((any || !std::strcmp(wanted, "avx512")) && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return {&avx512::mined_forward<In, T>, &avx512::mined_backward<In, T>};
+    return avx512::table<In, T>;
   }
   if ((any || std::strcmp(wanted, "portable")) && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {&avx2::mined_forward<In, T>, &avx2::mined_backward<In, T>};
+    return avx2::table<In, T>;
   }
 #endif
-  return {&portable::mined_forward<In, T>, &portable::mined_backward<In, T>};
+  return portable::table<In, T>;
 }
 
 template Kernels<float, float> kernels();
