@@ -1,6 +1,7 @@
 """What both trainings share: options, seeding, device and precision, validation, checkpoints, log and progress."""
 
 import contextlib
+import ctypes
 import os
 import pickle
 import subprocess
@@ -67,6 +68,20 @@ def require(options: Options, *names: str, least: float | None = None) -> None:
         if not (value > 0 if least is None else value >= least):
             bound = "above 0" if least is None else f"at least {least}"
             raise ValueError(f"--{name.replace('_', '-')} must be {bound}, got {value}")
+
+
+def start(seed: int) -> None:
+    """Seed PyTorch, and let freed memory stay with the process.
+
+    Each step frees and allocates the same activations. glibc hands such large blocks back to the system, which clears
+    them page by page at their next use: a tenth of the time of a step on two cores.
+    """
+    torch.manual_seed(seed)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to this size come from the heap
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at its end stays there
 
 
 def pick_device(name: str) -> torch.device:

@@ -21,7 +21,7 @@ from triplet import triplet_loss
 @dataclass(frozen=True)
 class Options(engine.Options):
     out: str = "runs/classic"  # folder of the run
-    epochs: float = 20.0  # passes over the seen classes' training images
+    epochs: float = 15.0  # passes over the seen classes' training images
     batch_classes: int = 32  # P, classes in a batch
     images_per_class: int = 4  # K, images of each class in a batch
     lr: float = 0.1  # peak learning rate of SGD with Nesterov momentum 0.9
@@ -40,7 +40,7 @@ def learning_rate(step: int, total: int, options: Options) -> float:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    torch.manual_seed(options.seed)
+    engine.start(options.seed)
     with engine.user_errors():
         engine.require(options, "epochs", "lr", "softmax_scale", "temperature")
         engine.require(options, "batch_classes", "images_per_class", least=2)

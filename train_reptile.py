@@ -65,7 +65,7 @@ def meta_step(weights: list[Tensor], adapted: list[list[Tensor]], size: float) -
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    torch.manual_seed(options.seed)
+    engine.start(options.seed)
     with engine.user_errors():
         engine.require(options, "iters", "inner_steps", "meta_batch", "validate_every", least=1)
         engine.require(options, "lr", "meta_step_size", "temperature")
