@@ -21,7 +21,7 @@ from triplet import triplet_loss
 @dataclass(frozen=True)
 class Options(engine.Options):
     out: str = "runs/classic"  # folder of the run
-    epochs: float = 15.0  # passes over the seen classes' training images
+    epochs: float = 12.0  # passes over the seen classes' training images
     batch_classes: int = 32  # P, classes in a batch
     images_per_class: int = 4  # K, images of each class in a batch
     lr: float = 0.1  # peak learning rate of SGD with Nesterov momentum 0.9
