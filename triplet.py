@@ -207,6 +207,7 @@ def native_library() -> str:
         return f"the native op does not load ({error})"
     torch.library.register_fake("oneshot::triplet_forward", fake_forward)
     torch.library.register_fake("oneshot::triplet_backward", fake_backward)
+    torch.library.register_fake("oneshot::triplet_loss_and_gradient", fake_loss_and_gradient)
     torch.library.register_autograd("oneshot::triplet_forward", backward_of_op, setup_context=save_for_backward)
     return ""
 
@@ -235,6 +236,14 @@ def native_loss(embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor
     arguments = (*tensors(embeddings, labels, others), *settings.codes())
     if torch.compiler.is_compiling():
         return torch.ops.oneshot.triplet_forward(*arguments)[0]
+    wants_gradient = embeddings.requires_grad or (others is not None and others[0].requires_grad)
+    if not (wants_gradient and torch.is_grad_enabled()):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.oneshot.triplet_forward.default(*arguments)[0]
+    # computed with the loss, gradients cost less, but they wait for the backward pass in memory of the batch's size
+    at_once = embeddings.is_cpu and settings.reduction != "none"
+    if at_once and (settings.mining == "all" or embeddings.numel() <= 2**20):
+        return NativeAtOnce.apply(*arguments)
     return Native.apply(*arguments)
 
 
@@ -251,6 +260,28 @@ class Native(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return backward_of_op(ctx, grad)
+
+
+class NativeAtOnce(torch.autograd.Function):
+    """The same with the gradients computed in the forward pass; the backward pass scales them."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, *ctx.gradients = torch.ops.oneshot.triplet_loss_and_gradient.default(*arguments)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the native triplet loss can be differentiated once only; impl='torch' knows no such limit"
+            )
+        own, others = (
+            gradient * grad if needed else None
+            for gradient, needed in zip(ctx.gradients, ctx.needs_input_grad[::2], strict=False)
+        )
+        return own, None, others, *(None,) * 7
 
 
 def save_for_backward(ctx, inputs, output) -> None:
@@ -282,6 +313,11 @@ def fake_forward(
 def fake_backward(grad, embeddings, labels, other_embeddings, other_labels, *unused):
     grad_others = embeddings.new_empty((0,)) if other_embeddings is None else torch.empty_like(other_embeddings)
     return torch.empty_like(embeddings), grad_others
+
+
+def fake_loss_and_gradient(embeddings, labels, other_embeddings, other_labels, *codes):
+    loss = fake_forward(embeddings, labels, other_embeddings, other_labels, *codes)[0]
+    return loss, *fake_backward(None, embeddings, labels, other_embeddings, other_labels)
 
 
 # -------------------------------------------------------------------------------------------------------------- PyTorch

@@ -67,8 +67,8 @@ struct OwningBatch : Batch<In> {
     int32_t *class_of = memory.data(), *order = class_of + n, *starts = order + n;
     const auto label = [&](int32_t j) { return j < this->rows ? labels[j] : other_labels[j - this->rows]; };
     std::iota(order, order + n, 0);
-    std::sort(order, order + n,
-              [&](int32_t a, int32_t b) { return label(a) != label(b) ? label(a) < label(b) : a < b; });
+    const auto before = [&](int32_t a, int32_t b) { return label(a) != label(b) ? label(a) < label(b) : a < b; };
+    if (!std::is_sorted(order, order + n, before)) std::sort(order, order + n, before);
     int32_t classes = 0;
     for (int32_t at = 0; at < n; ++at) {
       if (at == 0 || label(order[at]) != label(order[at - 1])) starts[classes++] = at;
@@ -82,8 +82,14 @@ struct OwningBatch : Batch<In> {
   }
 };
 
-Threads pytorch_threads(int64_t work) {
-  const int64_t count = work < (1 << 20) ? 1 : int64_t(torch::stable::get_num_threads());  // waking threads costs 5 us
+template <typename In>
+void fill_nan(const Batch<In>& batch, In* own, In* others) {
+  std::fill_n(own, batch.rows * batch.width, In(std::numeric_limits<float>::quiet_NaN()));
+  if (others) std::fill_n(others, batch.other_rows * batch.width, In(std::numeric_limits<float>::quiet_NaN()));
+}
+
+Threads pytorch_threads(int64_t work) {  // in multiplications and additions
+  const int64_t count = work < (2 << 20) ? 1 : int64_t(torch::stable::get_num_threads());  // waking threads costs 5 us
   return {count, [](int64_t n, void (*body)(void*, int64_t), void* context) {
             torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
               for (int64_t i = begin; i < end; ++i) body(context, i);
@@ -108,54 +114,81 @@ void by_type(const Tensor& embeddings, F&& f) {
   }
 }
 
+// The batch's loss into `loss`: (rows,) for Reduction::none, else one value. The result's fields are the caller's; NaN
+// everywhere and a total of -1 if an embedding is not finite.
+template <typename In, typename T>
+void run_forward(const OwningBatch<In>& batch, const Settings& settings, Result<In, T>& result, T* loss) {
+  const Threads threads = pytorch_threads(batch.rows * batch.candidates() * batch.width);
+  if (!kernels<In, T>().forward(batch, settings, threads, result)) {
+    std::fill_n(result.losses, batch.rows, std::numeric_limits<T>::quiet_NaN());
+    std::fill_n(result.positive, batch.rows, -1);
+    std::fill_n(result.negative, batch.rows, -1);
+    if (result.grad_own) fill_nan(batch, result.grad_own, result.grad_others);
+    result.total = -1;  // tells the backward pass
+  }
+  if (settings.reduction == Reduction::none) return;
+  double sum = std::accumulate(result.losses, result.losses + batch.rows, 0.0);
+  if (settings.reduction == Reduction::mean && result.total > 0) sum /= double(result.total);
+  *loss = T(sum);
+}
+
+ScalarType loss_type(const Tensor& embeddings) {
+  return embeddings.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor gradient_of_others(const Tensor& embeddings, const MaybeTensor& others) {  // empty where there are none
+  return others ? torch::stable::empty_like(*others) : torch::stable::new_empty(embeddings, {0});
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, Tensor labels, MaybeTensor other_embeddings,
                                                    MaybeTensor other_labels, int64_t distance, int64_t mining,
                                                    bool soft_margin, double margin, double temperature,
                                                    int64_t reduction) {
   const Settings settings = make_settings(distance, mining, soft_margin, margin, temperature, reduction);
-  const auto type = embeddings.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const bool each = settings.reduction == Reduction::none;
-  Tensor loss, count = torch::stable::new_empty(labels, {});
-  Tensor positive, negative;
+  Tensor loss, count = torch::stable::new_empty(labels, {}), positive, negative;
   by_type(embeddings, [&](auto in, auto t) {
     using In = decltype(in);
     using T = decltype(t);
     const OwningBatch<In> batch(embeddings, labels, other_embeddings, other_labels);
     positive = torch::stable::new_empty(labels, {batch.rows});
     negative = torch::stable::new_empty(labels, {batch.rows});
-    loss = each ? torch::stable::new_empty(embeddings, {batch.rows}, type)
-                : torch::stable::new_empty(embeddings, {}, type);
+    loss = each ? torch::stable::new_empty(embeddings, {batch.rows}, loss_type(embeddings))
+                : torch::stable::new_empty(embeddings, {}, loss_type(embeddings));
+    T* const reduced = loss.mutable_data_ptr<T>();
     std::unique_ptr<T[]> own(each ? nullptr : new T[batch.rows]);
-    T* losses = each ? loss.mutable_data_ptr<T>() : own.get();
-    int64_t* rows = positive.mutable_data_ptr<int64_t>();
-    int64_t* opposites = negative.mutable_data_ptr<int64_t>();
-    const Threads threads = pytorch_threads(batch.rows * batch.candidates() * batch.width);
-    int64_t total = 0;  // what a mean is taken over
-    bool finite;
-    if (settings.mining == Mining::all) {
-      std::vector<int64_t> counts(batch.rows);
-      finite = kernels<In, T>().all_forward(batch, settings, threads, losses, counts.data());
-      total = std::accumulate(counts.begin(), counts.end(), int64_t(0));
-      std::fill_n(rows, batch.rows, -1);
-      std::fill_n(opposites, batch.rows, -1);
-    } else {
-      finite = kernels<In, T>().mined_forward(batch, settings, threads, losses, rows, opposites);
-      total = batch.rows - std::count(rows, rows + batch.rows, -1);
-    }
-    if (!finite) {
-      std::fill_n(losses, batch.rows, std::numeric_limits<T>::quiet_NaN());
-      std::fill_n(rows, batch.rows, -1);
-      std::fill_n(opposites, batch.rows, -1);
-      total = -1;  // tells the backward pass
-    }
-    *count.mutable_data_ptr<int64_t>() = total;
-    if (!each) {
-      double sum = std::accumulate(losses, losses + batch.rows, 0.0);
-      if (settings.reduction == Reduction::mean && total > 0) sum /= double(total);
-      *loss.mutable_data_ptr<T>() = T(sum);
-    }
+    Result<In, T> result{each ? reduced : own.get(), positive.mutable_data_ptr<int64_t>(),
+                         negative.mutable_data_ptr<int64_t>()};
+    run_forward(batch, settings, result, reduced);
+    *count.mutable_data_ptr<int64_t>() = result.total;
   });
   return {loss, count, positive, negative};
+}
+
+std::tuple<Tensor, Tensor, Tensor> loss_and_gradient(Tensor embeddings, Tensor labels, MaybeTensor other_embeddings,
+                                                     MaybeTensor other_labels, int64_t distance, int64_t mining,
+                                                     bool soft_margin, double margin, double temperature,
+                                                     int64_t reduction) {
+  const Settings settings = make_settings(distance, mining, soft_margin, margin, temperature, reduction);
+  require(settings.reduction != Reduction::none, "a loss that is not reduced has no one gradient");
+  Tensor loss = torch::stable::new_empty(embeddings, {}, loss_type(embeddings));
+  Tensor grad_own = torch::stable::empty_like(embeddings);
+  Tensor grad_others = gradient_of_others(embeddings, other_embeddings);
+  by_type(embeddings, [&](auto in, auto t) {
+    using In = decltype(in);
+    using T = decltype(t);
+    const OwningBatch<In> batch(embeddings, labels, other_embeddings, other_labels);
+    std::unique_ptr<T[]> losses(new T[batch.rows]);
+    std::unique_ptr<int64_t[]> mined(new int64_t[2 * batch.rows]);
+    Result<In, T> result{losses.get(),
+                         mined.get(),
+                         mined.get() + batch.rows,
+                         0,
+                         grad_own.mutable_data_ptr<In>(),
+                         other_embeddings ? grad_others.mutable_data_ptr<In>() : nullptr};
+    run_forward(batch, settings, result, loss.mutable_data_ptr<T>());
+  });
+  return {loss, grad_own, grad_others};
 }
 
 std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor labels, MaybeTensor other_embeddings,
@@ -164,8 +197,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor label
                                     double temperature, int64_t reduction) {
   const Settings settings = make_settings(distance, mining, soft_margin, margin, temperature, reduction);
   Tensor grad_own = torch::stable::empty_like(embeddings);
-  Tensor grad_others =
-      other_embeddings ? torch::stable::empty_like(*other_embeddings) : torch::stable::new_empty(embeddings, {0});
+  Tensor grad_others = gradient_of_others(embeddings, other_embeddings);
   by_type(embeddings, [&](auto in, auto t) {
     using In = decltype(in);
     using T = decltype(t);
@@ -173,25 +205,16 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor label
     In* own = grad_own.mutable_data_ptr<In>();
     In* others = other_embeddings ? grad_others.mutable_data_ptr<In>() : nullptr;
     const int64_t total = *count.const_data_ptr<int64_t>();
-    if (total < 0) {
-      std::fill_n(own, batch.rows * batch.width, In(std::numeric_limits<float>::quiet_NaN()));
-      if (others) std::fill_n(others, batch.other_rows * batch.width, In(std::numeric_limits<float>::quiet_NaN()));
-      return;
-    }
+    if (total < 0) return fill_nan(batch, own, others);
     const T* given = grad.const_data_ptr<T>();
     std::unique_ptr<T[]> each(new T[batch.rows]);
     for (int64_t i = 0; i < batch.rows; ++i) {
       each[i] = settings.reduction == Reduction::none ? given[i * grad.stride(0)] : given[0];
       if (settings.reduction == Reduction::mean) each[i] /= T(std::max<int64_t>(total, 1));
     }
-    if (settings.mining == Mining::all) {
-      const Threads threads = pytorch_threads(batch.rows * batch.candidates() * batch.width);
-      kernels<In, T>().all_backward(batch, settings, threads, each.get(), own, others);
-    } else {
-      const Threads threads = pytorch_threads(8 * batch.candidates() * batch.width);
-      kernels<In, T>().mined_backward(batch, settings, threads, each.get(), positive.const_data_ptr<int64_t>(),
-                                      negative.const_data_ptr<int64_t>(), own, others);
-    }
+    const int64_t work = (settings.mining == Mining::all ? batch.rows : 8) * batch.candidates() * batch.width;
+    kernels<In, T>().backward(batch, settings, pytorch_threads(work), each.get(), positive.const_data_ptr<int64_t>(),
+                              negative.const_data_ptr<int64_t>(), own, others);
   });
   return {grad_own, grad_others};
 }
@@ -202,4 +225,5 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor label
 STABLE_TORCH_LIBRARY_IMPL(oneshot, CPU, m) {
   m.impl("triplet_forward", TORCH_BOX(&triplet::forward));
   m.impl("triplet_backward", TORCH_BOX(&triplet::backward));
+  m.impl("triplet_loss_and_gradient", TORCH_BOX(&triplet::loss_and_gradient));
 }

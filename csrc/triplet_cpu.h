@@ -29,19 +29,23 @@ struct Threads {
   void (*run)(int64_t n, void (*body)(void*, int64_t), void* context);
 };
 
-// Arithmetic is in T: double for double, else float. The forward kernels return false if an embedding is not finite;
-// their outputs are then of no use. The backward kernels give the gradients of all candidates from those of the
-// anchors' losses (rows,).
+// What a forward pass gives. Where the gradients are wanted, they are those of the reduced loss: its sum, or its mean.
+template <typename In, typename T>
+struct Result {
+  T* losses;                     // (rows,), 0 where an anchor takes no part
+  int64_t *positive, *negative;  // (rows,) mined rows, -1 where an anchor takes no part; mining "all": -1
+  int64_t total = 0;             // anchors or triplets that a mean is taken over
+  In *grad_own = nullptr, *grad_others = nullptr;  // (rows, width), (other_rows, width); null: not wanted
+};
+
+// Arithmetic is in T: double for double, else float.
 template <typename In, typename T>
 struct Kernels {
-  // Hard or semihard mining: the loss of each anchor, 0 where it takes no part, and its rows, -1 there.
-  bool (*mined_forward)(const Batch<In>&, const Settings&, const Threads&, T* losses, int64_t* positive,
-                        int64_t* negative);
-  void (*mined_backward)(const Batch<In>&, const Settings&, const Threads&, const T* grad, const int64_t* positive,
-                         const int64_t* negative, In* grad_own, In* grad_others);
-  // All triplets: their summed loss for each anchor, and how many of them a mean is taken over, (rows,) each.
-  bool (*all_forward)(const Batch<In>&, const Settings&, const Threads&, T* losses, int64_t* counts);
-  void (*all_backward)(const Batch<In>&, const Settings&, const Threads&, const T* grad, In* grad_own, In* grad_others);
+  // Returns false if an embedding is not finite; the result is then of no use.
+  bool (*forward)(const Batch<In>&, const Settings&, const Threads&, Result<In, T>&);
+  // Gradients of all candidates from those of the anchors' losses (rows,).
+  void (*backward)(const Batch<In>&, const Settings&, const Threads&, const T* grad, const int64_t* positive,
+                   const int64_t* negative, In* grad_own, In* grad_others);
 };
 
 // The kernels for the widest instruction set that this processor has.
