@@ -29,7 +29,7 @@ class Options(engine.Options):
     out: str = "runs/reptile"  # folder of the run
     iters: int = 10_000  # meta-iterations
     way: int = 10  # classes of a task
-    images_per_class: int = 8  # images of each class in each inner step
+    images_per_class: int = 7  # images of each class in each inner step
     inner_steps: int = 4  # gradient steps on each task
     lr: float = 1e-3  # of the inner Adam, whose first moment is off and whose second starts at 0 with each task
     meta_batch: int = 1  # tasks whose adapted weights are averaged in a meta-iteration
