@@ -188,7 +188,8 @@ def check_rows(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -
 def tensors(embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, ...]:
     """The native op's tensor arguments: labels as int64, everything contiguous."""
     if others is None:
-        return embeddings.contiguous(), labels.to(torch.int64).contiguous(), None, None
+        labels = labels if labels.dtype == torch.int64 else labels.long()
+        return embeddings.contiguous(), labels.contiguous(), None, None
     return (*tensors(embeddings, labels, None)[:2], *tensors(*others, None)[:2])
 
 
@@ -277,11 +278,8 @@ class NativeAtOnce(torch.autograd.Function):
             raise RuntimeError(
                 "the native triplet loss can be differentiated once only; impl='torch' knows no such limit"
             )
-        own, others = (
-            gradient * grad if needed else None
-            for gradient, needed in zip(ctx.gradients, ctx.needs_input_grad[::2], strict=False)
-        )
-        return own, None, others, *(None,) * 7
+        own, others = ctx.gradients
+        return own * grad, None, others * grad if ctx.needs_input_grad[2] else None, *(None,) * 7
 
 
 def save_for_backward(ctx, inputs, output) -> None:

@@ -427,9 +427,32 @@ class TestNative:
             codes = (0, mining, False, 0.3, 1.0, reduction)
             far = (others[0].requires_grad_(), others[1])
             for tail in ((None, None), far):
-                torch.library.opcheck(
-                    torch.ops.oneshot.triplet_forward.default, (x.requires_grad_(), labels, *tail, *codes)
-                )
+                arguments = (x.requires_grad_(), labels, *tail, *codes)
+                torch.library.opcheck(torch.ops.oneshot.triplet_forward.default, arguments)
+                if reduction:
+                    plain = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
+                    torch.library.opcheck(torch.ops.oneshot.triplet_loss_and_gradient.default, plain)
+
+    @pytest.mark.parametrize("kind", DISTANCES)
+    @pytest.mark.parametrize("mining", MININGS)
+    def test_gradients_at_once_are_those_of_the_backward_op(self, kind, mining):
+        """Small batches take the one op, large ones the other two; both must say the same, also scaled."""
+        x, labels, others = batch(40, width=24, dtype=torch.float32, others=9)
+        settings = triplet.Settings(kind, mining, mining == "all", 0.3, 0.5, "mean")
+        results = []
+        for function in (triplet.Native, triplet.NativeAtOnce):
+            leaves = [x.clone().requires_grad_(), others[0].clone().requires_grad_()]
+            loss = function.apply(leaves[0], labels, leaves[1], others[1], *settings.codes())
+            results.append((loss.detach(), *torch.autograd.grad(loss * -3, leaves)))
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+    def test_second_derivatives_are_refused(self):
+        x, labels, _ = batch(12)
+        (grad,) = torch.autograd.grad(triplet_loss(x.requires_grad_(), labels, impl="torch"), x, create_graph=True)
+        assert grad.requires_grad
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            torch.autograd.grad(triplet_loss(x, labels, impl="native"), x, create_graph=True)
 
     @pytest.mark.parametrize("isa", ["avx2", "portable"])
     def test_narrower_instruction_sets(self, isa):

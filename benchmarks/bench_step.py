@@ -1,0 +1,134 @@
+"""What a training step costs beyond the network: data, loss, cloning and interpolation.
+
+    python benchmarks/bench_step.py --data cifar100 --json results/bench_step.json
+
+Turn by turn in one process: the bare network (forward, backward, optimizer step on one fixed batch), a step of
+train_classic.py, and the inner steps of train_reptile.py with their share of the meta-step.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import engine  # noqa: E402
+import model  # noqa: E402
+import train_classic  # noqa: E402
+import train_reptile  # noqa: E402
+from triplet import triplet_loss  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Options:
+    data: str = "glyphs"  # as for the trainings
+    data_root: str = "data"  # folder for downloads and caches
+    device: str = "auto"
+    seconds: float = 60.0
+    json: str | None = None  # write the figures to this file
+
+
+def bare_step(train: engine.TrainingData, device: torch.device, batch: int, make_optimizer: Callable) -> Callable:
+    """The network alone, on one fixed batch of `batch` images."""
+    net = model.build("resnet20").to(device)
+    optimizer = make_optimizer(net.parameters())
+    images, _ = train.batch(torch.arange(batch))
+
+    def step() -> None:
+        embeddings = net(images)
+        optimizer.zero_grad()
+        embeddings.square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def classic_step(train: engine.TrainingData, device: torch.device) -> tuple[Callable, Callable]:
+    """(whole step, bare step) of train_classic.py with its defaults."""
+    options = train_classic.Options()
+    net = model.build("resnet20").to(device)
+    seen = torch.tensor(train.facts["seen"], device=device)
+    head = model.NormalisedSoftmax(len(seen), net.dimension, options.softmax_scale).to(device)
+    keywords = dict(lr=1e-3, momentum=0.9, nesterov=True, weight_decay=options.weight_decay)
+    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], **keywords)
+
+    def step() -> None:
+        index = train.sampler.batch(train.sampler.task(options.batch_classes), options.images_per_class)
+        images, labels = train.batch(index)
+        embeddings = net(images)
+        loss = options.triplet_weight * triplet_loss(embeddings, labels, **options.triplet)
+        loss = loss + options.softmax_weight * head(embeddings, torch.searchsorted(seen, labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    batch = options.batch_classes * options.images_per_class
+    return step, bare_step(train, device, batch, lambda parameters: torch.optim.SGD(parameters, **keywords))
+
+
+def reptile_step(train: engine.TrainingData, device: torch.device) -> tuple[Callable, Callable]:
+    """(meta-iteration, as many bare steps) of train_reptile.py with its defaults."""
+    options = train_reptile.Options()
+    net = model.build("resnet20").to(device)
+    weights = [parameter.detach().clone() for parameter in net.parameters()]
+    keywords = dict(lr=options.lr, betas=(0.0, 0.999), fused=True)
+    optimizer = torch.optim.Adam(net.parameters(), **keywords)
+
+    @dataclass
+    class Stand:  # what `adapt` takes of a run
+        net: torch.nn.Module
+        train: engine.TrainingData
+
+        def autocast(self) -> torch.autocast:
+            return torch.autocast(device.type, enabled=False)
+
+    def iteration() -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(list(net.parameters()), weights)
+        train_reptile.adapt(Stand(net, train), optimizer, options)
+        adapted = [parameter.detach().clone() for parameter in net.parameters()]
+        train_reptile.meta_step(weights, [adapted], 0.01)
+
+    batch = options.way * options.images_per_class
+    bare = bare_step(train, device, batch, lambda parameters: torch.optim.Adam(parameters, **keywords))
+    return iteration, lambda: [bare() for _ in range(options.inner_steps)]
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    engine.start(0)
+    device = engine.pick_device(options.device)
+    train = engine.training_data(engine.Options(data=options.data, data_root=options.data_root), device)
+    pairs = {"classic": classic_step(train, device), "reptile": reptile_step(train, device)}
+    times: dict[str, list[list[float]]] = {name: [[], []] for name in pairs}
+    for pair in pairs.values():
+        for step in pair:
+            step()
+    started = time.perf_counter()
+    while time.perf_counter() - started < options.seconds:
+        for name, pair in pairs.items():
+            for step, taken in zip(pair, times[name], strict=True):
+                began = time.perf_counter()
+                step()
+                taken.append(1e3 * (time.perf_counter() - began))
+    report = {}
+    for name, (whole, bare) in times.items():
+        extra = 100 * (median(whole) / median(bare) - 1)
+        report[name] = {"milliseconds": median(whole), "bare_milliseconds": median(bare), "extra_percent": extra}
+        print(
+            f"{name}: {median(whole):.1f} ms, network alone {median(bare):.1f} ms, {extra:+.1f} % ({len(whole)} turns)"
+        )
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
