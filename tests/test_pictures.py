@@ -1,0 +1,139 @@
+"""pictures.py on files of every kind a user may have: rotated, transparent, grey, 16-bit, huge, broken."""
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pictures
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def colour(picture, y, x):
+    return tuple(picture[:, y, x].tolist())
+
+
+def test_pixels_of_the_right_size_are_kept(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    for suffix in ("png", "bmp", "tif", "ppm", "webp"):
+        Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+        read = pictures.read_picture(tmp_path / f"a.{suffix}", 32)
+        assert read.dtype == torch.uint8 and np.array_equal(read.permute(1, 2, 0).numpy(), pixels), suffix
+
+
+def test_the_centre_square_is_scaled_with_antialiasing(tmp_path):
+    pixels = np.zeros((60, 100, 3), np.uint8)
+    pixels[:, 20:80] = np.where(np.indices((60, 60)).sum(0)[:, :, None] % 2, 255, 0)  # a chess board between black bars
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(pixels.transpose(1, 0, 2)).save(tmp_path / "b.png")
+    wide, high = (pictures.read_picture(tmp_path / name, 6).int() for name in ("a.png", "b.png"))
+    assert wide.shape == (3, 6, 6) and (wide[:, 1:-1, 1:-1] - 127).abs().max() <= 3
+    assert (wide - high.mT).abs().max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(tmp_path, orientation):
+    upright = np.zeros((32, 32, 3), np.uint8)
+    upright[:16, :16], upright[:16, 16:], upright[16:, :16] = RED, GREEN, BLUE
+    # what a camera stores for each orientation: rows and columns of the upright picture in another order
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
+    read = pictures.read_picture(tmp_path / "a.jpg", 32).int()
+    assert (read - torch.from_numpy(upright).permute(2, 0, 1).int()).abs().max() < 8
+
+
+def test_transparent_parts_are_white(tmp_path):
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    rgba[:, :4] = (*RED, 255)
+    rgba[:, 4:] = (*BLUE, 0)
+    Image.fromarray(rgba).save(tmp_path / "rgba.png")
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([*BLUE, *RED])
+    palette.paste(0, (4, 0, 8, 8))
+    palette.save(tmp_path / "palette.png", transparency=0)
+    palette.save(tmp_path / "palette.gif", transparency=0)
+    for name in ("rgba.png", "palette.png", "palette.gif"):
+        read = pictures.read_picture(tmp_path / name, 8)
+        assert colour(read, 3, 0) == RED and colour(read, 3, 7) == WHITE, name
+    Image.fromarray(np.full((8, 8, 2), (0, 127), np.uint8), "LA").save(tmp_path / "la.png")
+    assert colour(pictures.read_picture(tmp_path / "la.png", 8), 0, 0) == (128, 128, 128)
+
+
+def test_grey_bilevel_and_cmyk(tmp_path):
+    Image.new("L", (8, 8), 77).save(tmp_path / "grey.jpg", quality=100)
+    Image.new("1", (8, 8), 1).save(tmp_path / "bilevel.png")
+    Image.new("CMYK", (8, 8), (0, 0, 0, 255)).save(tmp_path / "cmyk.jpg", quality=100)
+    Image.fromarray(np.full((8, 8), 200 * 257, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((8, 8), 90 * 257, np.uint16)).save(tmp_path / "deep.tif")
+    for name, level in (("grey.jpg", 77), ("bilevel.png", 255), ("cmyk.jpg", 0), ("deep.png", 200), ("deep.tif", 90)):
+        assert colour(pictures.read_picture(tmp_path / name, 4), 2, 2) == (level,) * 3, name
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(ValueError, match=r"float\.tif cannot be read: pixels are floating-point"):
+        pictures.read_picture(tmp_path / "float.tif", 4)
+
+
+def test_big_and_narrow_pictures(tmp_path):
+    Image.new("RGB", (6000, 4000), RED).save(tmp_path / "big.jpg", quality=100)
+    assert (pictures.read_picture(tmp_path / "big.jpg", 32)[0] > 250).all()
+    Image.new("RGB", (60_000, 1), GREEN).save(tmp_path / "narrow.png")  # its shorter side scaled would be 32 x 1.9 M
+    assert colour(pictures.read_picture(tmp_path / "narrow.png", 32), 0, 31) == GREEN
+
+
+@pytest.mark.parametrize("side", [9_000, 60_000])
+def test_bombs_are_refused_before_they_are_decoded(tmp_path, side, recwarn):
+    """A few bytes that claim a picture of 81 million pixels, or of 3.6 billion."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    file = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    (tmp_path / "bomb.png").write_bytes(file)
+    with pytest.raises(ValueError, match=r"bomb\.png cannot be read: .*(allowed|exceeds limit)"):
+        pictures.read_picture(tmp_path / "bomb.png", 32)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "tif"])
+def test_truncated_files_are_refused(tmp_path, suffix):
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(noise).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"a\.{suffix} (cannot be read|is not a picture)"):
+        pictures.read_picture(path, 32)
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "a.jpg").write_text("no picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "drawing.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # would run Ghostscript
+    for name in ("a.jpg", "empty.png", "drawing.png"):
+        with pytest.raises(ValueError, match=f"{name} is not a picture in a known format"):
+            pictures.read_picture(tmp_path / name, 32)
+    with pytest.raises(ValueError, match="no such picture"):
+        pictures.read_picture(tmp_path / "missing.png", 32)
+
+
+def test_list_pictures(tmp_path):
+    for name in ("b.JPG", "a.png", "c.webp", ".hidden.png", "notes.txt", "picture"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    assert [path.name for path in pictures.list_pictures(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
+    with pytest.raises(OSError):
+        pictures.list_pictures(tmp_path / "missing")
