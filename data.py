@@ -1,141 +1,72 @@
-"""Images in memory: sources, class splits, P x K batches and augmentation.
+"""Images in memory: class splits, held-back images, P x K batches and augmentation. sources.py reads the images.
 
 A data set is one uint8 tensor; a batch is a tensor of indices into it; cropping and flipping happen while the batch is
 gathered. There are no worker processes and no Python code that runs once per image.
 """
 
-import io
-import os
 import re
-import zipfile
-import zlib
-from contextlib import redirect_stdout
-from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from sources import Data, Images, load
+
+__all__ = [
+    "Data",
+    "Images",
+    "Sampler",
+    "augment",
+    "channel_statistics",
+    "few_shot_images",
+    "hold_back",
+    "load",
+    "split_classes",
+]
+
 HELD_BACK = 25  # last training images of each seen class, never trained on: they calibrate and select (per class)
 
-
-@dataclass(frozen=True)
-class Images:
-    """`images` (N, 3, H, W) uint8 stored channels last, `labels` (N,) int64."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: Tensor) -> "Images":
-        return Images(self.images[index], self.labels[index])
-
-    def of(self, classes: list[int]) -> "Images":
-        """The images of these classes, in their order; labels keep their values."""
-        return self[torch.isin(self.labels, torch.tensor(classes, dtype=torch.int64)).nonzero()[:, 0]]
-
-    def to(self, device: torch.device) -> "Images":
-        return Images(self.images.to(device), self.labels.to(device))
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set: official training and test images, and a name for each label."""
-
-    name: str
-    train: Images
-    test: Images
-    class_names: list[str]
-
-
-# -------------------------------------------------------------------------------------------------------------- sources
-
-
-def load(source: str, data_root: str | os.PathLike = "data") -> Data:
-    """Read `source`: "cifar100", "glyphs", or the path of an .npz file.
-
-    Downloads and caches live in `data_root`. Raises ValueError or OSError with a message for the user.
-    """
-    if source == "glyphs":
-        import glyphs
-
-        return from_arrays("glyphs", **glyphs.load(Path(data_root))._asdict())
-    if source == "cifar100":
-        return load_cifar100(Path(data_root))
-    if source.endswith(".npz"):
-        return load_npz(Path(source))
-    raise ValueError(f"unknown data {source!r}: give cifar100, glyphs, or the path of an .npz file")
-
-
-def load_cifar100(root: Path) -> Data:
-    """CIFAR-100 (Krizhevsky 2009) by torchvision's download: checked against its checksum, kept in `root`."""
-    from torchvision.datasets import CIFAR100
-
-    try:
-        with redirect_stdout(io.StringIO()):  # older torchvision prints on every start
-            train, test = (CIFAR100(root, train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong checksum is a RuntimeError
-        raise ValueError(
-            f"CIFAR-100 could not be had: {error}\n"
-            f"Without a network, put cifar-100-python.tar.gz into {root}/, or give --data FILE.npz "
-            "(train_images, train_labels, test_images, test_labels, class_names), or train on --data glyphs."
-        ) from error
-    return from_arrays("cifar100", train.data, train.targets, test.data, test.targets, train.classes)
-
-
-def load_npz(path: Path) -> Data:
-    """An .npz file without pickles: train_images, test_images (N, H, W, 3) uint8, train_labels, test_labels (N,)
-    integers, class_names (C,) strings. Named after the file, so cifar100.npz is "cifar100"."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    keys = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = [key for key in keys if key not in arrays]
-            if missing:
-                raise ValueError(f"it lacks {', '.join(missing)} (it holds: {', '.join(arrays) or 'nothing'})")
-            return from_arrays(path.stem, *(arrays[key] for key in keys))
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a data set that can be read: {error}") from error
-
-
-def from_arrays(name: str, train_images, train_labels, test_images, test_labels, class_names) -> Data:
-    """Check the arrays of a data set (layout: `load_npz`) and put them into tensors."""
-    class_names = [str(class_name) for class_name in class_names]
-    parts = []
-    for part, images, labels in (("train", train_images, train_labels), ("test", test_images, test_labels)):
-        images, labels = np.asarray(images), np.asarray(labels)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-            raise ValueError(f"{part}_images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise ValueError(f"{part}_labels must be {images.shape[:1]} integers, got {labels.shape} {labels.dtype}")
-        counts = np.bincount(labels.astype(np.int64), minlength=len(class_names)) if labels.min(initial=0) >= 0 else []
-        if len(counts) != len(class_names):
-            raise ValueError(f"{part}_labels must lie in 0..{len(class_names) - 1}, got {labels.min()}..{labels.max()}")
-        if not np.all(counts):
-            empty = class_names[int(np.argmin(counts))]
-            raise ValueError(f"class {empty!r} has no {part} image; each class needs at least one")
-        parts.append(Images(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))))
-    if parts[0].images.shape[1:] != parts[1].images.shape[1:]:
-        raise ValueError(f"train and test images differ in size: {train_images.shape[1:]}, {test_images.shape[1:]}")
-    return Data(name, *parts, class_names)
+# Validation and test classes of the standard few-shot splits of CIFAR-100; the others are for training.
+STANDARD_SPLITS = {
+    "cifar-fs": (  # Bertinetto et al. 2019, arXiv:1805.08136
+        "beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle otter sea shark "
+        "television tractor",
+        "baby bed bicycle chimpanzee fox leopard man pickup_truck plain poppy rocket rose snail sweet_pepper table "
+        "telephone wardrobe whale woman worm",
+    ),
+    "fc100": (  # Oreshkin et al. 2018, arXiv:1805.10123: whole superclasses, four for validation and four for testing
+        "bear leopard lion tiger wolf camel cattle chimpanzee elephant kangaroo crab lobster snail spider worm "
+        "hamster mouse rabbit shrew squirrel",
+        "beaver dolphin otter seal whale bee beetle butterfly caterpillar cockroach fox porcupine possum raccoon skunk "
+        "baby boy girl man woman",
+    ),
+}
 
 
 # --------------------------------------------------------------------------------------------------------------- splits
 
 
-def split_classes(n_classes: int, split: str = "90-10", split_seed: int | None = None) -> tuple[list[int], list[int]]:
-    """Seen and unseen classes of the split "a-b": max(2, round(C b / (a + b))) classes are unseen, none in "a-0".
+def split_classes(
+    class_names: list[str], split: str = "90-10", split_seed: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Labels of the seen and of the unseen classes. Raises ValueError.
 
-    The unseen ones are the last labels, or `split_seed` draws them. Raises ValueError.
+    "a-b": max(2, round(C b / (a + b))) classes are unseen, none in "a-0": the last labels, or `split_seed` draws them.
+    "cifar-fs", "fc100": the test classes are unseen, the training classes seen; the validation classes are neither, so
+    that a recipe can be chosen on them. "cifar-fs+val", "fc100+val": they are seen too, as in final runs.
     """
-    match = re.fullmatch(r"(\d+)-(\d+)", split)
+    name, with_validation = split.removesuffix("+val"), split.endswith("+val")
+    if name in STANDARD_SPLITS:
+        if split_seed is not None:
+            raise ValueError(f"split {split} names its classes; leave --split-seed out")
+        validation, test = (standard_classes(class_names, name, part) for part in (0, 1))
+        kept_out = {*test} if with_validation else {*test, *validation}
+        return [label for label in range(len(class_names)) if label not in kept_out], test
+    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", split)
     if not match or int(match[1]) == 0:
-        raise ValueError(f"split must look like 90-10 (seen-unseen shares of the classes), got {split!r}")
+        choices = ", ".join(f"{name}, {name}+val" for name in STANDARD_SPLITS)
+        raise ValueError(f"split must be {choices} or like 90-10 (seen-unseen shares of the classes), got {split!r}")
     a, b = int(match[1]), int(match[2])
+    n_classes = len(class_names)
     n_unseen = max(2, round(n_classes * b / (a + b))) if b else 0
     if n_classes - n_unseen < 2:
         raise ValueError(f"split {split} of {n_classes} classes leaves fewer than 2 to train on")
@@ -145,15 +76,35 @@ def split_classes(n_classes: int, split: str = "90-10", split_seed: int | None =
     return sorted(order[: n_classes - n_unseen]), sorted(order[n_classes - n_unseen :])
 
 
+def standard_classes(class_names: list[str], name: str, part: int) -> list[int]:
+    """Labels of the validation (part 0) or test classes (1) of a standard split. Raises ValueError."""
+    wanted = STANDARD_SPLITS[name][part].split()
+    missing = [each for each in wanted if each not in class_names]
+    if len(class_names) != 100 or missing:
+        lacking = f", but {', '.join(missing[:5])} is missing" if missing else ""
+        raise ValueError(f"split {name} is of the 100 classes of CIFAR-100; these are {len(class_names)}{lacking}")
+    return sorted(map(class_names.index, wanted))
+
+
+def few_shot_images(data: Data, classes: list[int], split: str) -> Images:
+    """Images for N-way K-shot: the test images; with the standard splits all of them, as the literature does."""
+    test = data.test.of(classes)
+    return data.train.of(classes) + test if split.removesuffix("+val") in STANDARD_SPLITS else test
+
+
 def hold_back(train: Images, per_class: int = HELD_BACK) -> tuple[Images, Images]:
-    """(kept, held back): the last `per_class` images of each class, at most a quarter of it, are never trained on."""
+    """(kept, held back): the last `per_class` images of each class, at most a quarter of it, are never trained on.
+
+    A class of 4 to 11 images holds 2 back, a pair; a smaller class none.
+    """
     by_class = torch.argsort(train.labels, stable=True)
     counts = torch.bincount(train.labels)
     # place of each image within its class, counted from the class's end
     ends = counts.cumsum(0)[train.labels[by_class]]
     from_end = torch.empty_like(by_class)
     from_end[by_class] = ends - 1 - torch.arange(len(by_class))
-    held = from_end < torch.clamp(counts // 4, max=per_class)[train.labels]
+    size = torch.where(counts >= 4, (counts // 4).clamp(min=2, max=per_class), 0)
+    held = from_end < size[train.labels]
     return train[(~held).nonzero()[:, 0]], train[held.nonzero()[:, 0]]
 
 
@@ -176,6 +127,11 @@ class Sampler:
     def task(self, way: int) -> Tensor:
         """`way` different classes (fewer if there are fewer), as rows of the sampler's table: (way,)."""
         return torch.randperm(len(self.classes), generator=self.generator)[:way]
+
+    def against(self, row: int, n: int) -> Tensor:
+        """Indices (n,) of images of other classes than that in `row` of the table, which must not be the only one."""
+        others = torch.randint(len(self.classes) - 1, (n,), generator=self.generator)
+        return self.batch(others + (others >= row), 1)
 
     def batch(self, rows: Tensor, per_class: int) -> Tensor:
         """`per_class` images of each class in `rows`, as indices (len(rows) * per_class,), class after class.

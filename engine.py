@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import pickle
 import subprocess
@@ -22,21 +23,29 @@ import model
 class Options:
     """The options both trainings have."""
 
-    data: str = "cifar100"  # cifar100 (downloaded), glyphs (drawn here), or the path of an .npz file
+    data: str = "cifar100"  # cifar100 (downloaded), glyphs (drawn here), an .npz file, or a folder of class folders
     data_root: str = "data"  # folder for downloads and caches
+    image_size: int = 32  # side to which the pictures of a folder are scaled, in pixels
     out: str = "runs/run"  # folder of the run
-    split: str = "90-10"  # shares of seen and unseen classes; the unseen ones are never trained on
+    split: str = "90-10"  # shares of seen and unseen classes, or cifar-fs, cifar-fs+val, fc100, fc100+val
     split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
-    backbone: Literal["resnet20", "resnet32", "resnet44", "resnet56"] = "resnet20"
-    width: int = 16  # channels of the first stage; the embedding has 4 * width numbers
-    distance: Literal["cosine", "euclidean", "sqeuclidean"] = "cosine"
+    backbone: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet18"] = "resnet20"  # kind of network
+    width: int = 16  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
+    pretrained: bool = False  # start resnet18 from torchvision's ImageNet weights (downloaded)
+    weights: str | None = None  # start from this file: a state dict, or a checkpoint of a run
+    freeze: int = 0  # first stages that keep their weights: 1 is the first convolution, each further one a layer
+    stem: Literal["auto", "small", "full"] = "auto"  # of resnet18: 3x3 or, with pooling, 7x7 convolution
+    enlarge: int = 0  # resnet18 makes images so many times larger; 0: to about 128 pixels for the full stem
+    distance: Literal["cosine", "euclidean", "sqeuclidean"] = "cosine"  # between embeddings
     mining: Literal["hard", "semihard", "all"] = "all"  # which triplets of a batch count
     soft_margin: bool = True  # softplus((d_ap - d_an) / temperature) instead of max(0, d_ap - d_an + margin)
-    margin: float = 0.3
-    temperature: float = 0.1
+    margin: float = 0.3  # in units of the distance, without --soft-margin
+    temperature: float = 0.1  # of the soft margin
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the network's arithmetic; auto: bfloat16 where fast
-    seed: int = 0
+    seed: int = 0  # of weights, batches and augmentation
+    deterministic: bool = False  # only operations that give the same bits again, on a GPU too
+    log_dir: str | None = None  # also log for TensorBoard into this folder
     resume: bool = False  # continue the run in --out, bit for bit as if it had not stopped
     overwrite: bool = False  # replace the run in --out
 
@@ -62,26 +71,42 @@ def user_errors() -> Iterator[None]:
 
 
 def require(options: Options, *names: str, least: float | None = None) -> None:
-    """Raise ValueError unless each of these options is above 0, or at least `least`."""
+    """Raise ValueError unless each of these options is finite and above 0, or at least `least`."""
     for name in names:
         value = getattr(options, name)
-        if not (value > 0 if least is None else value >= least):
+        if not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
             bound = "above 0" if least is None else f"at least {least}"
             raise ValueError(f"--{name.replace('_', '-')} must be {bound}, got {value}")
 
 
-def start(seed: int) -> None:
-    """Seed PyTorch, and let freed memory stay with the process.
+def start(options: Options) -> torch.device:
+    """Check the options both trainings have, seed PyTorch, and pick the device. Raises ValueError.
 
-    Each step frees and allocates the same activations. glibc hands such large blocks back to the system, which clears
-    them page by page at their next use: a tenth of the time of a step on two cores.
+    Freed memory stays with the process: each step frees and allocates the same activations, and glibc hands such large
+    blocks back to the system, which clears them page by page at their next use, a tenth of the time of a step.
     """
-    torch.manual_seed(seed)
+    require(options, "temperature")
+    require(options, "margin", "seed", "enlarge", least=0)
+    require(options, "image_size", least=8)
+    if options.seed >= 2**63:
+        raise ValueError(f"--seed must be below 2**63, got {options.seed}")
+    if options.pretrained and options.backbone != "resnet18":
+        raise ValueError("--pretrained is for --backbone resnet18")
+    if options.pretrained and options.weights is not None:
+        raise ValueError("give --pretrained or --weights FILE, not both")
+    if options.freeze and not (options.pretrained or options.weights):
+        raise ValueError("--freeze keeps given weights; give --pretrained or --weights FILE with it")
+    torch.manual_seed(options.seed)
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(options.deterministic)
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             mallopt = ctypes.CDLL("libc.so.6").mallopt
             mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to this size come from the heap
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at its end stays there
+    return pick_device(options.device)
 
 
 def pick_device(name: str) -> torch.device:
@@ -165,7 +190,7 @@ class TrainingData:
     held_back: datasets.Images
     sampler: datasets.Sampler
     generator: torch.Generator  # of batches and augmentation
-    facts: dict  # name, source, classes, seen, unseen, mean, std
+    facts: dict  # name, source, size (pixels), classes, seen, unseen, mean, std
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Augmented, normalised images (B, 3, H, W) float32 and labels (B,) of an index (B,)."""
@@ -176,15 +201,18 @@ class TrainingData:
 
 def training_data(options: Options, device: torch.device) -> TrainingData:
     """Load the data, take the seen classes and hold back their last images. Raises ValueError or OSError."""
-    data = datasets.load(options.data, options.data_root)
-    seen, unseen = datasets.split_classes(len(data.class_names), options.split, options.split_seed)
+    data = datasets.load(options.data, options.data_root, options.image_size)
+    seen, unseen = datasets.split_classes(data.class_names, options.split, options.split_seed)
     kept, held_back = datasets.hold_back(data.train.of(seen))
     if int(torch.bincount(kept.labels)[seen].min()) < 2:
         raise ValueError("a seen class has fewer than 2 training images: triplets need an anchor and a positive")
+    if len(held_back.labels.unique()) < 2:
+        raise ValueError("two seen classes need 4 training images or more: some are held back to set the threshold")
     mean, std = datasets.channel_statistics(kept.images)
     facts = {
         "name": data.name,
         "source": options.data,
+        "size": kept.images.shape[2],
         "classes": data.class_names,
         "seen": seen,
         "unseen": unseen,
@@ -193,16 +221,64 @@ def training_data(options: Options, device: torch.device) -> TrainingData:
     }
     generator = torch.Generator().manual_seed(options.seed)
     sampler = datasets.Sampler(kept.labels, generator)
+    print(
+        f"{data.name}: {len(kept)} training images of {len(seen)} seen classes, {len(held_back)} more held back; "
+        f"{len(unseen)} classes unseen"
+    )
     return TrainingData(kept.to(device), held_back, sampler, generator, facts)
 
 
+def network(options: Options, train: TrainingData) -> model.Embedder:
+    """The network to be trained, on the device of the data, with the weights and the frozen stages the options want.
+
+    Where given weights go with a normalisation of their own, the facts of `train` take it over. Raises ValueError or
+    OSError.
+    """
+    state, statistics = given_weights(options, train.facts)
+    side = train.kept.images.shape[2]
+    net = model.build(
+        **model.fit(options.backbone, options.width, side, state, stem=options.stem, enlarge=options.enlarge)
+    )
+    if state is not None:
+        model.load_weights(net, state)
+        train.facts["mean"], train.facts["std"] = statistics
+    net.freeze(options.freeze)
+    net.to(train.kept.images.device)
+    parameters, multiply_adds = model.count(net, side)
+    trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+    print(
+        f"{options.backbone}: {parameters / 1e6:.2f} M parameters"
+        + (f", {trained / 1e6:.2f} M of them trained" if trained < parameters else "")
+        + f"; {multiply_adds / 1e6:.1f} M multiply-adds for an image of {side} x {side}"
+    )
+    return net
+
+
+def given_weights(options: Options, facts: dict) -> tuple[dict, tuple] | tuple[None, None]:
+    """A state dict, and the mean and standard deviation that its network's images are normalised with."""
+    if options.pretrained:
+        return model.pretrained_resnet18(), model.IMAGENET
+    if options.weights is None:
+        return None, None
+    saved = load_checkpoint(options.weights)
+    theirs = saved.get("data")
+    if isinstance(theirs, dict) and {"classes", "seen", "mean", "std"} <= theirs.keys():
+        learned = {theirs["classes"][label] for label in theirs["seen"]}
+        if learned & {facts["classes"][label] for label in facts["unseen"]}:
+            raise ValueError(f"{options.weights} was trained on classes that are unseen here; give it its own --split")
+        statistics = theirs["mean"], theirs["std"]
+    else:
+        statistics = model.IMAGENET if options.backbone == "resnet18" else (facts["mean"], facts["std"])
+    return model.bare_state(saved, options.weights), statistics
+
+
 def refresh_batch_norm(net: nn.Module, train: TrainingData, batches: int = 20, batch_size: int = 250) -> None:
-    """Replace batch norm's running statistics by averages over training images, not augmented.
+    """Replace batch norm's running statistics by averages over training images, not augmented; frozen ones stay.
 
     The statistics then belong to the weights in `net` now, whatever weights the last forward passes had (as for
     averaged weights: Izmailov et al. 2018, arXiv:1803.05407, sec. 3.2). The images are the same at every call.
     """
-    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

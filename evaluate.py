@@ -16,6 +16,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+import adapt
 import data as datasets
 import engine
 import metrics
@@ -47,7 +48,8 @@ class Options:
     checkpoints: tyro.conf.Positional[tuple[str, ...]]  # files of train_*.py, or state dicts of CIFAR ResNets
     threshold: str = "auto"  # auto (calibrated on held-back training images) or a similarity in -1..1
     json: str | None = None  # write the report to this file
-    data: str | None = None  # cifar100, glyphs or an .npz file; by default what the checkpoint was trained on
+    adapt_published: bool = False  # also score unseen classes after training 30 steps on each one's training images
+    data: str | None = None  # cifar100, glyphs, an .npz file or a folder; by default what the checkpoint was trained on
     data_root: str = "data"  # folder for downloads and caches
     split: str | None = None  # by default the checkpoint's, or 90-10
     split_seed: int | None = None  # by default the checkpoint's
@@ -89,17 +91,17 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     backbone = options.backbone or trained.get("backbone")
     if source is None or backbone is None:
         raise ValueError(f"{path} is a bare state dict: give --backbone and --data (and --split) with it")
-    net = model.build(backbone, options.width or trained.get("width", 16))
-    state = saved["model"] if own else saved.get("state_dict", saved)
-    if not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} is neither a checkpoint of this project nor a state dict")
+    data = datasets.load(source, options.data_root, trained.get("image_size", 32))
+    state = model.bare_state(saved, path)
+    network = saved.get("network") if options.backbone is None and options.width is None else None
+    width = options.width or trained.get("width", 16)
+    net = model.build(**(network or model.fit(backbone, width, data.train.images.shape[2], state)))
     ignored = model.load_weights(net, state)
     if ignored:
         print(f"{path}: left out {', '.join(ignored)}")
-    data = datasets.load(source, options.data_root)
     split = options.split or trained.get("split", "90-10")
     split_seed = options.split_seed if options.split_seed is not None else trained.get("split_seed")
-    seen, unseen = datasets.split_classes(len(data.class_names), split, split_seed)
+    seen, unseen = datasets.split_classes(data.class_names, split, split_seed)
     facts = saved["data"] if own else {}
     if own and data.class_names == facts["classes"] and set(facts["seen"]) & set(unseen):
         raise ValueError(
@@ -108,6 +110,8 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     same_classes = own and data.class_names == facts["classes"] and seen == facts["seen"]
     if own:
         mean, std = facts["mean"], facts["std"]
+    elif backbone == "resnet18":
+        mean, std = model.IMAGENET
     else:
         mean, std = datasets.channel_statistics(datasets.hold_back(data.train.of(seen))[0].images)
     return Loaded(
@@ -189,7 +193,8 @@ def evaluate(loaded: Loaded, threshold: dict) -> dict:
         if name == "unseen" and sides[name] is not None:
             score, constant = metrics.published_few_shot(z, images.labels, threshold["value"])
             extra = {"published_protocol": score, "constant_answer": constant}
-            sides[name] |= extra | {"few_shot": few_shot_report(z, images.labels), "adapted": None}
+            shots = datasets.few_shot_images(loaded.data, classes, loaded.split)
+            sides[name] |= extra | {"few_shot": few_shot_report(loaded.embed(shots), shots.labels), "adapted": None}
             names = loaded.data.class_names
             per_class = [{"label": row["label"], "name": names[row["label"]]} | row for row in rows]
     return {
@@ -235,6 +240,10 @@ def show(report: dict) -> None:
             triplets = with_interval(side["triplet_accuracy"], side["ci95"]["triplet_accuracy"])
             pairs = with_interval(side["pair_accuracy"], side["ci95"]["pair_accuracy"])
             rows.append([name, triplets, pairs, side["pair_accuracy_oracle"], side["auc"], side["eer"]])
+    adapted = report["unseen"] and report["unseen"]["adapted"]
+    if adapted:
+        figures = [with_interval(adapted[key], adapted["ci95"][key]) for key in ("triplet_accuracy", "pair_accuracy")]
+        rows.append(["unseen, adapted (published variant)", *figures, None, None, None])
     print(table(["test images of classes", "triplets", "pairs", "best threshold", "AUC", "EER"], rows))
     if report["unseen"] is None:
         return
@@ -287,6 +296,10 @@ def main() -> None:
     reports = []
     for each, threshold in zip(loaded, thresholds, strict=True):
         reports.append(evaluate(each, threshold))
+        if options.adapt_published and reports[-1]["unseen"]:
+            classes, pixels = (each.seen, each.unseen), (each.mean, each.std)
+            adapted = adapt.published_variant(each.net, each.data, *classes, pixels, threshold["value"], each.center)
+            reports[-1]["unseen"]["adapted"] = adapted
         show(reports[-1])
     if options.json:
         partial = Path(f"{options.json}.{os.getpid()}")

@@ -1,16 +1,22 @@
-"""The embedding network: CIFAR ResNets (He et al. 2015, arXiv:1512.03385, sec. 4.2) without a classifier.
+"""The embedding networks: CIFAR ResNets (He et al. 2015, arXiv:1512.03385, sec. 4.2) and torchvision's ResNet-18.
 
-Parameter names are those of the widely used CIFAR ResNet code (conv1, bn1, layer1.0.conv1, ...; shortcut option A), so
-that published weights of that family load. The embedding is the pooled feature vector, 64 numbers at width 16.
+None has a classifier: the embedding is the pooled feature vector, 64 numbers of a CIFAR ResNet at width 16, 512 numbers
+of ResNet-18. Parameters of CIFAR ResNets are named as in the widely used CIFAR ResNet code (conv1, bn1, layer1.0.conv1,
+...; shortcut option A), those of ResNet-18 as in torchvision, so that published weights load.
 """
 
 import math
+import textwrap
+from collections.abc import Iterable
+from http.client import HTTPException
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}  # blocks in each of the three stages
+BACKBONES = (*DEPTHS, "resnet18")
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard deviation that go with its weights
 
 
 class Block(nn.Module):
@@ -33,7 +39,31 @@ class Block(nn.Module):
         return F.relu(out + x, inplace=True)
 
 
-class ResNet(nn.Module):
+class Embedder(nn.Module):
+    """A network of stages, its children: conv1 and bn1 are the first, layer1 is the second, and so on."""
+
+    dimension: int  # of the embedding
+    settings: dict  # arguments with which `build` builds it again
+    frozen: Iterable[nn.Module] = ()
+
+    def freeze(self, stages: int) -> None:
+        """Never train the first `stages` stages again; their batch norm keeps its statistics. Raises ValueError."""
+        children = list(self.children())
+        if not 0 <= stages < len(children) - 1:
+            raise ValueError(f"--freeze must be in 0..{len(children) - 2} for this network, got {stages}")
+        self.frozen = children[: stages + 1] if stages else ()
+        for module in self.frozen:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Embedder":
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+
+class ResNet(Embedder):
     """(B, 3, H, W) normalised images -> (B, 4 * width) embeddings, not normalised."""
 
     def __init__(self, blocks: int, width: int = 16):
@@ -58,6 +88,35 @@ def stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Seque
     return nn.Sequential(first, *(Block(channels, channels, 1) for _ in range(blocks - 1)))
 
 
+class ResNet18(Embedder):
+    """torchvision's ResNet-18: (B, 3, H, W) normalised images -> (B, 512) embeddings, not normalised."""
+
+    dimension = 512
+
+    def __init__(self, stem: str, enlarge: int):
+        """Stem "full" is the published one (7x7, stride 2, pooling), "small" that for small images (3x3, stride 1, no
+        pooling: Chen et al. 2020, arXiv:2002.05709, sec. B.9). Images are first made `enlarge` times as wide and high.
+        """
+        from torchvision.models import resnet18  # takes a second or two
+
+        super().__init__()
+        net = resnet18()
+        self.stem, self.enlarge = stem, enlarge
+        self.conv1, self.bn1 = net.conv1, net.bn1
+        if stem == "small":
+            self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.enlarge > 1:
+            x = F.interpolate(x, scale_factor=self.enlarge, mode="bilinear")
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        if self.stem == "full":
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
+
+
 class NormalisedSoftmax(nn.Module):
     """Cross-entropy over scaled cosines between embeddings and one learned direction a class.
 
@@ -75,17 +134,75 @@ class NormalisedSoftmax(nn.Module):
         return F.cross_entropy(self.scale * cosine, target)
 
 
-def build(backbone: str, width: int = 16) -> ResNet:
-    """A network by name, randomly initialised and stored channels last. Raises ValueError."""
-    if backbone not in DEPTHS:
-        raise ValueError(f"unknown backbone {backbone!r}: choose from {', '.join(DEPTHS)}")
+# -------------------------------------------------------------------------------------------- building, given weights
+
+
+def build(backbone: str, width: int = 16, stem: str = "small", enlarge: int = 1) -> Embedder:
+    """A network by name, randomly initialised and stored channels last. Raises ValueError.
+
+    `width` is for CIFAR ResNets, `stem` and `enlarge` are for resnet18.
+    """
+    if backbone not in BACKBONES:
+        raise ValueError(f"unknown backbone {backbone!r}: choose from {', '.join(BACKBONES)}")
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
-    return ResNet(DEPTHS[backbone], width).to(memory_format=torch.channels_last)
+    if backbone == "resnet18":
+        net, settings = ResNet18(stem, enlarge), {"backbone": backbone, "stem": stem, "enlarge": enlarge}
+    else:
+        net, settings = ResNet(DEPTHS[backbone], width), {"backbone": backbone, "width": width}
+    net.settings = settings
+    return net.to(memory_format=torch.channels_last)
+
+
+def fit(
+    backbone: str,
+    width: int,
+    side: int,
+    state: dict[str, Tensor] | None = None,
+    stem: str = "auto",
+    enlarge: int = 0,
+) -> dict:
+    """The arguments of `build` for images `side` pixels wide, and for given weights `state`. Raises ValueError.
+
+    Stem "auto" is that of the given weights, else small below 64 pixels. Enlargement 0 makes images below 128 pixels
+    about that large for the full stem, whose published weights know objects at that scale (after Kornblith et al. 2019,
+    arXiv:1805.08974, sec. 3), and leaves them as they are for the small one.
+    """
+    if backbone != "resnet18":
+        if stem != "auto" or enlarge:
+            raise ValueError("--stem and --enlarge are for --backbone resnet18")
+        return {"backbone": backbone, "width": width}
+    if stem == "auto":
+        kernel = state["conv1.weight"].shape[-1] if state and "conv1.weight" in state else 3 if side < 64 else 7
+        stem = "small" if kernel == 3 else "full"
+    usual = max(1, round(128 / side)) if stem == "full" else 1
+    return {"backbone": backbone, "stem": stem, "enlarge": enlarge or usual}
+
+
+def pretrained_resnet18() -> dict[str, Tensor]:
+    """torchvision's ImageNet weights, downloaded once into PyTorch's cache. Raises ValueError where that fails."""
+    from torchvision.models import ResNet18_Weights
+
+    weights = ResNet18_Weights.IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError, HTTPException) as error:  # URLError is an OSError; a wrong checksum a RuntimeError
+        raise ValueError(
+            f"the ImageNet weights could not be had: {error}\n"
+            f"Without a network, fetch {weights.url} elsewhere and give --weights FILE instead of --pretrained."
+        ) from error
+
+
+def bare_state(saved: dict, name: str) -> dict[str, Tensor]:
+    """The state dict in what the file `name` holds, without a prefix of DataParallel. Raises ValueError."""
+    state = saved.get("model", saved.get("state_dict", saved))
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"{name} is neither a checkpoint of this project nor a state dict")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def load_weights(net: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """Load a state dict of ours or of the CIFAR ResNet family into `net`; return the names that were left out.
+    """Load a state dict of ours, of the CIFAR ResNet family or of torchvision into `net`; return the names left out.
 
     A "module." prefix (DataParallel) is dropped and a classifier (linear.*, fc.*) left out. Raises ValueError if
     anything else is missing, left over or of another shape.
@@ -97,8 +214,29 @@ def load_weights(net: nn.Module, state: dict[str, Tensor]) -> list[str]:
     try:
         net.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"the weights do not fit this network (wrong --backbone or --width?): {error}") from error
+        why = f"the weights do not fit this network (wrong --backbone or --width?): {error}"
+        raise ValueError(textwrap.shorten(why, 400)) from error
     return ignored
+
+
+def count(net: nn.Module, side: int) -> tuple[int, int]:
+    """(parameters, multiply-adds of convolutions and linear layers for one image of `side` x `side` pixels)."""
+    multiply_adds = 0
+
+    def add(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        nonlocal multiply_adds
+        multiply_adds += output.numel() * module.weight[0].numel()
+
+    layers = [module for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    handles = [layer.register_forward_hook(add) for layer in layers]
+    parameter = next(net.parameters())
+    was_training = net.training
+    with torch.no_grad():
+        net.eval()(parameter.new_zeros(1, 3, side, side))
+    net.train(was_training)
+    for handle in handles:
+        handle.remove()
+    return sum(parameter.numel() for parameter in net.parameters()), multiply_adds
 
 
 def normalise_pixels(images: Tensor, mean: list[float], std: list[float]) -> Tensor:

@@ -81,6 +81,7 @@ class Run:
         elif last.exists() and not self.options.overwrite:
             ways = "--resume continues it, --overwrite replaces it, --out goes elsewhere"
             raise UserError(f"{self.folder} holds a run: {ways}")
+        self.tensorboard = tensorboard_writer(self.options.log_dir, self.step)
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = []
         if self.options.resume and (self.folder / "log.csv").exists():
@@ -96,7 +97,7 @@ class Run:
         """Take up the saved state. Raises UserError if it was made with other options."""
         if "training" not in saved:
             raise UserError(f"{self.folder}/last.pt holds no training state to resume")
-        free = {"resume", "overwrite", "device", "out", "data_root"}
+        free = {"resume", "overwrite", "device", "out", "data_root", "log_dir"}
         now = dataclasses.asdict(self.options)
         differing = [name for name in now if name not in free and saved["options"].get(name, now[name]) != now[name]]
         if differing:
@@ -145,6 +146,8 @@ class Run:
             signal.signal(signal.SIGINT, before)
             bar.close()
             self.log_file.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
 
     def record(self, loss: Tensor, embeddings: Tensor, images: int, rate: float) -> None:
         """Tell the run of a step: its loss, last embeddings (B, D), images seen and learning or meta-step rate."""
@@ -193,6 +196,7 @@ class Run:
         """What evaluation needs, as tensors and plain values."""
         return {
             "model": self.net.state_dict(),
+            "network": self.net.settings,
             "options": dataclasses.asdict(self.options),
             "data": self.train.facts,
             "center": None,  # subtracting the mean embedding makes networks trained on raw cosines worse
@@ -221,6 +225,20 @@ class Run:
     def write_log(self, row: dict) -> None:
         self.log.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
         self.log_file.flush()
+        if self.tensorboard is not None:
+            for name in row.keys() - {"step", "images", "seconds"}:
+                self.tensorboard.add_scalar(name, row[name], row["step"])
+
+
+def tensorboard_writer(folder: str | None, step: int):
+    """A writer of TensorBoard's event files after `step`, None for no folder. Raises UserError without the package."""
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--log-dir needs TensorBoard: pip install tensorboard") from error
+    return SummaryWriter(folder, purge_step=step + 1 if step else None)
 
 
 def describe(row: dict) -> str:

@@ -8,9 +8,11 @@ figures. Ctrl-C saves; --resume goes on.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import tyro
+from torch import nn
 
 import engine
 import model
@@ -24,40 +26,58 @@ class Options(engine.Options):
     epochs: float = 12.0  # passes over the seen classes' training images
     batch_classes: int = 32  # P, classes in a batch
     images_per_class: int = 4  # K, images of each class in a batch
-    lr: float = 0.1  # peak learning rate of SGD with Nesterov momentum 0.9
-    warmup_steps: int = 200  # linear rise to --lr; a linear fall to 0 follows
-    weight_decay: float = 5e-4
+    optimizer: Literal["sgd", "adam"] = "sgd"  # SGD with Nesterov momentum 0.9, or Adam
+    lr: float = 0.1  # peak learning rate
+    backbone_lr: float | None = None  # peak learning rate of the network, where --lr is for the softmax alone
+    warmup_steps: int = 200  # linear rise of the learning rates
+    decay: bool = True  # let them fall linearly to 0 after that
+    weight_decay: float = 5e-4  # of all weights
     triplet_weight: float = 3.0  # of the triplet loss; 0 leaves it out
     softmax_weight: float = 1.0  # of the normalised softmax over the seen classes; 0 leaves it out
     softmax_scale: float = 16.0  # factor of its cosines
 
 
-def learning_rate(step: int, total: int, options: Options) -> float:
-    """Linear rise over the warm-up, then linear fall to 0 at the end."""
+def schedule(step: int, total: int, options: Options) -> float:
+    """Share of the peak learning rate: a linear rise over the warm-up, then a linear fall to 0 at the end."""
     warmup = min(options.warmup_steps, total // 2)
-    return options.lr * min((step + 1) / (warmup + 1), (total - step) / (total - warmup))
+    fall = (total - step) / (total - warmup) if options.decay else 1.0
+    return min((step + 1) / (warmup + 1), fall)
+
+
+def make_optimizer(options: Options, net: nn.Module, head: nn.Module) -> torch.optim.Optimizer:
+    """Over what is to be trained, the network first; each group knows its peak learning rate."""
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": trained, "peak": options.lr if options.backbone_lr is None else options.backbone_lr},
+        {"params": list(head.parameters()), "peak": options.lr},
+    ]
+    if options.optimizer == "adam":
+        return torch.optim.Adam(groups, options.lr, weight_decay=options.weight_decay)
+    return torch.optim.SGD(groups, options.lr, momentum=0.9, nesterov=True, weight_decay=options.weight_decay)
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    engine.start(options.seed)
     with engine.user_errors():
-        engine.require(options, "epochs", "lr", "softmax_scale", "temperature")
+        engine.require(options, "epochs", "lr", "softmax_scale")
+        engine.require(options, "warmup_steps", "weight_decay", "triplet_weight", "softmax_weight", least=0)
         engine.require(options, "batch_classes", "images_per_class", least=2)
-        device = engine.pick_device(options.device)
+        if options.backbone_lr is not None:
+            engine.require(options, "backbone_lr")
+        if not (options.triplet_weight or options.softmax_weight):
+            raise ValueError("--triplet-weight and --softmax-weight are both 0: there is nothing to learn from")
+        device = engine.start(options)
         train = engine.training_data(options, device)
-        net = model.build(options.backbone, options.width).to(device)
+        net = engine.network(options, train)
         seen = torch.tensor(train.facts["seen"], device=device)
         head = model.NormalisedSoftmax(len(seen), net.dimension, options.softmax_scale).to(device)
-        optimizer = torch.optim.SGD(
-            [*net.parameters(), *head.parameters()], momentum=0.9, nesterov=True, weight_decay=options.weight_decay
-        )
+        optimizer = make_optimizer(options, net, head)
         steps_per_epoch = len(train.kept) / (options.batch_classes * options.images_per_class)
         total = max(1, round(options.epochs * steps_per_epoch))
         run = Run(options, train, net, total, max(1, round(steps_per_epoch)), head=head, optimizer=optimizer)
     for step in run.steps():
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, options)
+            group["lr"] = group["peak"] * schedule(step, total, options)
         index = train.sampler.batch(train.sampler.task(options.batch_classes), options.images_per_class)
         images, labels = train.batch(index)
         with run.autocast():

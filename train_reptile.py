@@ -4,7 +4,8 @@
     python train_reptile.py --data glyphs --iters 300       # no download
 
 A task is a few of the seen classes. Its inner steps train the network on P x K batches of them, augmented and mined
-afresh at each step; the weights kept so far then move a part of the way to the adapted ones. Only parameters are
+afresh at each step; the weights kept so far then move a part of the way to the adapted ones. With `--task domain` it is
+one class, the source of anchors and positives, against images of all other seen classes. Only parameters are
 interpolated. Batch norm's running statistics are of no use on the way (each forward pass of training uses its batch's
 own) and are measured anew, with the interpolated weights, on training images whenever the network is validated.
 
@@ -13,13 +14,13 @@ figures. Ctrl-C saves; --resume goes on.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import tyro
 from torch import Tensor
 
 import engine
-import model
 from run import Run
 from triplet import triplet_loss
 
@@ -28,25 +29,33 @@ from triplet import triplet_loss
 class Options(engine.Options):
     out: str = "runs/reptile"  # folder of the run
     iters: int = 10_000  # meta-iterations
+    task: Literal["classes", "domain"] = "classes"  # some classes among each other, or one against all others
     way: int = 10  # classes of a task
-    images_per_class: int = 7  # images of each class in each inner step
+    images_per_class: int = 7  # images of each class in each inner step; in a domain's, as many of other classes too
     inner_steps: int = 4  # gradient steps on each task
-    lr: float = 1e-3  # of the inner Adam, whose first moment is off and whose second starts at 0 with each task
+    lr: float = 1e-3  # of the inner Adam, whose moments start at 0 with each task
+    beta1: float = 0.0  # decay of its first moment; 0 turns it off
     meta_batch: int = 1  # tasks whose adapted weights are averaged in a meta-iteration
     meta_step_size: float = 1.0  # share of the way to the adapted weights, falls linearly to 0
     validate_every: int = 250  # meta-iterations
 
 
 def adapt(run: Run, optimizer: torch.optim.Optimizer, options: Options) -> tuple[Tensor, Tensor]:
-    """Train the network in place on one task; return the mean loss and the last embeddings (way * K, D)."""
+    """Train the network in place on one task; return the mean loss and the last embeddings (B, D)."""
     optimizer.state.clear()
-    task = run.train.sampler.task(options.way)
+    sampler, domain = run.train.sampler, options.task == "domain"
+    task = sampler.task(1 if domain else options.way)
+    anchors = len(task) * options.images_per_class  # images that are anchors and positives, in a batch of B
     losses = []
     for _ in range(options.inner_steps):
-        images, labels = run.train.batch(run.train.sampler.batch(task, options.images_per_class))
+        index = sampler.batch(task, options.images_per_class)
+        if domain:
+            index = torch.cat((index, sampler.against(int(task), options.images_per_class)))
+        images, labels = run.train.batch(index)
         with run.autocast():
             embeddings = run.net(images)
-        loss = triplet_loss(embeddings, labels, **options.triplet)
+        others = (embeddings[anchors:], labels[anchors:]) if domain else None  # negatives only
+        loss = triplet_loss(embeddings[:anchors], labels[:anchors], others=others, **options.triplet)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -65,17 +74,17 @@ def meta_step(weights: list[Tensor], adapted: list[list[Tensor]], size: float) -
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    engine.start(options.seed)
     with engine.user_errors():
         engine.require(options, "iters", "inner_steps", "meta_batch", "validate_every", least=1)
-        engine.require(options, "lr", "meta_step_size", "temperature")
+        engine.require(options, "lr", "meta_step_size")
         engine.require(options, "way", "images_per_class", least=2)
-        device = engine.pick_device(options.device)
-        train = engine.training_data(options, device)
-        net = model.build(options.backbone, options.width).to(device)
+        if not 0 <= options.beta1 < 1:
+            raise ValueError(f"--beta1 must be in 0..1, below 1, got {options.beta1}")
+        train = engine.training_data(options, engine.start(options))
+        net = engine.network(options, train)
         run = Run(options, train, net, options.iters, options.validate_every, recalibrate=True)
-    parameters = list(net.parameters())
-    optimizer = torch.optim.Adam(parameters, options.lr, betas=(0.0, 0.999), fused=True)
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(parameters, options.lr, betas=(options.beta1, 0.999), fused=True)
     weights = [parameter.detach().clone() for parameter in parameters]
     for step in run.steps():
         adapted = []

@@ -1,165 +1,99 @@
-"""data.py: sources and their refusals, splits, held-back images, P x K batches, augmentation."""
+"""data.py: splits, held-back images, P x K batches, augmentation."""
 
 import hashlib
-import io
 import itertools
-import pickle
-import socketserver
-import tarfile
-import threading
-from http.server import SimpleHTTPRequestHandler
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torchvision.datasets import CIFAR100
 
 import data
-import tiny
-
-# -------------------------------------------------------------------------------------------------------------- sources
-
-
-def test_npz_round_trip(tmp_path):
-    arrays = tiny.arrays()
-    loaded = data.load(str(tiny.write_npz(tmp_path / "mine.npz")))
-    assert loaded.name == "mine" and loaded.class_names[3] == "class 3"
-    assert loaded.train.images.is_contiguous(memory_format=torch.channels_last)
-    assert np.array_equal(loaded.train.images.permute(0, 2, 3, 1).numpy(), arrays["train_images"])
-    assert loaded.test.labels.dtype == torch.int64 and np.array_equal(loaded.test.labels, arrays["test_labels"])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"train_images": np.zeros((160, 3, 16, 16), np.uint8)}, r"train_images must be \(N, H, W, 3\) uint8"),
-        ({"train_images": np.zeros((160, 16, 16, 3), np.float32)}, "float32"),
-        ({"train_labels": np.zeros(3, np.uint8)}, "train_labels must be"),
-        ({"train_labels": np.full(160, 8)}, r"must lie in 0\.\.7"),
-        ({"test_labels": np.full(48, -1)}, r"must lie in 0\.\.7"),
-        ({"test_labels": np.zeros(48, np.uint8)}, "class 'class 1' has no test image"),
-        ({"test_images": np.zeros((48, 8, 8, 3), np.uint8)}, "differ in size"),
-        ({"class_names": None}, "lacks class_names"),
-        ({"class_names": np.array([{}], dtype=object)}, "pickle"),
-    ],
-)
-def test_npz_is_refused(tmp_path, change, message):
-    arrays = {key: value for key, value in (tiny.arrays() | change).items() if value is not None}
-    np.savez(tmp_path / "bad.npz", **arrays)
-    with pytest.raises(ValueError, match=message):
-        data.load(str(tmp_path / "bad.npz"))
-
-
-def test_unreadable_sources_are_refused(tmp_path):
-    whole = tiny.write_npz(tmp_path / "whole.npz").read_bytes()
-    for name, content in (("truncated.npz", whole[: len(whole) // 2]), ("text.npz", b"no archive"), ("empty.npz", b"")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"{name} is not a data set"):
-            data.load(str(tmp_path / name))
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        data.load(str(tmp_path / "missing.npz"))
-    with pytest.raises(ValueError, match="unknown data 'mnist'"):
-        data.load("mnist")
-
-
-def cifar_archive(folder: Path) -> Path:
-    """A cifar-100-python.tar.gz in the official layout, with 2 training and 1 test images of each class."""
-    random = np.random.default_rng(0)
-    path = folder / "cifar-100-python.tar.gz"
-    with tarfile.open(path, "w:gz") as archive:
-        for name, count in (("train", 200), ("test", 100), ("meta", 0)):
-            labels = [i % 100 for i in range(count)]
-            content = {"data": random.integers(0, 256, (count, 3072), np.uint8), "fine_labels": labels}
-            if name == "meta":
-                content = {"fine_label_names": [f"name {i}" for i in range(100)]}
-            packed = pickle.dumps(content)
-            entry = tarfile.TarInfo(f"cifar-100-python/{name}")
-            entry.size = len(packed)
-            archive.addfile(entry, io.BytesIO(packed))
-    return path
-
-
-@pytest.fixture
-def cifar_server(tmp_path, monkeypatch):
-    """A small CIFAR-100 served from loopback in place of the real one; yields the list of requested paths."""
-    (tmp_path / "www").mkdir()
-    archive = cifar_archive(tmp_path / "www")
-    with tarfile.open(archive) as members:
-        names = ("train", "test", "meta")
-        sums = {name: hashlib.md5(members.extractfile(f"cifar-100-python/{name}").read()) for name in names}
-    requested = []
-
-    class Handler(SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=tmp_path / "www")
-
-        def log_message(self, *args):
-            requested.append(self.path)
-
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(CIFAR100, "url", f"http://127.0.0.1:{server.server_address[1]}/{archive.name}")
-    monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"].hexdigest()]])
-    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"].hexdigest()]])
-    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": sums["meta"].hexdigest()})
-    yield requested
-    server.shutdown()
-    server.server_close()
-
-
-def test_cifar100_is_downloaded_once(tmp_path, cifar_server):
-    first = data.load("cifar100", tmp_path / "root")
-    assert cifar_server and first.name == "cifar100" and len(first.train) == 200 and len(first.test) == 100
-    assert first.class_names[7] == "name 7"
-    cifar_server.clear()
-    again = data.load("cifar100", tmp_path / "root")
-    assert not cifar_server and torch.equal(first.train.images, again.train.images)
-
-
-def test_cifar100_with_a_wrong_checksum_is_refused(tmp_path, cifar_server, monkeypatch):
-    monkeypatch.setattr(CIFAR100, "tgz_md5", "0" * 32)
-    with pytest.raises(ValueError, match="could not be had"):
-        data.load("cifar100", tmp_path / "root")
-
-
-def test_cifar100_offline_names_the_alternatives(tmp_path, monkeypatch):
-    monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/cifar-100-python.tar.gz")
-    with pytest.raises(ValueError, match=r"(?s)could not be had.*--data FILE\.npz.*--data glyphs"):
-        data.load("cifar100", tmp_path / "root")
-
 
 # --------------------------------------------------------------------------------------------------------------- splits
 
 
 @pytest.mark.parametrize(
     ("classes", "split", "unseen"),
-    [(100, "90-10", 10), (100, "50-50", 50), (100, "10-90", 90), (100, "100-0", 0), (7, "90-10", 2), (37, "80-20", 7)],
+    [
+        *((100, f"{100 - unseen}-{unseen}", unseen) for unseen in range(0, 100, 10)),
+        (7, "90-10", 2),
+        (37, "80-20", 7),
+        (10, "3-1", 2),
+    ],
 )
 def test_split_sizes(classes, split, unseen):
-    seen, last = data.split_classes(classes, split)
+    names = [f"class {label}" for label in range(classes)]
+    seen, last = data.split_classes(names, split)
     assert last == list(range(classes - unseen, classes)) and seen == list(range(classes - unseen))
-    assert (seen, last) != data.split_classes(classes, split, split_seed=1) or unseen == 0
-    drawn_seen, drawn = data.split_classes(classes, split, split_seed=1)
+    assert (seen, last) != data.split_classes(names, split, split_seed=1) or unseen == 0
+    drawn_seen, drawn = data.split_classes(names, split, split_seed=1)
     assert len(drawn) == unseen and sorted(drawn_seen + drawn) == list(range(classes))
-    assert data.split_classes(classes, split, 1) == data.split_classes(classes, split, 1)
+    assert data.split_classes(names, split, 1) == data.split_classes(names, split, 1)
 
 
-@pytest.mark.parametrize("split", ["90", "90/10", "0-100", "a-b", "10-1000000"])
+@pytest.mark.parametrize("split", ["90", "90/10", "0-100", "a-b", "10-1000000", "cifar", "90-10+val", "-1-2", ""])
 def test_wrong_splits_are_refused(split):
     with pytest.raises(ValueError, match="split"):
-        data.split_classes(100, split)
+        data.split_classes([f"class {label}" for label in range(100)], split)
+
+
+CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy
+porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
+streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale
+willow_tree wolf woman worm""".split()
+
+
+@pytest.mark.parametrize(
+    ("split", "sizes", "digests"),
+    [  # first 12 digits of the sha256 of the sorted names, joined by spaces, in the splits' own files
+        ("cifar-fs", (64, 16, 20), ("9c1c5737bdab", "a4d5a75dcb3f", "fa4f899ce873")),
+        ("fc100", (60, 20, 20), ("d8d596ceda4a", "3012221eb4c2", "aad1cace7c8f")),
+    ],
+)
+def test_standard_splits(split, sizes, digests):
+    seen, unseen = data.split_classes(CIFAR100, split)
+    more, same = data.split_classes(CIFAR100, f"{split}+val")
+    validation = sorted(set(more) - set(seen))
+    assert same == unseen and sorted(more + unseen) == list(range(100)) and not set(seen) & set(validation)
+    parts = seen, validation, unseen
+    assert tuple(map(len, parts)) == sizes
+    names = [" ".join(CIFAR100[label] for label in sorted(part)) for part in parts]
+    assert tuple(hashlib.sha256(joined.encode()).hexdigest()[:12] for joined in names) == digests
+    backwards = CIFAR100[::-1]
+    assert {backwards[label] for label in data.split_classes(backwards, split)[1]} == set(names[2].split())
+
+
+def test_standard_splits_are_of_cifar100_alone():
+    with pytest.raises(ValueError, match="leave --split-seed out"):
+        data.split_classes(CIFAR100, "cifar-fs", split_seed=1)
+    for names in (CIFAR100[:99], ["axe", *CIFAR100], [*CIFAR100[:99], "axe"]):
+        with pytest.raises(ValueError, match="is of the 100 classes of CIFAR-100"):
+            data.split_classes(names, "fc100")
+
+
+def test_few_shot_images_are_all_of_them_in_standard_splits():
+    labels = torch.tensor([0, 1, 2, 1])
+    part = data.Images(torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2), labels)
+    other = data.Images(part.images + 10, labels)
+    made = data.Data("x", part, other, ["a", "b", "c"])
+    assert data.few_shot_images(made, [1, 2], "90-10").images[:, 0, 0, 0].tolist() == [11, 12, 13]
+    for split in ("cifar-fs", "fc100+val"):
+        images = data.few_shot_images(made, [1, 2], split)
+        assert images.images[:, 0, 0, 0].tolist() == [1, 2, 3, 11, 12, 13]
+        assert images.labels.tolist() == [1, 2, 1, 1, 2, 1]
 
 
 def test_held_back_are_the_last_images_of_each_class():
-    labels = torch.tensor([1, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0])  # seven 0s, four 1s
-    images = torch.arange(11, dtype=torch.uint8).view(11, 1, 1, 1).expand(11, 3, 2, 2)
+    labels = torch.tensor([1, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 2, 2, 2])  # seven 0s, four 1s, three 2s
+    images = torch.arange(14, dtype=torch.uint8).view(14, 1, 1, 1).expand(14, 3, 2, 2)
     kept, held = data.hold_back(data.Images(images, labels), per_class=25)
-    assert held.images[:, 0, 0, 0].tolist() == [9, 10]  # a quarter of each class at most
-    assert kept.images[:, 0, 0, 0].tolist() == list(range(9))
-    kept, held = data.hold_back(data.Images(images.repeat(8, 1, 1, 1), labels.repeat(8)), per_class=5)
-    assert torch.bincount(held.labels).tolist() == [5, 5] and len(kept) == 78
+    assert held.images[:, 0, 0, 0].tolist() == [5, 8, 9, 10]  # a pair of each class of 4 to 11 images
+    assert kept.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 6, 7, 11, 12, 13]
+    kept, held = data.hold_back(data.Images(images.repeat(8, 1, 1, 1), labels.repeat(8)), per_class=9)
+    assert torch.bincount(held.labels).tolist() == [9, 8, 6]  # a quarter at most
+    assert len(kept) == 112 - 23
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
@@ -182,6 +116,14 @@ def test_every_image_is_drawn_equally_often():
     sampler = data.Sampler(torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.Generator().manual_seed(0))
     drawn = torch.cat([sampler.batch(sampler.task(1), 2) for _ in range(4000)])
     assert (torch.bincount(drawn, minlength=8) - 1000).abs().max() < 150  # 5 standard deviations
+
+
+def test_the_images_against_a_class_are_of_all_others():
+    labels = torch.tensor([3, 5, 5, 7, 7, 7, 9])
+    sampler = data.Sampler(labels, torch.Generator().manual_seed(0))
+    for row in range(4):
+        counts = torch.bincount(labels[sampler.against(row, 3000)], minlength=10)[[3, 5, 7, 9]]
+        assert counts[row] == 0 and (counts[counts > 0] - 1000).abs().max() < 150 and (counts > 0).sum() == 3
 
 
 def test_augmentation_is_a_shifted_reflected_flipped_copy():

@@ -1,8 +1,9 @@
-"""model.py: the networks' shape, names and arithmetic, loading of published weights, embedding."""
+"""model.py: the networks' shape, size, names and arithmetic, frozen stages, published weights, embedding."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 import model
 
@@ -14,6 +15,79 @@ def test_parameter_counts_are_those_of_the_paper(backbone, millions):
     """He et al. 2015, table 6; the paper's counts include a classifier of 10 classes."""
     count = sum(parameter.numel() for parameter in model.build(backbone).parameters()) + 64 * 10 + 10
     assert round(count / 1e6, 2) == millions
+
+
+def test_multiply_adds_are_the_known_ones():
+    """Known: 40.81 and 125.75 million for ResNet-20 and -56 with a classifier of 10 classes and two 1x1 convolutions in
+    place of parameter-free shortcuts (16 to 32 channels at 16 x 16, 32 to 64 at 8 x 8)."""
+    other = 16 * 32 * 16 * 16 + 32 * 64 * 8 * 8 + 64 * 10
+    for backbone, millions, parameters in (("resnet20", 40.81, 0.27), ("resnet56", 125.75, 0.85)):
+        found, multiply_adds = model.count(model.build(backbone), 32)
+        assert round((multiply_adds + other) / 1e6, 2) == millions
+        assert round((found + 650) / 1e6, 2) == parameters
+
+
+def test_counts_of_resnet18_are_torchvisions():
+    meta = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta
+    net = model.build("resnet18", stem="full").train()
+    parameters, multiply_adds = model.count(net, 224)
+    assert parameters + 513_000 == meta["num_params"]
+    assert round((multiply_adds + 512_000) / 1e9, 3) == meta["_ops"]
+    assert net.training and not any(module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize(("stem", "enlarge"), [("full", 1), ("full", 2), ("small", 1)])
+def test_resnet18_agrees_with_torchvision(stem, enlarge):
+    net = model.build("resnet18", stem=stem, enlarge=enlarge).eval()
+    peer = torchvision.models.resnet18()
+    peer.fc = torch.nn.Identity()
+    if stem == "small":
+        peer.conv1, peer.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
+    peer.load_state_dict(net.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    larger = torch.nn.Upsample(scale_factor=enlarge, mode="bilinear")(images)
+    with torch.no_grad():
+        assert torch.allclose(net(images), peer.eval()(larger), atol=1e-4)
+    assert net(images).shape == (2, net.dimension) and model.build(**net.settings).stem == stem
+
+
+@pytest.mark.parametrize(
+    ("side", "kernel", "options", "expected"),
+    [
+        (32, None, {}, ("small", 1)),
+        (64, None, {}, ("full", 2)),
+        (224, None, {}, ("full", 1)),
+        (32, 7, {}, ("full", 4)),
+        (128, 3, {}, ("small", 1)),
+        (32, 7, {"enlarge": 2}, ("full", 2)),
+        (32, None, {"stem": "full"}, ("full", 4)),
+        (96, None, {"stem": "small", "enlarge": 3}, ("small", 3)),
+    ],
+)
+def test_the_stem_fits_the_images_and_the_weights(side, kernel, options, expected):
+    state = kernel and {"conv1.weight": torch.zeros(64, 3, kernel, kernel)}
+    chosen = model.fit("resnet18", 16, side, state, **options)
+    assert chosen == {"backbone": "resnet18", "stem": expected[0], "enlarge": expected[1]}
+
+
+@pytest.mark.parametrize(("backbone", "stages"), [("resnet20", 2), ("resnet20", 0), ("resnet18", 1)])
+def test_frozen_stages_stay_as_they_are(backbone, stages):
+    net = model.build(backbone, width=4)
+    net.freeze(stages)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
+    net.eval().train()
+    net(torch.randn(4, 3, 16, 16)).square().sum().backward()
+    optimizer.step()
+    frozen = ["conv1.", "bn1.", "layer1.", "layer2."][: stages + 1 if stages else 0]
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith(tuple(frozen)), name
+
+
+def test_freezing_everything_is_refused():
+    for backbone, stages in (("resnet20", 4), ("resnet18", 5), ("resnet20", -1)):
+        with pytest.raises(ValueError, match="--freeze must be in 0"):
+            model.build(backbone).freeze(stages)
 
 
 def test_parameter_names_are_the_familys():
@@ -95,9 +169,7 @@ def test_normalised_softmax_is_cross_entropy_of_scaled_cosines():
     assert torch.allclose(head(embeddings * 9, target), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("backbone", "width", "message"), [("resnet18", 16, "unknown backbone"), ("resnet20", 0, "width")]
-)
+@pytest.mark.parametrize(("backbone", "width", "message"), [("vgg", 16, "unknown backbone"), ("resnet20", 0, "width")])
 def test_wrong_networks_are_refused(backbone, width, message):
     with pytest.raises(ValueError, match=message):
         model.build(backbone, width)
