@@ -1,0 +1,147 @@
+"""Training from given weights: ResNet-18 from torchvision's, any network from a run's or others' files."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import engine
+import evaluate
+import model
+import tiny
+import train_classic
+import train_reptile
+
+SMALL = ["--split", "75-25", "--width", "4", "--device", "cpu", "--precision", "float32"]
+ONE_STEP = {
+    train_classic: [*SMALL, "--epochs", "0.1", "--batch-classes", "2", "--images-per-class", "2"],
+    train_reptile: [*SMALL, "--iters", "1", "--inner-steps", "2", "--way", "2", "--images-per-class", "2"],
+}
+RESNET18 = ["--backbone", "resnet18", "--enlarge", "2"]  # 16 x 16 pixels become 32 x 32
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    return str(tiny.write_npz(tmp_path_factory.mktemp("data") / "tiny.npz", train=8, test=3))
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A file in the layout of torchvision's weights, classifier and all, and the state dict in it."""
+    torch.manual_seed(1)
+    state = torchvision.models.resnet18().state_dict()
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(state, path)
+    return path, state
+
+
+@pytest.fixture
+def train(npz, monkeypatch, tmp_path):
+    """Runs one step of a script with arguments; returns its last checkpoint."""
+
+    def run(script, *arguments):
+        out = str(tmp_path / script.__name__)
+        argv = [f"{script.__name__}.py", "--data", npz, "--out", out, "--overwrite", *ONE_STEP[script], *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        script.main()
+        return engine.load_checkpoint(Path(out) / "last.pt")
+
+    return run
+
+
+@pytest.mark.parametrize("script", ONE_STEP)
+def test_resnet18_from_a_file_with_frozen_stages(train, published, script, capsys, monkeypatch, tmp_path):
+    path, state = published
+    saved = train(script, *RESNET18, "--weights", path, "--freeze", "3")
+    assert saved["network"] == {"backbone": "resnet18", "stem": "full", "enlarge": 2}
+    assert (saved["data"]["mean"], saved["data"]["std"]) == model.IMAGENET
+    for name, tensor in saved["model"].items():
+        frozen = name.startswith(("conv1.", "bn1.", "layer1.", "layer2."))
+        assert torch.equal(tensor, state[name]) == frozen, name
+    assert "resnet18: 11.18 M parameters, 10.49 M of them trained" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / script.__name__ / "last.pt")])
+    evaluate.main()
+    assert "unseen" in capsys.readouterr().out
+
+
+def test_the_network_can_learn_at_a_rate_of_its_own(train, published):
+    path, state = published
+    slow, fast = (
+        train(train_classic, *RESNET18, "--weights", path, "--warmup-steps", "0", "--weight-decay", "0", *more)["model"]
+        for more in (["--backbone-lr", "1e-6"], [])
+    )
+    moved = [(saved["layer4.1.conv2.weight"] - state["layer4.1.conv2.weight"]).norm() for saved in (slow, fast)]
+    assert 0 < 1e4 * moved[0] < moved[1]
+
+
+def test_imagenet_weights_come_from_torchvision(train, published, monkeypatch, tmp_path, capsys):
+    """From PyTorch's cache where they are in it; without a network and a cache, one message with a way out."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with pytest.raises(SystemExit) as stop:
+        train(train_classic, *RESNET18, "--pretrained")
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and "could not be had" in errors and "give --weights FILE" in errors
+    assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in errors
+    cache = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    assert not cache.exists()
+    cache.write_bytes(published[0].read_bytes())
+    saved = train(train_classic, *RESNET18, "--pretrained", "--freeze", "1")
+    assert torch.equal(saved["model"]["conv1.weight"], published[1]["conv1.weight"])
+
+
+def test_a_run_starts_where_another_ended(train, tmp_path):
+    classic = train(train_classic)
+    first = tmp_path / "train_classic" / "last.pt"
+    warm = train(train_reptile, "--weights", first, "--meta-step-size", "1e-30")
+    assert warm["data"]["mean"] == classic["data"]["mean"]
+    for name, parameter in model.build("resnet20", 4).named_parameters():
+        assert torch.allclose(warm["model"][name], classic["model"][name], rtol=0, atol=1e-25), name
+        assert parameter.shape == warm["model"][name].shape
+
+
+def test_weights_that_know_the_unseen_classes_are_refused(train, tmp_path, capsys):
+    train(train_classic)
+    with pytest.raises(SystemExit) as stop:
+        train(train_reptile, "--weights", tmp_path / "train_classic" / "last.pt", "--split", "50-50")
+    assert stop.value.code == 2 and "was trained on classes that are unseen here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pretrained"], "--pretrained is for --backbone resnet18"),
+        ([*RESNET18, "--pretrained", "--weights", "{file}"], "--pretrained or --weights FILE, not both"),
+        (["--freeze", "1"], "--freeze keeps given weights"),
+        ([*RESNET18, "--weights", "{file}", "--freeze", "5"], "--freeze must be in 0..4"),
+        (["--weights", "missing.pth"], "no such file: missing.pth"),
+        (["--weights", "{npz}"], "is not a checkpoint"),
+        (["--weights", "{list}"], "holds a list"),
+        (["--weights", "{other}"], "is neither a checkpoint of this project nor a state dict"),
+        (["--weights", "{file}"], "the weights do not fit this network"),
+        ([*RESNET18, "--weights", "{file}", "--stem", "small"], "the weights do not fit this network"),
+        (["--stem", "full"], "--stem and --enlarge are for --backbone resnet18"),
+        (["--backbone", "resnet18", "--enlarge", "-1"], "--enlarge must be at least 0"),
+    ],
+)
+def test_wrong_weights_give_one_message(train, npz, published, tmp_path, capsys, arguments, message):
+    names = {"npz": npz, "file": published[0], "list": tmp_path / "list.pt", "other": tmp_path / "other.pt"}
+    torch.save([1], names["list"])
+    torch.save({"epoch": 3}, names["other"])
+    with pytest.raises(SystemExit) as stop:
+        train(train_classic, *[argument.format(**names) for argument in arguments])
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and message in errors and "Traceback" not in errors and len(errors) < 600
+
+
+def test_frozen_batch_norm_keeps_its_statistics(npz):
+    options = train_reptile.Options(data=npz, split="75-25", width=4)
+    train = engine.training_data(options, torch.device("cpu"))
+    net = model.build("resnet20", 4)
+    net.freeze(1)
+    before = net.bn1.running_mean.clone(), net.layer1[0].bn1.running_mean.clone()
+    engine.refresh_batch_norm(net, train)
+    assert torch.equal(net.bn1.running_mean, before[0]) and not torch.equal(net.layer1[0].bn1.running_mean, before[1])
