@@ -55,7 +55,7 @@ class Options:
     split_seed: int | None = None  # by default the checkpoint's
     backbone: str | None = None  # of a bare state dict
     width: int | None = None  # of a bare state dict, 16 by default
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
 
 @dataclass(frozen=True)

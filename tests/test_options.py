@@ -1,0 +1,144 @@
+"""The scripts' command lines: every option is explained, every wrong value gives one message and exit status 2."""
+
+import dataclasses
+import re
+import sys
+
+import pytest
+
+import evaluate
+import tiny
+import train_classic
+import train_reptile
+
+TRAININGS = [train_classic, train_reptile]
+
+
+def call(monkeypatch, capsys, script, *arguments) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a script that must end by itself."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        script.main()
+    return stop.value.code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("script", [*TRAININGS, evaluate])
+def test_help_explains_every_option_and_shows_two_examples(monkeypatch, capsys, script):
+    monkeypatch.setenv("COLUMNS", "100")
+    status, text, _ = call(monkeypatch, capsys, script, "--help")
+    assert status == 0
+    assert len(re.findall(rf"^ +python {script.__name__}\.py", text, re.MULTILINE)) == 2
+    words = " ".join(text.replace("│", " ").split())
+    for field in dataclasses.fields(script.Options):
+        flag = f"--{field.name.replace('_', '-')} "
+        if field.default is dataclasses.MISSING:
+            continue  # a positional argument: the usage line and the examples show it
+        if isinstance(field.default, bool):
+            flag = f"{flag.strip()}, --no-{flag[2:]}"
+        assert f" {flag}" in words, flag
+        explained = words.split(f" {flag}", 1)[1].split("(default", 1)[0]
+        explained = re.sub(r"^(\{.*?\}|[A-Z]+|\|)+", "", explained)  # the type
+        assert len(re.findall("[a-z]{2,}", explained)) >= 2, f"{flag}: {explained}"
+
+
+BOTH = [
+    ("--data nowhere.npz", "no such file: nowhere.npz"),
+    ("--data mnist", "unknown data 'mnist'"),
+    ("--data {text}", "text': give cifar100"),
+    ("--data {empty}", "has no folders"),
+    ("--data-root {text} --data cifar100", "could not be had"),
+    ("--image-size 7", "--image-size must be at least 8, got 7"),
+    ("--image-size big", "big"),
+    ("--out {text}", "File exists"),
+    ("--out {text}/below", "Not a directory"),
+    ("--split 90", "split must be"),
+    ("--split 1-99", "leaves fewer than 2"),
+    ("--split cifar-fs", "is of the 100 classes of CIFAR-100"),
+    ("--split-seed x", "x"),
+    ("--backbone vgg", "vgg"),
+    ("--width 0", "width must be at least 1"),
+    ("--width 4.5", "4.5"),
+    ("--stem full", "--stem and --enlarge are for --backbone resnet18"),
+    ("--freeze 1", "--freeze keeps given weights"),
+    ("--weights nowhere.pt", "no such file: nowhere.pt"),
+    ("--pretrained", "--pretrained is for --backbone resnet18"),
+    ("--distance manhattan", "manhattan"),
+    ("--mining easy", "easy"),
+    ("--margin -0.1", "--margin must be at least 0, got -0.1"),
+    ("--margin nan", "--margin must be at least 0, got nan"),
+    ("--temperature 0", "--temperature must be above 0, got 0"),
+    ("--temperature inf", "--temperature must be above 0, got inf"),
+    ("--device toaster", "'toaster' cannot be used here"),
+    ("--device cuda:99", "'cuda:99' cannot be used here"),
+    ("--precision half", "half"),
+    ("--seed -1", "--seed must be at least 0, got -1"),
+    (f"--seed {2**64}", "--seed must be below"),
+    ("--log-dir {text}", "File exists"),
+    ("--resume", "no such file"),
+    ("--lr 0", "--lr must be above 0, got 0"),
+    ("--lr -1", "--lr must be above 0, got -1"),
+    ("--lr nan", "--lr must be above 0, got nan"),
+    ("--lr inf", "--lr must be above 0, got inf"),
+    ("--images-per-class 1", "--images-per-class must be at least 2, got 1"),
+    ("--no-such-option 1", "Unrecognized"),
+    ("stray", "Unrecognized"),
+]
+CLASSIC = [
+    ("--epochs 0", "--epochs must be above 0"),
+    ("--epochs inf", "--epochs must be above 0"),
+    ("--batch-classes 1", "--batch-classes must be at least 2"),
+    ("--optimizer lion", "lion"),
+    ("--backbone-lr 0", "--backbone-lr must be above 0"),
+    ("--warmup-steps -1", "--warmup-steps must be at least 0"),
+    ("--weight-decay -1", "--weight-decay must be at least 0"),
+    ("--triplet-weight -1", "--triplet-weight must be at least 0"),
+    ("--softmax-weight nan", "--softmax-weight must be at least 0"),
+    ("--softmax-weight 0 --triplet-weight 0", "are both 0"),
+    ("--softmax-scale 0", "--softmax-scale must be above 0"),
+]
+REPTILE = [
+    ("--iters 0", "--iters must be at least 1"),
+    ("--task circle", "circle"),
+    ("--way 1", "--way must be at least 2"),
+    ("--inner-steps 0", "--inner-steps must be at least 1"),
+    ("--beta1 1", "--beta1 must be"),
+    ("--beta1 -0.1", "--beta1 must be"),
+    ("--beta1 nan", "--beta1 must be"),
+    ("--meta-batch 0", "--meta-batch must be at least 1"),
+    ("--meta-step-size 0", "--meta-step-size must be above 0"),
+    ("--validate-every 0", "--validate-every must be at least 1"),
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A good data set, a file that is nothing, an empty folder."""
+    folder = tmp_path_factory.mktemp("places")
+    (folder / "text").write_text("nothing")
+    (folder / "empty").mkdir()
+    return {"npz": tiny.write_npz(folder / "tiny.npz"), "text": folder / "text", "empty": folder / "empty"}
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        *((script, *case) for script in TRAININGS for case in BOTH),
+        *((train_classic, *case) for case in CLASSIC),
+        *((train_reptile, *case) for case in REPTILE),
+    ],
+)
+def test_a_wrong_value_gives_one_message(monkeypatch, capsys, tmp_path, places, script, arguments, message):
+    given = arguments.format(**places).split()
+    usual = ["--data", places["npz"], "--out", tmp_path / "run", "--split", "75-25", "--width", "4", "--device", "cpu"]
+    status, out, errors = call(monkeypatch, capsys, script, *usual, *given)
+    assert status == 2 and message in errors + out and "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+    if errors.startswith("error: "):
+        assert errors.count("error") == 1 + message.count("error") and len(errors) < 600
+
+
+def test_too_few_images_are_refused(monkeypatch, capsys, tmp_path):
+    for count, message in ((1, "a seen class has fewer than 2 training images"), (3, "need 4 training images or more")):
+        npz = tiny.write_npz(tmp_path / "few.npz", train=count, test=2)
+        status, _, errors = call(monkeypatch, capsys, train_classic, "--data", npz, "--out", tmp_path / "run")
+        assert status == 2 and message in errors and not (tmp_path / "run").exists()
