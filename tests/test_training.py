@@ -1,4 +1,4 @@
-"""The training scripts end to end on a tiny data set: learning, resuming, interrupting, stopping, refusing."""
+"""The training scripts end to end on a tiny data set: learning, resuming, stopping, logs, published settings."""
 
 import csv
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import data
 import engine
@@ -130,30 +131,6 @@ def test_a_run_is_never_lost(train, tmp_path, capsys):
     assert (out / "last.pt").read_bytes() != before
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--lr", "-1"], "--lr must be above 0, got -1"),
-        (["--lr", "nan"], "--lr must be above 0, got nan"),
-        (["--images-per-class", "1"], "--images-per-class must be at least 2"),
-        (["--split", "1-99"], "leaves fewer than 2"),
-        (["--device", "cuda:99"], "'cuda:99' cannot be used here"),
-        (["--device", "toaster"], "'toaster' cannot be used here"),
-        (["--data", "missing.npz"], "no such file: missing.npz"),
-        (["--resume"], "no such file"),
-        (["--backbone", "vgg"], "backbone"),
-        (["--no-such-option", "1"], "no-such-option"),
-    ],
-)
-@pytest.mark.parametrize(("script", "defaults"), SCRIPTS)
-def test_wrong_options_give_one_message(train, tmp_path, capsys, script, defaults, arguments, message):
-    with pytest.raises(SystemExit) as stop:
-        train(script, defaults, tmp_path / "run", *arguments)
-    captured = capsys.readouterr()
-    assert stop.value.code == 2 and message in captured.err + captured.out
-    assert "Traceback" not in captured.err and not (tmp_path / "run").exists()
-
-
 def test_a_non_finite_loss_stops_the_run(train, tmp_path, capsys, monkeypatch):
     original = train_reptile.triplet_loss
     monkeypatch.setattr(train_reptile, "triplet_loss", lambda *a, **k: original(*a, **k) * float("nan"))
@@ -194,6 +171,109 @@ def test_ctrl_c_in_a_shell_saves_and_says_how_to_go_on(npz, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "go on with --resume" in errors and "Traceback" not in errors
     assert engine.load_checkpoint(tmp_path / "run" / "last.pt")["step"] > 0
+
+
+PUBLISHED_CLASSIC = "--backbone resnet56 --epochs 150 --optimizer adam --lr 0.001 --no-decay --warmup-steps 0 "
+PUBLISHED_CLASSIC += "--weight-decay 0 --mining all --no-soft-margin --margin 0.3 --triplet-weight 1 --softmax-weight 0"
+PUBLISHED_REPTILE = (
+    "--backbone resnet56 --task domain --images-per-class 128 --iters 10000 --inner-steps 30 --lr 0.001 "
+)
+PUBLISHED_REPTILE += "--beta1 0.9 --meta-step-size 0.01 --mining all --no-soft-margin --margin 0.3"
+
+
+@pytest.mark.parametrize(
+    ("script", "published", "shorter"),
+    [
+        (train_classic, PUBLISHED_CLASSIC, ["--epochs", "0.1"]),
+        (train_reptile, PUBLISHED_REPTILE, ["--iters", "1", "--inner-steps", "1", "--images-per-class", "8"]),
+    ],
+)
+def test_the_published_settings_can_be_had(train, tmp_path, monkeypatch, script, published, shorter):
+    """The command lines of the README, but for how long they train; the loss is what they say."""
+    original = script.triplet_loss
+    settings = []
+
+    def recording(*args, others=None, **kwargs):
+        settings.append(kwargs)
+        return original(*args, others=others, **kwargs)
+
+    monkeypatch.setattr(script, "triplet_loss", recording)
+    out = train(script, [*published.split(), *SMALL, *shorter], tmp_path / "run")
+    assert engine.load_checkpoint(out / "last.pt")["network"] == {"backbone": "resnet56", "width": 4}
+    assert {"margin": 0.3, "distance": "cosine", "mining": "all", "soft_margin": False}.items() <= settings[0].items()
+
+
+def test_adam_without_decay_keeps_its_learning_rate(train, tmp_path):
+    out = train(train_classic, [*CLASSIC, "--optimizer", "adam", "--lr", "0.001", "--no-decay"], tmp_path / "run")
+    saved = engine.load_checkpoint(out / "last.pt")
+    assert [group["lr"] for group in saved["training"]["optimizer"]["param_groups"]] == [0.001, 0.001]
+    assert "exp_avg_sq" in saved["training"]["optimizer"]["state"][0]
+    assert saved["validation"]["triplet_accuracy"] > 80
+
+
+def test_a_domain_is_one_class_against_all_others(train, tmp_path, monkeypatch):
+    original = train_reptile.triplet_loss
+    batches = []
+
+    def recording(embeddings, labels, *args, others, **kwargs):
+        assert len(embeddings) == len(labels) == 4 and others[0].requires_grad
+        batches.append((labels, others[1]))
+        return original(embeddings, labels, *args, others=others, **kwargs)
+
+    monkeypatch.setattr(train_reptile, "triplet_loss", recording)
+    out = train(train_reptile, [*REPTILE, "--task", "domain", "--iters", "60"], tmp_path / "run")
+    own = torch.stack([labels for labels, _ in batches])
+    others = torch.stack([labels for _, labels in batches])
+    assert own.shape == others.shape == (180, 4)
+    assert (
+        (own == own[:, :1]).all() and (own[:, :1] != others).all() and set(others.flatten().tolist()) == set(range(6))
+    )
+    tasks = own.view(60, 3, 4)
+    assert (tasks == tasks[:, :1]).all() and set(own.flatten().tolist()) == set(range(6))
+    assert engine.load_checkpoint(out / "best.pt")["validation"]["triplet_accuracy"] > 80
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
+def test_deterministic_runs_agree_bit_for_bit(train, tmp_path, monkeypatch, script, arguments, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    original = script.triplet_loss
+    modes = []
+
+    def watching(*args, **kwargs):
+        modes.append(torch.are_deterministic_algorithms_enabled())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(script, "triplet_loss", watching)
+    arguments = [*arguments, "--device", device, "--deterministic"]
+    runs = [engine.load_checkpoint(train(script, arguments, tmp_path / str(i)) / "last.pt") for i in range(2)]
+    assert same(*runs) and all(modes)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_tensorboard_shows_the_log(train, tmp_path):
+    out = train(train_reptile, REPTILE, tmp_path / "run", "--log-dir", str(tmp_path / "events"))
+    (events,) = (tmp_path / "events").iterdir()
+    shown = {}
+    for event in EventFileLoader(str(events)).Load():
+        for value in event.summary.value:
+            shown.setdefault(value.tag, {})[event.step] = value.tensor.float_val[0]
+    with open(out / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name in rows[0].keys() - {"step", "images", "seconds"}:
+        logged = {int(row["step"]): float(row[name]) for row in rows if row[name]}
+        assert logged and shown[name] == pytest.approx(logged, rel=1e-4), name
+
+
+def test_without_tensorboard_one_message_says_how_to_get_it(train, tmp_path, capsys, monkeypatch):
+    out = train(train_reptile, REPTILE, tmp_path / "run")
+    before = (out / "log.csv").read_bytes()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(SystemExit) as stop:
+        train(train_reptile, REPTILE, out, "--overwrite", "--log-dir", str(tmp_path / "events"))
+    assert stop.value.code == 2 and "pip install tensorboard" in capsys.readouterr().err
+    assert (out / "log.csv").read_bytes() == before and (out / "last.pt").exists()
 
 
 def test_meta_step_interpolates_towards_the_mean():
