@@ -97,11 +97,12 @@ def metric_learning(case: Case) -> Loss:
     mean = reducers.MeanReducer() if case.mining == "hard" or case.soft_margin else reducers.AvgNonZeroReducer()
     margin = 0.0 if case.soft_margin else MARGIN
     loss = losses.TripletMarginLoss(margin=margin, smooth_loss=case.soft_margin, distance=distance, reducer=mean)
+    if case.mining == "all":
+        return loss  # every triplet of the batch
     if case.mining == "hard":
         miner = miners.BatchHardMiner(distance=distance)
     else:
-        kind = "semihard" if case.mining == "semihard" else "all"
-        miner = miners.TripletMarginMiner(margin=MARGIN, distance=distance, type_of_triplets=kind)
+        miner = miners.TripletMarginMiner(margin=MARGIN, distance=distance, type_of_triplets="semihard")
     return lambda x, labels: loss(x, labels, miner(x, labels))
 
 
