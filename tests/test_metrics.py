@@ -86,6 +86,28 @@ def test_triplet_accuracy(images, classes, levels):
         assert float(metrics.triplet_table(z, labels).per_class()[row]) == pytest.approx(np.mean(own), abs=1e-3)
 
 
+@pytest.mark.parametrize(("images", "classes", "levels"), CASES)
+def test_roc(images, classes, levels):
+    """Each threshold's errors, the best accuracy where one pair in ten is of one class, counts and histograms."""
+    z, labels = embeddings(images, classes, levels=levels)
+    similarity, same = all_pairs(z, labels)
+    curve = metrics.roc(z, labels)
+    assert len(curve.thresholds) == len(np.unique(similarity[same])) and (curve.thresholds.diff() > 0).all()
+    for place in range(0, len(curve.thresholds), max(1, len(curve.thresholds) // 50)):
+        threshold = float(curve.thresholds[place])
+        assert float(curve.false_accept[place]) == pytest.approx((similarity[~same] > threshold).mean(), abs=1e-4)
+        assert float(curve.false_reject[place]) == pytest.approx((similarity[same] <= threshold).mean(), abs=1e-4)
+    far, tar, _ = roc_curve(same, similarity, drop_intermediate=False)
+    assert curve.best(0.1)[0] == pytest.approx((10 * tar + 90 * (1 - far)).max(), abs=1e-3)
+    accept, reject = metrics.pair_errors(z, labels, [-0.3, 0.25])
+    assert accept.tolist() == pytest.approx([(similarity[~same] > t).mean() for t in (-0.3, 0.25)], abs=1e-4)
+    assert reject.tolist() == pytest.approx([(similarity[same] <= t).mean() for t in (-0.3, 0.25)], abs=1e-4)
+    if not levels:
+        for row, chosen in zip(metrics.pair_histogram(z, labels, 40), (~same, same), strict=True):
+            counts = np.histogram(similarity[chosen].clip(-1, 1), 40, (-1, 1))[0]
+            assert row.sum() == chosen.sum() and abs(row.numpy() - counts).sum() <= 4  # rounding at the bins' edges
+
+
 def test_blocks_do_not_matter(monkeypatch):
     z, labels = embeddings(300, 6, levels=4)
     whole = metrics.pair_statistics(z, labels), float(metrics.pair_table(z, labels, 0.3).accuracy())
@@ -150,6 +172,18 @@ def test_bootstrap_covers_the_spread_between_classes():
     low, high = metrics.bootstrap(table)
     assert low < float(table.accuracy()) < high and 1 < high - low < 30
     assert (low, high) == metrics.bootstrap(table)
+
+
+@pytest.mark.parametrize("make", [metrics.triplet_table, lambda z, labels: metrics.pair_table(z, labels, 0.2)])
+def test_differences_are_paired(make):
+    """Nearly equal embeddings differ by little, however much the classes differ; with itself a table differs by 0."""
+    z, labels = embeddings(400, 20)
+    near = metrics.normalise(z + 0.05 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1)))
+    table, other = make(z, labels), make(near, labels)
+    low, high = metrics.bootstrap(table, other)
+    alone = metrics.bootstrap(table)
+    assert low <= float(table.accuracy() - other.accuracy()) <= high and high - low < (alone[1] - alone[0]) / 3
+    assert metrics.bootstrap(table, table) == (0, 0)
 
 
 def test_few_shot_by_hand():
