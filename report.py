@@ -124,7 +124,7 @@ def one_shot_confusion(side: Side, episodes: int = 1000) -> Tensor | None:
     return 100 * counts / counts.sum(1, keepdim=True) if counts.sum() else None
 
 
-def episode_figure(side: Side, own_names: list[str], queries: int = 3) -> tuple[dict, str, str]:
+def episode_figure(side: Side, own_names: list[str], queries: int = 2) -> tuple[dict, str, str]:
     """The first two episodes of a seed, unselected: the examples are neither better nor worse than the rest."""
     way = min(5, len(own_names))
     rows, images = next(metrics.draw_episodes(side.images.labels, way, 1, queries=queries, episodes=2, seed=1))
