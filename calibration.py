@@ -21,6 +21,17 @@ def check_criterion(criterion: str) -> None:
         raise ValueError(f"--criterion must be balanced, eer, or far:RATE such as far:0.01, got {criterion}")
 
 
+def check_threshold(text: str) -> float:
+    """The number that --threshold gives. Raises ValueError unless it is a similarity."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not -1 <= value <= 1:
+        raise ValueError(f"--threshold must be auto or a number in -1..1, got {text}")
+    return value
+
+
 def pick(curve: metrics.Roc, criterion: str) -> tuple[float, float, float]:
     """(threshold, false accepts, false rejects in percent) by a criterion.
 

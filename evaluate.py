@@ -138,18 +138,9 @@ def pick_thresholds(loaded: Loaded, options: Options) -> tuple[dict, dict[str, f
         if threshold is None:
             raise ValueError("too few training images to calibrate a threshold; give --threshold a number")
         return threshold, named | {f"auto {options.criterion}": threshold["value"]}
-    value = number(options.threshold)
-    if value is None or not -1 <= value <= 1:
-        raise ValueError(f"--threshold must be auto or a number in -1..1, got {options.threshold}")
+    value = float(options.threshold)
     unknown = dict.fromkeys(("false_accept", "false_reject", "logistic", "calibrated_on"))
     return {"mode": "fixed", "criterion": None, "value": value, **unknown}, named | {f"fixed {value}": value}
-
-
-def number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def store(loaded: Loaded, threshold: dict) -> None:
@@ -188,8 +179,13 @@ def evaluate(
     return report, sides
 
 
-def check_targets(options: Options) -> None:
-    """Raise ValueError if what is asked for cannot be written."""
+def check(options: Options) -> None:
+    """Raise ValueError if the options are wrong or their files cannot be written."""
+    if not options.checkpoints:
+        raise ValueError("give at least one checkpoint")
+    calibration.check_criterion(options.criterion)
+    if options.threshold != "auto":
+        calibration.check_threshold(options.threshold)
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise ValueError(f"--json: no such folder: {Path(options.json).parent}")
     if options.report and Path(options.report).exists() and not Path(options.report).is_dir():
@@ -201,10 +197,7 @@ def check_targets(options: Options) -> None:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     with engine.user_errors():
-        if not options.checkpoints:
-            raise ValueError("give at least one checkpoint")
-        calibration.check_criterion(options.criterion)
-        check_targets(options)
+        check(options)
         device = engine.pick_device(options.device)
         loaded = [load(path, options, device) for path in options.checkpoints]
         thresholds = [pick_thresholds(each, options) for each in loaded]
@@ -219,6 +212,8 @@ def main() -> None:
         if reports and measure.comparable(sides, first):
             report["compared_with"] = {"checkpoint": reports[0]["checkpoint"]} | measure.compare(sides, first)
             tables.show_comparison(report)
+        elif reports:
+            print(f"\nnot compared with {reports[0]['checkpoint']}: measured on other images")
         reports.append(report)
         if options.report:
             folder = Path(options.report, *([str(len(reports))] if len(loaded) > 1 else []))

@@ -34,7 +34,7 @@ class Options:
     threshold: str = "auto"  # auto (the checkpoint's) or a similarity in -1..1
     csv: str | None = None  # write the answers to this file
     json: str | None = None  # write the answers to this file
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
 
 def check(options: Options) -> None:
@@ -47,17 +47,6 @@ def check(options: Options) -> None:
         target = getattr(options, name)
         if target and not Path(target).absolute().parent.is_dir():
             raise ValueError(f"--{name}: no such folder: {Path(target).parent}")
-
-
-def pick_threshold(stored: dict, wanted: str) -> float:
-    """Raises ValueError."""
-    try:
-        value = stored["value"] if wanted == "auto" else float(wanted)
-    except ValueError:
-        value = float("nan")
-    if not -1 <= value <= 1:
-        raise ValueError(f"--threshold must be auto or a number in -1..1, got {wanted}")
-    return value
 
 
 def support_classes(folder: Path) -> dict[str, list[Path]]:
@@ -165,7 +154,7 @@ def main() -> None:
         net, saved = inference.load(options.checkpoint)
         net = net.to(engine.pick_device(options.device))
         stored, errors = saved["threshold"], []
-        threshold = pick_threshold(stored, options.threshold)
+        threshold = stored["value"] if options.threshold == "auto" else calibration.check_threshold(options.threshold)
         if options.compare:
             answers = [compare(net, options.compare, threshold, stored)]
         else:

@@ -200,6 +200,30 @@ def test_few_shot_by_hand():
     assert accuracy == pytest.approx(100 * np.mean(right), abs=3 * interval) and 0 < interval < 1
 
 
+@pytest.mark.parametrize("shot", [1, 3])
+def test_episodes_by_loops(shot):
+    """Supports and queries are different images of the right class; each query goes to the nearest mean, by loops."""
+    z, labels = embeddings(150, 8)
+    classes = labels.unique()
+    seen = set()
+    for rows, images in metrics.draw_episodes(labels, 5, shot, queries=4, episodes=60):
+        predicted = metrics.classify(z, images, shot)
+        for episode in range(len(rows)):
+            assert len(set(rows[episode].tolist())) == 5 and len(set(images[episode].flatten().tolist())) == 5 * (
+                shot + 4
+            )
+            means = []
+            for row, own in zip(rows[episode], images[episode].numpy(), strict=True):
+                assert (labels[own] == classes[row]).all()
+                mean = z[own[:shot]].numpy().mean(0)
+                means.append(mean / np.linalg.norm(mean))
+            for place, own in enumerate(images[episode].numpy()):
+                answers = [int(np.argmax([z[query].numpy() @ mean for mean in means])) for query in own[shot:]]
+                assert predicted[episode, place].tolist() == answers
+            seen.add(tuple(sorted(rows[episode].tolist())))
+    assert len(seen) > 30  # of 56
+
+
 def test_few_shot_episodes():
     z, labels = embeddings(200, 8)
     same = [metrics.few_shot(z, labels, 5, 1, episodes=300) for _ in range(2)]

@@ -200,3 +200,28 @@ def test_a_wrong_export_is_not_written(folder, monkeypatch, tmp_path, capsys):
         run(monkeypatch, export, folder / "best.pt", "--format", "torch", "--out", tmp_path / "model.pt2")
     assert stop.value.code == 2 and "differs from PyTorch by 1.0e-03; nothing was written" in capsys.readouterr().err
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.pt2", "old")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}/best.pt", "--out", "/no/such/model.onnx"], "--out: no such folder"),
+        (["{folder}/best.pt", "--data", "{big}"], "the images of --data are of 24 pixels, the checkpoint's of 16"),
+        (["{folder}/best.pt", "--data", "nowhere.npz"], "no such file: nowhere.npz"),
+        (["missing.pt"], "no such file: missing.pt"),
+    ],
+)
+def test_exports_that_cannot_be(folder, monkeypatch, tmp_path, capsys, arguments, message):
+    names = {"folder": folder, "big": tiny.write_npz(tmp_path / "big.npz", side=24)}
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, export, *[argument.format(**names) for argument in arguments])
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and message in errors and "Traceback" not in errors
+    assert not list(folder.glob("*.onnx"))
+
+
+def test_onnx_says_what_it_needs(folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, export, folder / "best.pt", "--out", tmp_path / "model.onnx")
+    assert stop.value.code == 2 and "ONNX needs more packages (onnxruntime): pip install" in capsys.readouterr().err

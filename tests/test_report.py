@@ -40,6 +40,9 @@ def make(folder, unseen_classes):
     facts = {"checkpoint": "runs/" + "x" * 80 + "/best.pt", "commit": "0123456789ab", "data": "own", "split": "60-40"}
     thresholds = {"auto balanced": 0.5, "auto eer": 0.52, "fixed 0.2": 0.2}
     made = measure.evaluation_report(facts, threshold, thresholds, measured, names)
+    if unseen_classes:
+        ci95 = {"triplet_accuracy": (70.5, 79.5), "pair_accuracy": (60.5, 69.5)}
+        made["unseen"]["adapted"] = {"triplet_accuracy": 75.25, "pair_accuracy": 65.0, "ci95": ci95}
     return report.write(folder, made, measured, names), made
 
 
@@ -74,6 +77,7 @@ def test_files_and_figures(tmp_path):
         light, dark = (Image.open(tmp_path / f"{name}{theme}.png").convert("RGB") for theme in ("", "-dark"))
         assert light.size == dark.size and light.getpixel((0, 0)) == (255, 255, 255) != dark.getpixel((0, 0))
     assert not re.search(r"<class>|https?:|src=\"(?!data:)", text) and "a rather long &lt;class&gt; name 12" in text
+    assert "unseen, adapted" in text and "65.0 (60.5..69.5)" in text
     unseen = made["unseen"]
     for value in (unseen["pair_accuracy"], unseen["auc"], unseen["few_shot"]["5w1s"]["accuracy"]):
         assert f"{value:.1f}" in text
