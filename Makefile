@@ -1,4 +1,4 @@
-.PHONY: build test lint format bench sanitize
+.PHONY: build test lint format bench docs sanitize
 
 build:  ## the native op, in place
 	ONESHOT_NATIVE=1 python setup.py -q build_ext --inplace
@@ -18,6 +18,11 @@ format:
 
 bench: build
 	python benchmarks/bench_triplet.py
+
+docs:  ## the README's pictures, from a trained network: make docs CKPT=runs/classic/best.pt
+	python evaluate.py $(or $(CKPT),runs/classic/best.pt) $(if $(DATA),--data $(DATA)) --report build/report
+	for name in episodes classes similarity map; do for theme in "" -dark; do \
+	cp build/report/$$name$$theme.png docs/report-$$name$$theme.png; done; done
 
 sanitize:  ## the native op's tests under AddressSanitizer and UndefinedBehaviorSanitizer; the usual build is put back
 	ONESHOT_NATIVE=1 ONESHOT_SANITIZE=1 ONESHOT_CUDA=0 python setup.py -q build_ext --inplace --build-temp build/sanitize

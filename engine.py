@@ -153,17 +153,27 @@ def git_commit() -> str:
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write atomically: a reader, or a crash, finds the old file or the new one, never half of one."""
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path beside `path`, which takes its place at the end of the block, unless there was an error.
+
+    A reader, or a crash, finds the old file or the new one, never half of one.
+    """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write atomically."""
+    with writing(path) as temporary:
+        torch.save(checkpoint, temporary)
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:

@@ -8,11 +8,13 @@ once, and no (N, N) matrix is held: similarities are walked through in blocks of
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 500  # of a block of similarities
+ROWS = 500  # of a block of similarities, at most
+LOWEST = -1 - 2**-20  # just below the similarities there can be, rounding included
 
 
 def normalise(embeddings: Tensor, center: Tensor | None = None) -> Tensor:
@@ -20,17 +22,87 @@ def normalise(embeddings: Tensor, center: Tensor | None = None) -> Tensor:
     return F.normalize(embeddings if center is None else embeddings - center)
 
 
-def upper_blocks(z: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Every pair once, by blocks: similarities (pairs,), whether of one class (pairs,), labels of both (pairs,)."""
-    for start in range(0, len(z), ROWS):
-        rows = z[start : start + ROWS]
-        similarity = rows @ z[start:].T
-        first, second = torch.triu(torch.ones_like(similarity, dtype=torch.bool), 1).nonzero(as_tuple=True)
-        a, b = labels[start + first], labels[start + second]
-        yield similarity[first, second], a == b, a, b
-
-
 # ---------------------------------------------------------------------------------------------------------------- pairs
+
+
+def pair_blocks(z: Tensor, labels: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Every pair of rows of `z` (N, D) once, class after class.
+
+    Yields a class's place among the sorted labels, similarities within it (pairs,), and similarities of n of its images
+    to the M images of all later classes (n, M) with the places of those classes (M,).
+    """
+    index = labels.unique(return_inverse=True)[1]
+    order = torch.argsort(index, stable=True)
+    z, index = z[order], index[order]
+    start = 0
+    for row, end in enumerate(torch.bincount(index).cumsum(0).tolist()):
+        for first in range(start, end, ROWS):
+            own = z[first : min(first + ROWS, end)]
+            inside = own @ z[first:end].T
+            once = torch.triu(torch.ones_like(inside, dtype=torch.bool), 1)
+            yield row, inside[once], own @ z[end:].T, index[end:]
+        start = end
+
+
+@dataclass(frozen=True)
+class Roc:
+    """The errors of every threshold, exactly. Accepted and refused pairs change where a threshold crosses a similarity
+    of the U distinct ones that same-class pairs have; a threshold just below the k-th, `thresholds[k]`, is the best of
+    those that accept as many of them."""
+
+    thresholds: Tensor  # (U,) float64, rising: midway from the next lower similarity of any pair
+    false_reject: Tensor  # (U,) share 0..1 of same-class pairs refused by each threshold
+    false_accept: Tensor  # (U,) share 0..1 of different-class pairs accepted by each threshold
+    auc: float  # area under the curve; pairs of equal similarity count half
+    eer: float  # where the two errors meet, linear between thresholds
+
+    def best(self, share: float = 0.5) -> tuple[float, float]:
+        """(accuracy, threshold) of the most accurate threshold where `share` of the pairs are of one class."""
+        accuracy = 100 * (share * (1 - self.false_reject) + (1 - share) * (1 - self.false_accept))
+        place = int(accuracy.argmax())
+        if accuracy[place] < 100 * (1 - share):  # refusing all is better
+            return 100 * (1 - share), 1.0
+        return float(accuracy[place]), float(self.thresholds[place])
+
+
+def roc(z: Tensor, labels: Tensor) -> Roc | None:
+    """Of normalised rows `z` (N, D) with `labels` (N,); None if there is no pair of one of the two kinds."""
+    same = torch.cat([inside for _, inside, _, _ in pair_blocks(z, labels)] or [z.new_empty(0)])
+    values, counts = same.unique(return_counts=True)
+    below, up_to = torch.zeros(2, len(values), dtype=torch.int64)  # different-class pairs
+    beneath = torch.cat((values.new_tensor([LOWEST]), values[:-1])) if len(values) else values  # next lower similarity
+    total = 0
+    for _, _, across, _ in pair_blocks(z, labels):
+        if not across.numel():
+            continue
+        ordered = torch.from_numpy(np.sort(across.numpy(), axis=None))  # ten times as fast as torch's
+        place = torch.searchsorted(ordered, values)
+        below += place
+        up_to += torch.searchsorted(ordered, values, right=True)
+        beneath = torch.maximum(beneath, torch.where(place > 0, ordered[(place - 1).clamp(min=0)], LOWEST))
+        total += len(ordered)
+    if not len(same) or not total:
+        return None
+    rejected = counts.double().cumsum(0) / len(same)
+    false_reject, false_accept = rejected - counts.double() / len(same), 1 - below.double() / total
+    auc = float((counts * (below + up_to).double()).sum()) / (2 * len(same) * total)
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    eer = equal_error(
+        torch.cat((torch.stack((false_reject, rejected), 1).flatten(), one)),
+        torch.cat((torch.stack((false_accept, 1 - up_to.double() / total), 1).flatten(), zero)),
+    )
+    thresholds = (values.double() + beneath.double()) / 2
+    return Roc(thresholds, false_reject, false_accept, 100 * auc, 100 * eer)
+
+
+def equal_error(false_reject: Tensor, false_accept: Tensor) -> float:
+    """Where two error rates at rising thresholds, (T,) float64 each, meet; linear in between."""
+    rising = torch.cat((torch.zeros(1, dtype=torch.float64), false_reject))
+    falling = torch.cat((torch.ones(1, dtype=torch.float64), false_accept))
+    after = int((rising >= falling).int().argmax())
+    gap_before, gap_after = falling[after - 1] - rising[after - 1], falling[after] - rising[after]
+    share = gap_before / (gap_before - gap_after)
+    return float(rising[after - 1] + share * (rising[after] - rising[after - 1]))
 
 
 @dataclass(frozen=True)
@@ -45,46 +117,33 @@ class PairStatistics:
 
 
 def pair_statistics(z: Tensor, labels: Tensor) -> PairStatistics | None:
-    """Of normalised rows `z` (N, D) with `labels` (N,); None if there is no pair of one of the two kinds.
+    """Of normalised rows `z` (N, D) with `labels` (N,); None if there is no pair of one of the two kinds."""
+    curve = roc(z, labels)
+    return None if curve is None else PairStatistics(curve.auc, curve.eer, *curve.best())
 
-    Same-class similarities are few: they are kept, sorted. Each similarity between classes then falls on one of them or
-    in a gap between two, and the counts of these 2 U + 1 slots (gap, value, gap, ..., gap) hold all figures, exactly.
+
+def pair_errors(z: Tensor, labels: Tensor, thresholds: list[float]) -> tuple[Tensor, Tensor]:
+    """Share 0..1 of different-class pairs that each threshold accepts (T,) float64, and of same-class pairs it refuses.
+
+    Both kinds of pairs must exist.
     """
-    same = torch.cat([similarity[of_one] for similarity, of_one, _, _ in upper_blocks(z, labels)] or [z.new_empty(0)])
-    values, same_counts = same.unique(return_counts=True)
-    different = torch.zeros(2 * len(values) + 1, dtype=torch.int64)
-    for similarity, of_one, _, _ in upper_blocks(z, labels):
-        similarity = similarity[~of_one]
-        place = torch.searchsorted(values, similarity)
-        on_value = values[place.clamp(max=len(values) - 1)] == similarity if len(values) else place < 0
-        different += torch.bincount(2 * place + on_value.long(), minlength=len(different))
-    if not len(same) or not different.sum():
-        return None
-    positives = torch.zeros_like(different)
-    positives[1::2] = same_counts
-    rejected = positives.double().cumsum(0) / len(same)  # share of same-class pairs at or below each slot
-    refused = different.double().cumsum(0) / different.sum()  # of different-class pairs
-    auc = float((positives.double() / len(same) * (refused - different.double() / different.sum() / 2)).sum())
-    # thresholds just below a value refuse the gap under it and accept the value: none in between is better
-    balanced = (1 - rejected[0::2][:-1] + refused[0::2][:-1]) / 2
-    best = int(balanced.argmax())
-    upper, lower = float(values[best]), float(values[best - 1]) if best else -1.0
-    for similarity, of_one, _, _ in upper_blocks(z, labels):
-        below = similarity[~of_one & (similarity < upper)]
-        lower = max(lower, float(below.max())) if len(below) else lower
-    return PairStatistics(
-        100 * auc, 100 * equal_error(rejected, 1 - refused), 100 * float(balanced[best]), (lower + upper) / 2
-    )
+    counts = torch.zeros(2, len(thresholds) + 1, dtype=torch.float64)  # accepted by each, and all; different, same
+    for _, inside, across, _ in pair_blocks(z, labels):
+        for row, similarity in enumerate((across, inside)):
+            accepted = [int((similarity > threshold).sum()) for threshold in thresholds]
+            counts[row] += torch.tensor([*accepted, similarity.numel()], dtype=torch.float64)
+    different, same = counts[:, :-1] / counts[:, -1:]
+    return different, 1 - same
 
 
-def equal_error(false_reject: Tensor, false_accept: Tensor) -> float:
-    """Where the two error rates (slots,), one rising and one falling, meet; linear between slots."""
-    rising = torch.cat((torch.zeros(1, dtype=torch.float64), false_reject))
-    falling = torch.cat((torch.ones(1, dtype=torch.float64), false_accept))
-    after = int((rising >= falling).int().argmax())
-    gap_before, gap_after = falling[after - 1] - rising[after - 1], falling[after] - rising[after]
-    share = gap_before / (gap_before - gap_after)
-    return float(rising[after - 1] + share * (rising[after] - rising[after - 1]))
+def pair_histogram(z: Tensor, labels: Tensor, bins: int = 2000) -> Tensor:
+    """How many similarities of pairs lie in each of `bins` equal parts of -1..1: (2, bins) float64, different classes
+    first, then same."""
+    counts = torch.zeros(2, bins, dtype=torch.float64)
+    for _, inside, across, _ in pair_blocks(z, labels):
+        for row, similarity in enumerate((across, inside)):
+            counts[row] += torch.histc(similarity.clamp(-1, 1), bins, -1, 1).double()
+    return counts
 
 
 @dataclass(frozen=True)
@@ -115,15 +174,14 @@ class PairTable:
 
 def pair_table(z: Tensor, labels: Tensor, threshold: float) -> PairTable:
     """Of normalised rows `z` (N, D); the table's rows are the sorted labels that occur."""
-    classes, index = labels.unique(return_inverse=True)
-    n = len(classes)
-    tables = torch.zeros(2, n * n, dtype=torch.float64)
-    for similarity, _, a, b in upper_blocks(z, index):
-        for table, chosen in zip(tables, (similarity > threshold, slice(None)), strict=True):
-            table += torch.bincount(a[chosen] * n + b[chosen], minlength=n * n)
-    tables = tables.view(2, n, n)
-    tables = tables + tables.mT - torch.diag_embed(tables.diagonal(dim1=1, dim2=2))
-    return PairTable(*tables)
+    images = torch.bincount(labels.unique(return_inverse=True)[1]).double()
+    accepted = torch.zeros(len(images), len(images), dtype=torch.float64)
+    for row, inside, across, others in pair_blocks(z, labels):
+        accepted[row, row] += (inside > threshold).sum()
+        accepted[row].index_add_(0, others, (across > threshold).sum(0).double())
+    total = torch.outer(images, images)
+    total.diagonal().copy_(images * (images - 1) / 2)
+    return PairTable(accepted + accepted.triu(1).T, total)
 
 
 # ------------------------------------------------------------------------------------------------------------- triplets
@@ -176,53 +234,80 @@ def triplet_accuracy(z: Tensor, labels: Tensor) -> float:
 # ------------------------------------------------------------------------------------------------------------ intervals
 
 
-def bootstrap(table: PairTable | TripletTable, resamples: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+def bootstrap(
+    table: PairTable | TripletTable, minus: PairTable | TripletTable | None = None, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float] | None:
     """95 % interval of a table's accuracy, resampling the classes; None if there are fewer than 3.
 
-    Pairs share images and images share classes, so resampling pairs or images would understate the spread.
+    With `minus`, a table of the same images by another network: of the difference, in the same resamples. Pairs share
+    images and images share classes, so resampling pairs or images would understate the spread.
     """
     n = len(table.right if isinstance(table, TripletTable) else table.total)
     if n < 3:
         return None
     draws = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
     weight = torch.zeros(resamples, n).scatter_add_(1, draws, torch.ones(resamples, n))
-    accuracy = table.accuracy(weight[(weight > 0).sum(1) > 1])
+    weight = weight[(weight > 0).sum(1) > 1]
+    accuracy = table.accuracy(weight) if minus is None else table.accuracy(weight) - minus.accuracy(weight)
     low, high = torch.quantile(accuracy, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def mean_interval(values: Tensor) -> tuple[float, float]:
+    """(mean, half width of its 95 % interval) of independent values (N,)."""
+    return float(values.mean()), float(1.96 * values.std(correction=0) / len(values) ** 0.5)
 
 
 # ----------------------------------------------------------------------------------------------------------- few-shot
 
 
-def few_shot(
-    z: Tensor, labels: Tensor, way: int, shot: int, queries: int = 15, episodes: int = 10_000, seed: int = 0
-) -> tuple[float, float] | None:
-    """(accuracy, half width of its 95 % interval) of N-way K-shot classification of normalised rows `z` (N, D).
+def draw_episodes(
+    labels: Tensor, way: int, shot: int, queries: int = 15, episodes: int = 10_000, seed: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of episodes: places of the classes among the sorted labels (E, way), images (E, way, shot + queries).
 
-    Each query goes to the class whose normalised mean of support rows is most similar, knowing no other query.
-    `queries` a class, fewer if the smallest class has fewer than shot + queries images. None if there are fewer than
-    `way` classes or no query is left. The same settings give the same episodes.
+    `queries` a class, fewer if the smallest class has fewer than shot + queries images. Nothing if there are fewer than
+    `way` classes or no query is left. The same labels and settings give the same episodes.
     """
     classes, counts = labels.unique(return_counts=True)
     queries = min(queries, int(counts.min()) - shot)
     if len(classes) < way or queries < 1:
-        return None
+        return
     generator = torch.Generator().manual_seed(seed)
     order, starts = torch.argsort(labels, stable=True), counts.cumsum(0) - counts
     slots = torch.arange(int(counts.max()))
-    accuracies = []
     for size in [250] * (episodes // 250) + [episodes % 250] * (episodes % 250 > 0):
         rows = torch.rand(size, len(classes), generator=generator).topk(way).indices  # (E, way)
         chance = torch.rand(size, way, len(slots), generator=generator)
         chance -= (slots >= counts[rows][:, :, None]).float()
         draw = chance.topk(shot + queries).indices  # (E, way, shot + queries)
-        images = z[order[starts[rows][:, :, None] + draw]]
-        support = F.normalize(images[:, :, :shot].mean(2), dim=2)  # (E, way, D)
-        similarity = torch.einsum("ewqd,evd->ewqv", images[:, :, shot:], support)
-        right = similarity.argmax(3) == torch.arange(way)[:, None]
-        accuracies.append(right.double().mean((1, 2)))
-    accuracy = 100 * torch.cat(accuracies)
-    return float(accuracy.mean()), float(1.96 * accuracy.std(correction=0) / len(accuracy) ** 0.5)
+        yield rows, order[starts[rows][:, :, None] + draw]
+
+
+def classify(z: Tensor, images: Tensor, shot: int) -> Tensor:
+    """The class, 0..way-1, of each query of episodes `images` (E, way, shot + queries) -> (E, way, queries).
+
+    Each query goes to the class whose normalised mean of support rows is most similar, knowing no other query.
+    """
+    rows = z[images]  # (E, way, shot + queries, D)
+    support = F.normalize(rows[:, :, :shot].mean(2), dim=2)
+    return torch.einsum("ewqd,evd->ewqv", rows[:, :, shot:], support).argmax(3)
+
+
+def episode_accuracies(z: Tensor, labels: Tensor, way: int, shot: int, **settings: int) -> Tensor | None:
+    """Accuracy (episodes,) in each episode of `draw_episodes`, whose settings these are; None if there are none."""
+    truth = torch.arange(way)[:, None]
+    found = [
+        (classify(z, images, shot) == truth).double().mean((1, 2))
+        for _, images in draw_episodes(labels, way, shot, **settings)
+    ]
+    return 100 * torch.cat(found) if found else None
+
+
+def few_shot(z: Tensor, labels: Tensor, way: int, shot: int, **settings: int) -> tuple[float, float] | None:
+    """(accuracy, half width of its 95 % interval) of N-way K-shot classification of normalised rows `z` (N, D)."""
+    accuracies = episode_accuracies(z, labels, way, shot, **settings)
+    return None if accuracies is None else mean_interval(accuracies)
 
 
 def published_few_shot(z: Tensor, labels: Tensor, threshold: float) -> tuple[float, float]:

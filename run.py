@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import calibration
 import metrics
 import model
 from engine import (
@@ -186,7 +187,7 @@ class Run:
             "auc": float(pairs.auc),
             "threshold": float(pairs.oracle_threshold),
         }
-        self.validation = found
+        self.validation, self.calibration = found, calibration.calibrate(z, held_back.labels)
         if found["auc"] > self.best["auc"]:
             self.best = found | {"step": self.step}
             save_checkpoint(self.folder / "best.pt", self.inference_state())
@@ -200,12 +201,7 @@ class Run:
             "options": dataclasses.asdict(self.options),
             "data": self.train.facts,
             "center": None,  # subtracting the mean embedding makes networks trained on raw cosines worse
-            "threshold": {
-                "mode": "auto",
-                "value": self.validation["threshold"],
-                "calibrated_on": f"{len(self.train.held_back)} held-back training images of "
-                f"{len(self.train.facts['seen'])} seen classes",
-            },
+            "threshold": self.calibration,
             "validation": self.validation,
             "step": self.step,
             "images": self.images,

@@ -13,7 +13,9 @@ import tiny
 import train_classic
 
 REPORT = {"checkpoint", "commit", "data", "split", "threshold", "seen", "unseen", "per_class"}
+REPORT |= {"thresholds", "compared_with"}
 SIDE = {"triplet_accuracy", "pair_accuracy", "pair_accuracy_oracle", "auc", "eer", "ci95"}
+BARE = ["--backbone", "resnet20", "--width", "4", "--data", "{npz}", "--split", "75-25"]
 UNSEEN = SIDE | {"published_protocol", "constant_answer", "few_shot", "adapted"}
 
 
@@ -52,7 +54,7 @@ def test_report(folder, monkeypatch, capsys, tmp_path):
     assert report["seen"]["triplet_accuracy"] > 80 and shots["all1s"]["accuracy"] > 60
     assert report["unseen"]["constant_answer"] == pytest.approx(200 / 3)
     printed = capsys.readouterr().out
-    for text in ("class 11", "3-way 1-shot", f"{report['seen']['auc']:.1f}", "always answering"):
+    for text in ("class 11", "all 3, 1-shot", f"{report['seen']['auc']:.1f}", "always answering"):
         assert text in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
 
@@ -63,7 +65,8 @@ def test_threshold(folder, monkeypatch, tmp_path):
         run(monkeypatch, folder / "run" / "best.pt", "--threshold", wanted, "--json", tmp_path / "r.json")
         reports.append(json.loads((tmp_path / "r.json").read_text()))
     assert reports[0]["threshold"] == engine.load_checkpoint(folder / "run" / "best.pt")["threshold"]
-    assert reports[1]["threshold"] == {"mode": "fixed", "value": 0.9, "calibrated_on": None}
+    threshold = reports[1]["threshold"]
+    assert (threshold["mode"], threshold["value"], threshold["calibrated_on"]) == ("fixed", 0.9, None)
     assert reports[2]["seen"]["pair_accuracy"] == pytest.approx(50, abs=0.1)  # everything is accepted
     assert len({report["seen"]["auc"] for report in reports}) == 1
 
@@ -83,11 +86,63 @@ def test_a_bare_state_dict_equals_its_checkpoint(folder, monkeypatch, tmp_path, 
     assert b["commit"] is None and "left out linear.weight" in capsys.readouterr().out
 
 
-def test_several_checkpoints(folder, monkeypatch, tmp_path):
-    best, last = folder / "run" / "best.pt", folder / "run" / "last.pt"
-    run(monkeypatch, best, last, "--json", tmp_path / "r.json")
-    reports = json.loads((tmp_path / "r.json").read_text())
-    assert [report["checkpoint"] for report in reports] == [str(best), str(last)]
+def test_thresholds_side_by_side(folder, monkeypatch, tmp_path):
+    run(monkeypatch, folder / "run" / "best.pt", "--criterion", "far:0.05", "--json", tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
+    rows = {row["name"]: row for row in report["thresholds"]}
+    assert list(rows) == [
+        *("auto balanced", "auto eer", "auto far:0.01", "auto far:0.05", "fixed 0.2", "fixed 0.7"),
+        *("oracle", "always different"),
+    ]
+    assert rows["auto far:0.05"]["value"] == report["threshold"]["value"] and report["threshold"]["false_accept"] <= 5
+    assert rows["auto balanced"]["value"] == engine.load_checkpoint(folder / "run" / "best.pt")["threshold"]["value"]
+    for side in ("seen", "unseen"):
+        assert rows["auto far:0.05"][side]["1:1"] == pytest.approx(report[side]["pair_accuracy"])
+        assert rows["oracle"][side]["1:1"] == pytest.approx(report[side]["pair_accuracy_oracle"])
+        assert (rows["always different"][side]["1:1"], rows["always different"][side]["1:9"]) == (50, 90)
+        for row in list(rows.values())[:-2]:
+            accept, reject = row[side]["false_accept"], row[side]["false_reject"]
+            assert row[side]["1:1"] == pytest.approx(100 - (accept + reject) / 2)
+            assert row[side]["1:9"] == pytest.approx(100 - 0.9 * accept - 0.1 * reject)
+            assert row[side]["1:9"] <= rows["oracle"][side]["1:9"] + 1e-9 >= 90
+
+
+def test_store(folder, monkeypatch, tmp_path):
+    """The checkpoint takes the new threshold, nothing else of it changes, and evaluation then goes by it."""
+    path = tmp_path / "best.pt"
+    path.write_bytes((folder / "run" / "best.pt").read_bytes())
+    before = engine.load_checkpoint(path)
+    assert before["threshold"]["criterion"] == "balanced" and before["threshold"]["logistic"][0] > 0
+    run(monkeypatch, path, "--criterion", "far:0.02", "--store", "--json", tmp_path / "r.json")
+    after = engine.load_checkpoint(path)
+    assert after["threshold"]["criterion"] == "far:0.02" and after["threshold"]["false_accept"] <= 2
+    assert after["threshold"] == json.loads((tmp_path / "r.json").read_text())["threshold"]
+    assert after["threshold"]["logistic"] == before["threshold"]["logistic"]
+    assert all(torch.equal(after["model"][name], tensor) for name, tensor in before.pop("model").items())
+    assert all(after[name] == value for name, value in before.items() if name != "threshold")
+
+
+def test_checkpoints_are_compared_on_the_same_images(folder, monkeypatch, tmp_path, capsys):
+    best, untrained = folder / "run" / "best.pt", tmp_path / "untrained.pt"
+    saved = engine.load_checkpoint(best)
+    torch.manual_seed(0)
+    torch.save(saved | {"model": model.build("resnet20", 4).state_dict()}, untrained)
+    run(monkeypatch, best, untrained, best, "--json", tmp_path / "r.json")
+    first, second, third = json.loads((tmp_path / "r.json").read_text())
+    assert [report["checkpoint"] for report in (first, second, third)] == [str(best), str(untrained), str(best)]
+    assert first["compared_with"] is None and second["compared_with"]["checkpoint"] == str(best)
+    for side in ("seen", "unseen"):
+        for figure in ("triplet_accuracy", "pair_accuracy"):
+            found = second["compared_with"][side][figure]
+            assert found["difference"] == pytest.approx(second[side][figure] - first[side][figure])
+            assert found["ci95"][0] <= found["difference"] <= found["ci95"][1], (side, figure)
+        for found in third["compared_with"][side].values():
+            assert found["difference"] == 0 and found["ci95"] == [0, 0]
+    assert second["compared_with"]["seen"]["pair_accuracy"]["ci95"][1] < 0  # by a threshold of another network
+    shots = second["compared_with"]["unseen"]["all1s"]
+    accuracies = [report["unseen"]["few_shot"]["all1s"]["accuracy"] for report in (first, second)]
+    assert shots["difference"] == pytest.approx(accuracies[1] - accuracies[0])
+    assert f"{untrained} minus {best}" in capsys.readouterr().out
 
 
 def test_without_unseen_classes(folder, monkeypatch, tmp_path):
@@ -105,6 +160,9 @@ def test_without_unseen_classes(folder, monkeypatch, tmp_path):
         (["{npz}"], "is not a checkpoint"),
         (["{pt}", "--threshold", "high"], "--threshold must be auto or a number in -1..1, got high"),
         (["{pt}", "--threshold", "2"], "--threshold must be"),
+        (["{pt}", "--criterion", "far:2"], "--criterion must be balanced, eer, or far:RATE"),
+        (["{pt}", "--store", "--threshold", "0.5"], "--store keeps a calibrated threshold"),
+        (["{bare}", *BARE, "--store"], "is a bare state dict: --store needs a checkpoint"),
         (["{pt}", "--data", "nowhere.npz"], "no such file: nowhere.npz"),
         (["{pt}", "--split", "50-50"], "was trained on classes that --split 50-50 calls unseen"),
         (["{pt}", "--backbone", "resnet56"], "wrong --backbone or --width"),

@@ -86,6 +86,28 @@ def test_triplet_accuracy(images, classes, levels):
         assert float(metrics.triplet_table(z, labels).per_class()[row]) == pytest.approx(np.mean(own), abs=1e-3)
 
 
+@pytest.mark.parametrize(("images", "classes", "levels"), CASES)
+def test_roc(images, classes, levels):
+    """Each threshold's errors, the best accuracy where one pair in ten is of one class, counts and histograms."""
+    z, labels = embeddings(images, classes, levels=levels)
+    similarity, same = all_pairs(z, labels)
+    curve = metrics.roc(z, labels)
+    assert len(curve.thresholds) == len(np.unique(similarity[same])) and (curve.thresholds.diff() > 0).all()
+    for place in range(0, len(curve.thresholds), max(1, len(curve.thresholds) // 50)):
+        threshold = float(curve.thresholds[place])
+        assert float(curve.false_accept[place]) == pytest.approx((similarity[~same] > threshold).mean(), abs=1e-4)
+        assert float(curve.false_reject[place]) == pytest.approx((similarity[same] <= threshold).mean(), abs=1e-4)
+    far, tar, _ = roc_curve(same, similarity, drop_intermediate=False)
+    assert curve.best(0.1)[0] == pytest.approx((10 * tar + 90 * (1 - far)).max(), abs=1e-3)
+    accept, reject = metrics.pair_errors(z, labels, [-0.3, 0.25])
+    assert accept.tolist() == pytest.approx([(similarity[~same] > t).mean() for t in (-0.3, 0.25)], abs=1e-4)
+    assert reject.tolist() == pytest.approx([(similarity[same] <= t).mean() for t in (-0.3, 0.25)], abs=1e-4)
+    if not levels:
+        for row, chosen in zip(metrics.pair_histogram(z, labels, 40), (~same, same), strict=True):
+            counts = np.histogram(similarity[chosen].clip(-1, 1), 40, (-1, 1))[0]
+            assert row.sum() == chosen.sum() and abs(row.numpy() - counts).sum() <= 4  # rounding at the bins' edges
+
+
 def test_blocks_do_not_matter(monkeypatch):
     z, labels = embeddings(300, 6, levels=4)
     whole = metrics.pair_statistics(z, labels), float(metrics.pair_table(z, labels, 0.3).accuracy())
@@ -152,6 +174,18 @@ def test_bootstrap_covers_the_spread_between_classes():
     assert (low, high) == metrics.bootstrap(table)
 
 
+@pytest.mark.parametrize("make", [metrics.triplet_table, lambda z, labels: metrics.pair_table(z, labels, 0.2)])
+def test_differences_are_paired(make):
+    """Nearly equal embeddings differ by little, however much the classes differ; with itself a table differs by 0."""
+    z, labels = embeddings(400, 20)
+    near = metrics.normalise(z + 0.05 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1)))
+    table, other = make(z, labels), make(near, labels)
+    low, high = metrics.bootstrap(table, other)
+    alone = metrics.bootstrap(table)
+    assert low <= float(table.accuracy() - other.accuracy()) <= high and high - low < (alone[1] - alone[0]) / 3
+    assert metrics.bootstrap(table, table) == (0, 0)
+
+
 def test_few_shot_by_hand():
     """Two classes of two images: with one support each, every query is another image; which ones are right is known."""
     z = torch.tensor([[1.0, 0], [0.8, 0.6], [0, 1], [0.8, -0.6]])
@@ -164,6 +198,30 @@ def test_few_shot_by_hand():
             mine, theirs = float(z[query] @ z[own]), float(z[query] @ z[other])
             right.append(0.5 if mine == theirs else float(mine > theirs))
     assert accuracy == pytest.approx(100 * np.mean(right), abs=3 * interval) and 0 < interval < 1
+
+
+@pytest.mark.parametrize("shot", [1, 3])
+def test_episodes_by_loops(shot):
+    """Supports and queries are different images of the right class; each query goes to the nearest mean, by loops."""
+    z, labels = embeddings(150, 8)
+    classes = labels.unique()
+    seen = set()
+    for rows, images in metrics.draw_episodes(labels, 5, shot, queries=4, episodes=60):
+        predicted = metrics.classify(z, images, shot)
+        for episode in range(len(rows)):
+            assert len(set(rows[episode].tolist())) == 5 and len(set(images[episode].flatten().tolist())) == 5 * (
+                shot + 4
+            )
+            means = []
+            for row, own in zip(rows[episode], images[episode].numpy(), strict=True):
+                assert (labels[own] == classes[row]).all()
+                mean = z[own[:shot]].numpy().mean(0)
+                means.append(mean / np.linalg.norm(mean))
+            for place, own in enumerate(images[episode].numpy()):
+                answers = [int(np.argmax([z[query].numpy() @ mean for mean in means])) for query in own[shot:]]
+                assert predicted[episode, place].tolist() == answers
+            seen.add(tuple(sorted(rows[episode].tolist())))
+    assert len(seen) > 30  # of 56
 
 
 def test_few_shot_episodes():

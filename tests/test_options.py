@@ -7,6 +7,8 @@ import sys
 import pytest
 
 import evaluate
+import export
+import predict
 import tiny
 import train_classic
 import train_reptile
@@ -22,7 +24,7 @@ def call(monkeypatch, capsys, script, *arguments) -> tuple[int, str, str]:
     return stop.value.code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("script", [*TRAININGS, evaluate])
+@pytest.mark.parametrize("script", [*TRAININGS, evaluate, predict, export])
 def test_help_explains_every_option_and_shows_two_examples(monkeypatch, capsys, script):
     monkeypatch.setenv("COLUMNS", "100")
     status, text, _ = call(monkeypatch, capsys, script, "--help")

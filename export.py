@@ -1,0 +1,123 @@
+"""Write a checkpoint's embedding model to one file: pixels in, embeddings of length 1 out, any number of images.
+
+    python export.py runs/classic/best.pt                           # best.onnx, for ONNX Runtime
+    python export.py runs/classic/best.pt --format torch            # best.pt2, for torch.export.load
+
+The file is checked before it is written: loaded again, it must embed test images as PyTorch does. Threshold, criterion,
+classes and commit travel with it as metadata. Two pictures are of one class if the dot product of their embeddings is
+above the threshold.
+"""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+import data as datasets
+import engine
+import inference
+
+BOUND = 1e-5  # largest difference of a number in an embedding, whose length is 1
+BATCHES = (1, 7, 64)  # images; the sizes the check tries
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+Embed = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: tyro.conf.Positional[str]  # best.pt or last.pt of a run
+    format: Literal["onnx", "torch"] = "onnx"
+    out: str | None = None  # file to write; by default beside the checkpoint
+    pixels: Literal["uint8", "float32"] = "uint8"  # what the exported model takes; 0..255 either way
+    data: str | None = None  # whose test images check the export; by default what the checkpoint was trained on
+    data_root: str = "data"  # folder for downloads and caches
+
+
+def trace(net: inference.Inference, pixels: str) -> torch.export.ExportedProgram:
+    """The computation for any number of images."""
+    net = net.to(memory_format=torch.contiguous_format)  # weights are saved whole, not as strided views
+    example = torch.zeros(2, 3, net.size, net.size, dtype=getattr(torch, pixels))
+    return torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+
+
+def to_torch(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> tuple[bytes, Embed]:
+    """The file, and what it computes when loaded again."""
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
+    loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
+    return file.getvalue(), loaded
+
+
+def to_onnx(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> tuple[bytes, Embed]:
+    """The file, and what ONNX Runtime computes from it. Raises UserError without the packages this needs."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise engine.UserError(f"ONNX needs more packages ({error.name}): pip install -e '.[onnx]'") from error
+    names = {"input_names": ["images"], "output_names": ["embeddings"]}
+    proto = torch.onnx.export(program, **names, dynamo=True, verbose=False).model_proto
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=key, value=value)
+    file = proto.SerializeToString()
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    return file, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def largest_difference(exported: Embed, net: inference.Inference, images: Tensor) -> float:
+    """Between the embeddings of batches of `images` (N, 3, size, size), exported and by PyTorch."""
+    worst = 0.0
+    for size in BATCHES:
+        batch = images[:size].contiguous()
+        difference = (exported(batch) - net(batch)).abs().max()
+        worst = max(worst, float(difference.nan_to_num(nan=torch.inf)))
+    return worst
+
+
+def describe(saved: dict, pixels: str) -> dict[str, str]:
+    """The metadata: plain text, or JSON where it is a list."""
+    facts, threshold = saved["data"], saved["threshold"]
+    kept = ("value", "criterion", "false_accept", "false_reject", "calibrated_on")
+    return {
+        **{"threshold" if name == "value" else name: str(threshold[name]) for name in kept},
+        "logistic": json.dumps(threshold["logistic"]),
+        "classes": json.dumps(facts["classes"]),
+        "seen": json.dumps(facts["seen"]),
+        "input": f"{pixels} RGB pixels 0..255, {facts['size']} x {facts['size']}",
+        "data": facts["name"],
+        "commit": str(saved["commit"]),
+    }
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    with engine.user_errors():
+        net, saved = inference.load(options.checkpoint)
+        out = Path(options.out or Path(options.checkpoint).with_suffix(SUFFIXES[options.format]))
+        if not out.absolute().parent.is_dir():
+            raise ValueError(f"--out: no such folder: {out.parent}")
+        test = datasets.load(options.data or saved["options"]["data"], options.data_root, net.size).test.images
+        if test.shape[2] != net.size:
+            raise ValueError(f"the images of --data are of {test.shape[2]} pixels, the checkpoint's of {net.size}")
+        write = {"onnx": to_onnx, "torch": to_torch}[options.format]
+        file, exported = write(trace(net, options.pixels), describe(saved, options.pixels))
+        images = test[: max(BATCHES)].to(getattr(torch, options.pixels))
+        difference = largest_difference(exported, net, images)
+        print(
+            f"largest difference from PyTorch over {len(images)} test images: {difference:.1e} (allowed: {BOUND:.0e})"
+        )
+        if difference > BOUND:
+            raise engine.UserError(f"the exported model differs from PyTorch by {difference:.1e}; nothing was written")
+        with engine.writing(out) as temporary:
+            temporary.write_bytes(file)
+    print(f"wrote {out}, {len(file) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""One-shot recognition of your own pictures.
+
+    python predict.py runs/classic/best.pt --support classes --query new.jpg more/      # classes/NAME/picture.jpg
+    python predict.py runs/classic/best.pt --compare a.jpg b.jpg
+
+A class is a folder with one picture of it, or a few. Each query goes to the class it is most similar to, or is
+"unknown" if that similarity is not above the checkpoint's threshold. The classes need not be ones of the training.
+"""
+
+import csv
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+import calibration
+import engine
+import inference
+import tables
+from pictures import list_pictures, read_picture
+
+
+@dataclass(frozen=True)
+class Options:
+    checkpoint: tyro.conf.Positional[str]  # best.pt or last.pt of a run
+    support: str | None = None  # folder with a folder of pictures for each class
+    query: tuple[str, ...] = ()  # pictures, or folders of pictures
+    compare: tuple[str, str] | None = None  # two pictures: of one class?
+    threshold: str = "auto"  # auto (the checkpoint's) or a similarity in -1..1
+    csv: str | None = None  # write the answers to this file
+    json: str | None = None  # write the answers to this file
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+
+
+def check(options: Options) -> None:
+    """Raise ValueError unless the options say what to do and the files can be written."""
+    if options.compare and (options.support or options.query):
+        raise ValueError("--compare goes without --support and --query")
+    if not options.compare and not (options.support and options.query):
+        raise ValueError("give --support FOLDER and --query PICTURES, or --compare A B")
+    for name in ("csv", "json"):
+        target = getattr(options, name)
+        if target and not Path(target).absolute().parent.is_dir():
+            raise ValueError(f"--{name}: no such folder: {Path(target).parent}")
+
+
+def support_classes(folder: Path) -> dict[str, list[Path]]:
+    """The pictures of each class, by name. Raises ValueError or OSError."""
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = {path.name: list_pictures(path) for path in folders}
+    empty = [name for name, pictures in classes.items() if not pictures]
+    if not classes or empty:
+        which = f"{folder / empty[0]} holds no picture" if empty else f"{folder} holds no folders"
+        raise ValueError(f"{which}; --support wants a folder for each class, with its pictures inside")
+    return classes
+
+
+def query_pictures(names: tuple[str, ...]) -> list[Path]:
+    """The pictures named, and those in the folders named. Raises ValueError."""
+    found = []
+    for path in map(Path, names):
+        if path.is_dir() and not list_pictures(path):
+            raise ValueError(f"{path} holds no picture")
+        found += list_pictures(path) if path.is_dir() else [path]
+    return found
+
+
+def embed(net: inference.Inference, paths: list[Path], batch: int = 100) -> Tensor:
+    """Embeddings (N, D) of pictures. Raises ValueError for one that cannot be read."""
+    device, parts = net.scale.device, []
+    for start in range(0, len(paths), batch):
+        images = torch.stack([read_picture(path, net.size) for path in paths[start : start + batch]])
+        parts.append(net(images.to(device)).cpu())
+    return torch.cat(parts)
+
+
+def classify(net: inference.Inference, support: Tensor, names: list[str], path: Path, threshold: float) -> dict:
+    """The answer about one picture, given a row of `support` (C, D) a class. Raises ValueError."""
+    similarity = support @ embed(net, [path])[0]
+    best, *others = similarity.topk(min(2, len(names))).values.tolist()
+    nearest = names[int(similarity.argmax())]
+    return {
+        "picture": str(path),
+        "class": nearest if best > threshold else "unknown",
+        "nearest": nearest,
+        "similarity": best,
+        "margin": best - others[0] if others else None,
+    }
+
+
+def recognise(net: inference.Inference, options: Options, threshold: float) -> tuple[list[dict], list[str]]:
+    """An answer for each query that can be read, and what was wrong with the others. Raises ValueError or OSError."""
+    classes = support_classes(Path(options.support))
+    queries = query_pictures(options.query)
+    support = F.normalize(torch.stack([embed(net, paths).mean(0) for paths in classes.values()]))
+    answers, errors = [], []
+    for path in queries:
+        try:
+            answers.append(classify(net, support, list(classes), path, threshold))
+        except ValueError as error:
+            errors.append(str(error))
+    return answers, errors
+
+
+def compare(net: inference.Inference, pair: tuple[str, str], threshold: float, stored: dict) -> dict:
+    """Are two pictures of one class? Raises ValueError."""
+    first, second = embed(net, [Path(path) for path in pair])
+    similarity = float(first @ second)
+    return {
+        "a": pair[0],
+        "b": pair[1],
+        "answer": "same" if similarity > threshold else "different",
+        "similarity": similarity,
+        "probability_same": calibration.probability_same(similarity, stored["logistic"]),
+    }
+
+
+def show(answers: list[dict], threshold: float, stored: dict) -> None:
+    """Print the answers as a table, with what the threshold is known to do."""
+    header = [name.replace("_", " ") for name in answers[0]] if answers else []
+    print(tables.table(header, [list(answer.values()) for answer in answers], decimals=3))
+    print(f"\nthreshold {threshold:.3f}")
+    if threshold == stored["value"]:
+        print(
+            f"on pairs of {stored['calibrated_on']} it takes {stored['false_accept']:.1f} % of different-class pairs "
+            f"for one class\nand {stored['false_reject']:.1f} % of same-class pairs for two; expect more errors on "
+            "other pictures"
+        )
+    if answers and "probability_same" in answers[0]:
+        print("probability: if half of all pairs are of one class")
+
+
+def write(answers: list[dict], threshold: float, options: Options) -> None:
+    if options.json:
+        found = {"checkpoint": options.checkpoint, "threshold": threshold, "answers": answers}
+        with engine.writing(options.json) as path:
+            path.write_text(json.dumps(found, indent=1) + "\n")
+    if options.csv:
+        with engine.writing(options.csv) as path, open(path, "w", newline="") as file:
+            rows = csv.DictWriter(file, answers[0].keys() if answers else [])
+            rows.writeheader()
+            rows.writerows(answers)
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    with engine.user_errors():
+        check(options)
+        net, saved = inference.load(options.checkpoint)
+        net = net.to(engine.pick_device(options.device))
+        stored, errors = saved["threshold"], []
+        threshold = stored["value"] if options.threshold == "auto" else calibration.check_threshold(options.threshold)
+        if options.compare:
+            answers = [compare(net, options.compare, threshold, stored)]
+        else:
+            answers, errors = recognise(net, options, threshold)
+        show(answers, threshold, stored)
+        write(answers, threshold, options)
+        for error in errors:
+            print(error, file=sys.stderr)
+        if errors:
+            raise engine.UserError(f"{len(errors)} of {len(errors) + len(answers)} pictures could not be read")
+
+
+if __name__ == "__main__":
+    main()

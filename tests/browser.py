@@ -1,0 +1,135 @@
+"""What a page looks like to a reader, asked of headless Chromium over its DevTools protocol."""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+BINARIES = ("chromium", "google-chrome")
+# what is wrong with the page, as a list of texts
+INSPECT = """(() => {
+  const found = [];
+  const levels = text => text.match(/[0-9.]+/g).map(Number);
+  const light = text => {
+    const [r, g, b] = levels(text).map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const paper = element => {
+    for (; element; element = element.parentElement) {
+      const colour = getComputedStyle(element).backgroundColor;
+      if (levels(colour)[3] !== 0) return colour;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  if (document.documentElement.scrollWidth > innerWidth)
+    found.push(`the page is ${document.documentElement.scrollWidth} wide, the window ${innerWidth}`);
+  for (const element of document.body.querySelectorAll('*')) {
+    const box = element.getBoundingClientRect(), name = element.tagName + ' ' + element.textContent.slice(0, 30);
+    if (box.right > innerWidth + 1 || box.left < -1) found.push(`${name} sticks out`);
+    if (element.scrollWidth > element.clientWidth + 1 && element.clientWidth) found.push(`${name} overflows`);
+    if ([...element.childNodes].some(node => node.nodeType === 3 && node.textContent.trim())) {
+      const [a, b] = [light(getComputedStyle(element).color), light(paper(element))].sort((x, y) => y - x);
+      if ((a + 0.05) / (b + 0.05) < 4.5) found.push(`${name} has little contrast`);
+    }
+  }
+  for (const image of document.images) {
+    if (!image.complete || !image.naturalWidth) found.push(`an image does not load: ${image.currentSrc.slice(0, 40)}`);
+    if (!image.alt.trim()) found.push('an image has no alt text');
+  }
+  return found;
+})()"""
+
+
+def chromium() -> str | None:
+    """The browser's path, if there is one."""
+    return next(filter(None, map(shutil.which, BINARIES)), None)
+
+
+class Browser:
+    """One page in headless Chromium; commands and answers are NUL-terminated JSON on two pipes."""
+
+    def __init__(self, profile: str):
+        here, self.commands = os.pipe()
+        self.answers, there = os.pipe()
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={profile}"]
+        shell = f'exec "$0" "$@" --remote-debugging-pipe 3<&{here} 4>&{there}'
+        self.process = subprocess.Popen(
+            ["/bin/bash", "-c", shell, chromium(), *flags, "about:blank"],
+            pass_fds=(here, there),
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(here), os.close(there)
+        self.buffer, self.events, self.number, self.session = b"", [], 0, None
+        page = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.commands), os.close(self.answers)
+
+    def read(self) -> dict:
+        """The next message."""
+        while b"\0" not in self.buffer:
+            part = os.read(self.answers, 1 << 16)
+            if not part:
+                raise RuntimeError("Chromium ended")
+            self.buffer += part
+        message, self.buffer = self.buffer.split(b"\0", 1)
+        return json.loads(message)
+
+    def call(self, method: str, **params) -> dict:
+        """The answer to a command; events on the way are kept."""
+        self.number += 1
+        command = {"id": self.number, "method": method, "params": params}
+        if self.session:
+            command["sessionId"] = self.session
+        os.write(self.commands, json.dumps(command).encode() + b"\0")
+        while (message := self.read()).get("id") != self.number:
+            self.events.append(message)
+        if "error" in message:
+            raise RuntimeError(f"{method}: {message['error']}")
+        return message["result"]
+
+    def look(self, path: Path, width: int, scheme: str) -> list[str]:
+        """Open a page in a window of this width and colour scheme; what is wrong with it."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.events = []
+        self.call("Page.navigate", url=path.absolute().as_uri())
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.read())
+        found = self.call("Runtime.evaluate", expression=INSPECT, returnByValue=True)["result"]["value"]
+        return found + self.complaints()
+
+    def complaints(self) -> list[str]:
+        """Errors on the console, and requests that leave the machine."""
+        found = []
+        for event in self.events:
+            method, params = event.get("method"), event.get("params", {})
+            if method == "Runtime.exceptionThrown" or params.get("type") == "error":
+                found.append("an error on the console")
+            if method == "Log.entryAdded" and params["entry"]["level"] == "error":
+                found.append(f"logged: {params['entry']['text']}")
+            if method == "Network.requestWillBeSent" and params["request"]["url"].split(":")[0] not in ("file", "data"):
+                found.append(f"asks the network for {params['request']['url']}")
+        return found
+
+
+def look(path: Path, widths: tuple[int, ...] = (390, 1280), schemes: tuple[str, ...] = ("light", "dark")) -> list[str]:
+    """What is wrong with a page, in windows of these widths and colour schemes."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(profile)
+        try:
+            return [
+                f"{width} {scheme}: {text}"
+                for width in widths
+                for scheme in schemes
+                for text in browser.look(path, width, scheme)
+            ]
+        finally:
+            browser.close()

@@ -1,0 +1,227 @@
+"""predict.py and export.py end to end, on pictures of the classes that a tiny network was never trained on."""
+
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+import data
+import engine
+import export
+import inference
+import metrics
+import model
+import predict
+import tiny
+import train_classic
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """best.pt of a moment's training, and the test images of its 3 unseen classes as picture files."""
+    folder = tmp_path_factory.mktemp("predict")
+    npz = str(tiny.write_npz(folder / "tiny.npz", classes=12, train=24, test=8))
+    arguments = f"--data {npz} --out {folder} --split 75-25 --width 4 --epochs 6 --batch-classes 6 --precision float32"
+    old, sys.argv = sys.argv, ["train_classic.py", *arguments.split(), "--device", "cpu"]
+    try:
+        train_classic.main()
+    finally:
+        sys.argv = old
+    test = data.load(npz).test.of([9, 10, 11])
+    for number, (image, label) in enumerate(zip(test.images, test.labels.tolist(), strict=True)):
+        place = folder / "support" / f"class {label}"
+        if place.exists():
+            place = folder / "queries"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{label}-{number:02}.png")
+    return folder
+
+
+def run(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    script.main()
+
+
+def test_the_inference_is_what_evaluation_uses(folder):
+    net, saved = inference.load(folder / "best.pt")
+    images = data.load(str(folder / "tiny.npz")).test.images
+    plain = model.build("resnet20", 4)
+    plain.load_state_dict(saved["model"])
+    embeddings = model.embed(plain, images, saved["data"]["mean"], saved["data"]["std"])
+    assert torch.allclose(net(images), metrics.normalise(embeddings), atol=1e-6)
+    assert torch.allclose(net(images.float()), net(images)) and net.size == 16
+    facts = saved["data"]
+    centred = inference.Inference(plain, 16, facts["mean"], facts["std"], embeddings.mean(0))
+    assert torch.allclose(centred(images), metrics.normalise(embeddings, embeddings.mean(0)), atol=1e-5)
+
+
+def test_queries(folder, monkeypatch, tmp_path, capsys):
+    """The answers of the files are those computed from the arrays; nearly all queries find their class."""
+    arguments = ["--support", folder / "support", "--query", folder / "queries"]
+    table, answered = tmp_path / "a.csv", tmp_path / "a.json"
+    run(monkeypatch, predict, folder / "best.pt", *arguments, "--csv", table, "--json", answered)
+    found = json.loads(answered.read_text())
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(found["answers"]) == len(rows) == 21
+    net, saved = inference.load(folder / "best.pt")
+    assert found["threshold"] == saved["threshold"]["value"]
+    read = {path: np.array(Image.open(path)) for path in sorted(folder.glob("*/**/*.png"))}
+    z = {path: net(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0] for path, pixels in read.items()}
+    support = {path.parent.name: row for path, row in z.items() if path.parent.name != "queries"}
+    for answer, row in zip(found["answers"], rows, strict=True):
+        query = next(value for path, value in z.items() if str(path) == answer["picture"])
+        similarity = sorted((float(query @ value), name) for name, value in support.items())[::-1]
+        assert answer["nearest"] == similarity[0][1]
+        assert answer["similarity"] == pytest.approx(similarity[0][0], abs=1e-5)
+        assert answer["margin"] == pytest.approx(similarity[0][0] - similarity[1][0], abs=1e-5)
+        assert answer["class"] == (answer["nearest"] if answer["similarity"] > found["threshold"] else "unknown")
+        assert row["class"] == answer["class"] and float(row["similarity"]) == answer["similarity"]
+    truth = [f"class {Path(answer['picture']).name.split('-')[0]}" for answer in found["answers"]]
+    right = [answer["nearest"] == name for answer, name in zip(found["answers"], truth, strict=True)]
+    assert np.mean(right) > 0.8
+    assert "54 held-back training images of 9 seen classes" in capsys.readouterr().out
+    run(monkeypatch, predict, folder / "best.pt", *arguments, "--threshold", "1", "--json", tmp_path / "a.json")
+    assert {answer["class"] for answer in json.loads((tmp_path / "a.json").read_text())["answers"]} == {"unknown"}
+
+
+def test_several_pictures_a_class_and_one_class(folder, monkeypatch, tmp_path):
+    """The support is the mean of the pictures' embeddings; with one class there is no runner-up."""
+    own = tmp_path / "support" / "only"
+    own.mkdir(parents=True)
+    pictures = sorted((folder / "queries").iterdir())
+    for path in pictures[:3]:
+        shutil.copy(path, own)
+    arguments = ["--support", tmp_path / "support", "--query", pictures[5], pictures[6], "--json", tmp_path / "a.json"]
+    run(monkeypatch, predict, folder / "best.pt", *arguments)
+    answers = json.loads((tmp_path / "a.json").read_text())["answers"]
+    net, _ = inference.load(folder / "best.pt")
+    mean = predict.embed(net, pictures[:3]).mean(0)
+    for answer, path in zip(answers, pictures[5:7], strict=True):
+        expected = torch.cosine_similarity(mean, predict.embed(net, [path])[0], dim=0)
+        assert answer["margin"] is None and answer["similarity"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_compare(folder, monkeypatch, tmp_path, capsys):
+    pictures = sorted((folder / "queries").iterdir())  # by class
+    answers = []
+    for other in (pictures[1], pictures[-1]):
+        run(monkeypatch, predict, folder / "best.pt", "--compare", pictures[0], other, "--json", tmp_path / "a.json")
+        answers += json.loads((tmp_path / "a.json").read_text())["answers"]
+    same, different = answers
+    assert (same["answer"], different["answer"]) == ("same", "different")
+    assert same["probability_same"] > 0.5 > different["probability_same"] >= 0
+    printed = capsys.readouterr().out
+    assert "if half of all pairs are of one class" in printed and f"{same['probability_same']:.3f}" in printed
+
+
+def test_a_broken_query_does_not_stop_the_others(folder, monkeypatch, tmp_path, capsys):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    queries = [sorted((folder / "queries").iterdir())[0], tmp_path / "broken.jpg"]
+    with pytest.raises(SystemExit) as stop:
+        arguments = ["--support", folder / "support", "--query", *queries, "--json", tmp_path / "a.json"]
+        run(monkeypatch, predict, folder / "best.pt", *arguments)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and "broken.jpg" in errors and "1 of 2 pictures could not be read" in errors
+    assert len(json.loads((tmp_path / "a.json").read_text())["answers"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}/best.pt"], "give --support FOLDER and --query PICTURES, or --compare A B"),
+        (["{folder}/best.pt", "--support", "{folder}/support"], "give --support FOLDER and --query"),
+        (["{folder}/best.pt", "--compare", "a", "b", "--query", "c"], "--compare goes without"),
+        (["{folder}/best.pt", "--compare", "a.png", "b.png"], "no such picture: a.png"),
+        (["{folder}/best.pt", "--support", "{folder}/queries", "--query", "a.png"], "holds no folders"),
+        (["{folder}/best.pt", "--support", "{folder}", "--query", "a.png"], "support holds no picture"),
+        (["{folder}/best.pt", "--support", "missing", "--query", "a.png"], "missing"),
+        (["{folder}/best.pt", "--support", "{folder}/support", "--query", "{folder}/support"], "holds no picture"),
+        (["{folder}/best.pt", "--compare", "a", "b", "--threshold", "2"], "--threshold must be auto or a number"),
+        (["{folder}/best.pt", "--compare", "a", "b", "--csv", "/no/such/a.csv"], "no such folder"),
+        (["{folder}/tiny.npz", "--compare", "a", "b"], "is not a checkpoint"),
+        (["{old}", "--compare", "a", "b"], "lacks a calibration: `python evaluate.py {old} --store` adds it"),
+    ],
+)
+def test_bad_input_gives_one_message(folder, monkeypatch, tmp_path, capsys, arguments, message):
+    saved = engine.load_checkpoint(folder / "best.pt")
+    saved["threshold"] = {name: saved["threshold"][name] for name in ("mode", "value", "calibrated_on")}
+    torch.save(saved, tmp_path / "old.pt")
+    names = {"folder": folder, "old": tmp_path / "old.pt"}
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, predict, *[argument.format(**names) for argument in arguments])
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and message.format(**names) in errors and "Traceback" not in errors
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize(("form", "pixels"), [("onnx", "uint8"), ("onnx", "float32"), ("torch", "uint8")])
+def test_export(folder, monkeypatch, tmp_path, capsys, form, pixels):
+    out = tmp_path / f"model{export.SUFFIXES[form]}"
+    run(monkeypatch, export, folder / "best.pt", "--format", form, "--pixels", pixels, "--out", out)
+    assert "largest difference from PyTorch" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    net, saved = inference.load(folder / "best.pt")
+    images = data.load(str(folder / "tiny.npz")).test.images.contiguous().to(getattr(torch, pixels))
+    if form == "onnx":
+        session = onnxruntime.InferenceSession(out)
+        metadata = session.get_modelmeta().custom_metadata_map
+    else:
+        extra = {"metadata.json": ""}
+        loaded = torch.export.load(out, extra_files=extra).module()
+        metadata = json.loads(extra["metadata.json"])
+    assert float(metadata["threshold"]) == saved["threshold"]["value"] and metadata["criterion"] == "balanced"
+    assert json.loads(metadata["classes"]) == saved["data"]["classes"] and metadata["commit"] == saved["commit"]
+    for batch in (images[:1], images[:5], images):
+        found = torch.from_numpy(session.run(None, {"images": batch.numpy()})[0]) if form == "onnx" else loaded(batch)
+        assert torch.allclose(found, net(batch), atol=1e-5)
+        assert torch.allclose(found.norm(dim=1), torch.ones(len(batch)), atol=1e-5)
+
+
+def test_a_wrong_export_is_not_written(folder, monkeypatch, tmp_path, capsys):
+    original = export.to_torch
+
+    def wrong(program, metadata):
+        file, exported = original(program, metadata)
+        return file, lambda images: exported(images) + 0.001
+
+    monkeypatch.setattr(export, "to_torch", wrong)
+    (tmp_path / "model.pt2").write_text("old")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, export, folder / "best.pt", "--format", "torch", "--out", tmp_path / "model.pt2")
+    assert stop.value.code == 2 and "differs from PyTorch by 1.0e-03; nothing was written" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("model.pt2", "old")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}/best.pt", "--out", "/no/such/model.onnx"], "--out: no such folder"),
+        (["{folder}/best.pt", "--data", "{big}"], "the images of --data are of 24 pixels, the checkpoint's of 16"),
+        (["{folder}/best.pt", "--data", "nowhere.npz"], "no such file: nowhere.npz"),
+        (["missing.pt"], "no such file: missing.pt"),
+    ],
+)
+def test_exports_that_cannot_be(folder, monkeypatch, tmp_path, capsys, arguments, message):
+    names = {"folder": folder, "big": tiny.write_npz(tmp_path / "big.npz", side=24)}
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, export, *[argument.format(**names) for argument in arguments])
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and message in errors and "Traceback" not in errors
+    assert not list(folder.glob("*.onnx"))
+
+
+def test_onnx_says_what_it_needs(folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, export, folder / "best.pt", "--out", tmp_path / "model.onnx")
+    assert stop.value.code == 2 and "ONNX needs more packages (onnxruntime): pip install" in capsys.readouterr().err
