@@ -28,7 +28,7 @@ class Options(engine.Options):
     images_per_class: int = 4  # K, images of each class in a batch
     optimizer: Literal["sgd", "adam"] = "sgd"  # SGD with Nesterov momentum 0.9, or Adam
     lr: float = 0.1  # peak learning rate
-    backbone_lr: float | None = None  # peak learning rate of the network, where --lr is for the softmax alone
+    backbone_lr: float | None = None  # peak learning rate of the network; --lr is then of the softmax alone
     warmup_steps: int = 200  # linear rise of the learning rates
     decay: bool = True  # let them fall linearly to 0 after that
     weight_decay: float = 5e-4  # of all weights

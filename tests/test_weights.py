@@ -98,9 +98,8 @@ def test_a_run_starts_where_another_ended(train, tmp_path):
     first = tmp_path / "train_classic" / "last.pt"
     warm = train(train_reptile, "--weights", first, "--meta-step-size", "1e-30")
     assert warm["data"]["mean"] == classic["data"]["mean"]
-    for name, parameter in model.build("resnet20", 4).named_parameters():
+    for name, _ in model.build("resnet20", 4).named_parameters():
         assert torch.allclose(warm["model"][name], classic["model"][name], rtol=0, atol=1e-25), name
-        assert parameter.shape == warm["model"][name].shape
 
 
 def test_weights_that_know_the_unseen_classes_are_refused(train, tmp_path, capsys):
