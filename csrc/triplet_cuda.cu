@@ -122,8 +122,8 @@ void by_type(const Tensor& embeddings, F&& f) {
   }
 }
 
-Tensor allocate(const Tensor& beside, int64_t bytes) {
-  return torch::stable::new_empty(beside, {bytes}, ScalarType::Byte);
+Tensor allocate(const Tensor& beside, int64_t count, ScalarType type) {
+  return torch::stable::new_empty(beside, {count}, type);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(Tensor embeddings, Tensor labels, MaybeTensor other_embeddings,
@@ -139,10 +139,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(Tensor embeddings, Tensor 
     using In = decltype(in);
     using T = decltype(widen(in));
     const auto batch = make_batch<In>(embeddings, labels, other_embeddings, other_labels);
-    positive = torch::stable::new_empty(labels, {batch.rows});
-    negative = torch::stable::new_empty(labels, {batch.rows});
-    const Tensor each = torch::stable::new_empty(embeddings, {batch.rows}, type);
-    const Tensor memory = allocate(embeddings, forward_bytes<T>(batch));
+    positive = allocate(labels, batch.rows, ScalarType::Long);
+    negative = allocate(labels, batch.rows, ScalarType::Long);
+    const Tensor each = allocate(embeddings, batch.rows, type);
+    const Tensor memory = allocate(embeddings, forward_bytes<T>(batch), ScalarType::Byte);
     const bool reduced = settings.reduction != Reduction::none;
     loss = reduced ? torch::stable::new_empty(embeddings, {}, type) : each;
     forward<T>(device, device.machine(), batch, settings, pointer<char>(memory),
@@ -169,7 +169,7 @@ std::tuple<Tensor, Tensor> backward_op(Tensor grad, Tensor embeddings, Tensor la
     require(grad.is_cuda() && grad.scalar_type() == (sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float) &&
                 grad.dim() == (each ? 1 : 0),
             "the gradient must have the shape and type of the loss");
-    const Tensor memory = allocate(embeddings, backward_bytes<T>(batch, settings.mining));
+    const Tensor memory = allocate(embeddings, backward_bytes<T>(batch, settings.mining), ScalarType::Byte);
     const Upstream<T> up{values<T>(grad), each ? grad.stride(0) : 0, values<int64_t>(count), values<int64_t>(positive),
                          values<int64_t>(negative)};
     backward<T>(device, batch, settings, pointer<char>(memory), up, pointer<In>(own), pointer<In>(others));

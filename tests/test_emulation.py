@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled by g++ and run on the CPU by tests/simt.h, against the oracle and the torch implementation."""
+"""The CUDA kernels, compiled by g++ and run on the CPU by tests/simt.h, against the oracle and the torch code."""
 
 import importlib.util
 import subprocess
@@ -143,7 +143,7 @@ def test_agrees_with_the_oracle(emulation, kind, mining, dtype):
 
 
 def hold_against_torch(emulation, case: Case) -> None:
-    """Beyond the oracle's reach: float64 by plain PyTorch. Random rows have no near-ties, so the mined ones are equal."""
+    """Beyond the oracle's reach: float64 by plain PyTorch. Random rows have no near-ties: the mined ones are equal."""
     weights = torch.linspace(-1, 1, len(case.x), dtype=torch.float64)
     found = run(emulation, case, weights)
     x = case.rows().requires_grad_()
