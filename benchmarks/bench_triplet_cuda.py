@@ -3,9 +3,9 @@
     python benchmarks/bench_triplet_cuda.py                         # the whole table: a few minutes
     python benchmarks/bench_triplet_cuda.py --json results/gpu.json
 
-Times are of forward + backward between CUDA events, the median of turns in which every contender runs once. Inputs rotate
-through more memory than the second-level cache holds. The floor beside them is what the flops of the search (B^2 D: every
-pair once) take at the rate of the device's best float32 matrix product.
+Times are of forward + backward between CUDA events, the median of turns in which every contender runs once. Inputs
+rotate through more memory than the second-level cache holds. The floor beside them is what the flops of the search
+(B^2 D: every pair once) take at the rate of the device's best float32 matrix product.
 """
 
 import json

@@ -238,17 +238,20 @@ __device__ void multiply(Panel<T, kSide>& x, Panel<T, kSide>& y, int buffer, T (
   using Share = SimtShare<kSide>;
 #pragma unroll
   for (int d = 0; d < kDepth<kSide>; ++d) {
-    T left[kSide / 4][4], right[kSide / 4][4];
+    T right[kSide / 4][4];
+    const int at = (buffer * kDepth<kSide> + d) * kPitch<kSide>;
 #pragma unroll
-    for (int g = 0; g < kSide / 4; ++g) {
-      const int at = (buffer * kDepth<kSide> + d) * kPitch<kSide>;
-      x.get_four(at + Share::row(4 * g), left[g]);
-      y.get_four(at + Share::column(4 * g), right[g]);
-    }
+    for (int g = 0; g < kSide / 4; ++g) y.get_four(at + Share::column(4 * g), right[g]);
 #pragma unroll
-    for (int i = 0; i < kSide; ++i) {
+    for (int g = 0; g < kSide / 4; ++g) {  // not all rows at once, which takes more registers than there are
+      T left[4];
+      x.get_four(at + Share::row(4 * g), left);
 #pragma unroll
-      for (int j = 0; j < kSide; ++j) product[i][j] = fma(left[i / 4][i % 4], right[j / 4][j % 4], product[i][j]);
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < kSide; ++j)
+          product[4 * g + i][j] = fma(left[i], right[j / 4][j % 4], product[4 * g + i][j]);
+      }
     }
   }
 }

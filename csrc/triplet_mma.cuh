@@ -27,7 +27,7 @@ using MmaPanel =
 // it near 1, exactly. 1 for float16.
 template <typename In>
 __device__ inline float power_of_two(float scale) {
-  if constexpr (std::is_same_v<In, Float16>) return 1;
+  if constexpr (std::is_same_v<In, Float16>) return scale > 0;
   const float power = bits_as<float>(bits_as<uint32_t>(scale) & 0x7f800000u);
   return power > 0 || scale == 0 ? power : 1.17549435e-38f;  // the smallest that is not denormal
 }
@@ -37,7 +37,7 @@ __device__ inline uint32_t pair_of(uint16_t low, uint16_t high) { return uint32_
 // Two neighbours times a power of two.
 template <typename In>
 __device__ inline uint32_t scaled_pair(In low, In high, float power) {
-  if constexpr (std::is_same_v<In, Float16>) return pair_of(low.bits, high.bits);
+  if constexpr (std::is_same_v<In, Float16>) return power > 0 ? pair_of(low.bits, high.bits) : 0;
   return bits_as<uint32_t>(widen(low) * power) >> 16 | (bits_as<uint32_t>(widen(high) * power) & 0xffff0000u);
 }
 

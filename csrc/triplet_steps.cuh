@@ -2,6 +2,8 @@
 // kThreads threads a block: on a stream by triplet_cuda.cu, under emulation by the tests.
 #pragma once
 
+#include <limits>
+
 #include "triplet_all.cuh"
 #include "triplet_mma.cuh"
 #include "triplet_prepare.cuh"
@@ -135,7 +137,10 @@ void prepare(Launch& launch, const Batch<In>& batch, Distance distance, const Wo
 template <typename In>
 dim3 tiles_of(const Batch<In>& batch, int64_t size) {
   const int64_t own = parts_of(batch.rows, size), others = parts_of(batch.candidates - batch.rows, size);
-  return dim3(unsigned(own * (own + 1) / 2 + own * others));
+  const int64_t tiles = own * (own + 1) / 2 + own * others;
+  require(tiles <= std::numeric_limits<int32_t>::max(), "too many rows for the CUDA op: ", batch.rows, " and ",
+          batch.candidates - batch.rows, " others");
+  return dim3(unsigned(tiles));
 }
 
 // One pass over all pairs: large tiles where they fill the device, on tensor cores where these serve; else small ones.

@@ -1,6 +1,6 @@
-"""What nvcc makes of the CUDA kernels, on machines without a GPU too: they compile without PyTorch for every architecture,
-keep everything in registers, and the extension library loads. `python tests/test_cuda_build.py` prints the table of
-docs/cuda.md."""
+"""What nvcc makes of the CUDA kernels, on machines without a GPU too: they compile without PyTorch for every
+architecture, keep everything in registers, and the extension library loads. `python tests/test_cuda_build.py` prints
+the table of docs/cuda.md."""
 
 import importlib.util
 import os
