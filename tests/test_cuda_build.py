@@ -129,18 +129,15 @@ def test_the_library_loads_without_a_gpu():
     for name in ("oneshot::triplet_forward", "oneshot::triplet_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
     library = Path(importlib.util.find_spec("oneshot_C_cuda").origin).read_bytes()
-    assert set(re.findall(rb"lib(?:torch|c10|cuda|python)[\w.]*\.so[\w.]*", library)) == {
-        b"libtorch_cpu.so",
-        b"libtorch_cuda.so",
-    }
+    assert b"libtorch_cuda.so" in library and b"libtorch_python" not in library and b"libcudart.so" not in library
 
 
 def main() -> None:
-    """Registers, shared memory and theoretical occupancy of each kernel on an H100, as a table."""
+    """Registers, shared memory and theoretical occupancy on an H100 of each kernel but those for halves, as a table."""
     folder = ROOT / "build"
     folder.mkdir(exist_ok=True)
     print("| kernel | registers | shared memory, bytes | blocks | occupancy |\n|---|---|---|---|---|")
-    for kernel in sorted(compiled(folder, 90)):
+    for kernel in sorted(kernel for kernel in compiled(folder, 90) if not re.search("B?[Ff]loat16, f", kernel.name)):
         blocks = kernel.blocks(H100)
         share = f"{100 * blocks * 256 // H100.threads} %"
         print(f"| `{kernel.name}` | {kernel.registers} | {kernel.shared} | {blocks} | {share} |")
