@@ -185,8 +185,7 @@ __device__ void search_tile(T (&product)[Share::kRows][Share::kColumns], const P
   }
 }
 
-// -----------------------------------------------------------------------------------------------------------------
-// SIMT
+// -------------------------------------------------------------------------------------------------------------- SIMT
 
 template <typename In>
 struct alignas(sizeof(In) * 4 < 16 ? sizeof(In) * 4 : 16) FourOf {
@@ -218,8 +217,7 @@ template <int kSide>
 constexpr int kDepth = 64 / kSide;
 
 template <int kSide>
-constexpr int kPitch =
-    16 * kSide + 4;  // of a column in shared memory; 4 keeps vectors aligned and halves bank conflicts
+constexpr int kPitch = 16 * kSide + 4;  // of a column in shared memory; 4: aligned vectors, half the bank conflicts
 
 template <typename T, int kSide>
 using Panel = Shared<T, 2 * kDepth<kSide> * kPitch<kSide>>;  // two buffers, (depth, pitch) each
@@ -249,8 +247,10 @@ __device__ void multiply(Panel<T, kSide>& x, Panel<T, kSide>& y, int buffer, T (
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
 #pragma unroll
-        for (int j = 0; j < kSide; ++j)
-          product[4 * g + i][j] = fma(left[i], right[j / 4][j % 4], product[4 * g + i][j]);
+        for (int j = 0; j < kSide; ++j) {
+          T& sum = product[4 * g + i][j];
+          sum = fma(left[i], right[j / 4][j % 4], sum);
+        }
       }
     }
   }

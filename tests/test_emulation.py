@@ -98,6 +98,7 @@ def run(emulation, case: Case, weights: torch.Tensor | None = None) -> dict:
         *arguments, case.processors, case.tensor_cores, case.seed
     )
     found = dict(loss=loss[0], losses=losses, count=int(count[0]), positive=positive, negative=negative)
+    assert max(positive.max(), negative.max()) < len(case.rows())
     if weights is not None:
         grad = weights.to(torch.float64 if case.x.dtype == torch.float64 else torch.float32).numpy()
         grads = emulation.backward(*arguments, case.seed, grad, count, positive, negative)
