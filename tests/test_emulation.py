@@ -176,6 +176,7 @@ def hold_against_torch(emulation, case: Case) -> None:
 def test_several_tiles(emulation, kind, mining, rows, width, others, processors):
     """Edges of tiles of 64 and of 128, own and others', with and without vector loads."""
     made = batch(rows, width=width, dtype=torch.float32, others=others)
+    made[1][-1] = -1  # an anchor without a positive
     hold_against_torch(emulation, Case(*made, kind, mining, processors=processors, seed=rows))
 
 
@@ -190,6 +191,7 @@ def test_several_tiles_in_double_precision(emulation, kind, mining):
 @pytest.mark.parametrize(("rows", "width", "others"), [(2, 5, 1), (130, 40, 0), (130, 51, 140)])
 def test_tensor_cores(emulation, dtype, mining, rows, width, others):
     made = batch(rows, width=width, dtype=dtype, others=others)
+    made[1][-1] = -1  # an anchor without a positive
     hold_against_torch(emulation, Case(*made, "cosine", mining, tensor_cores=True))
 
 
