@@ -22,7 +22,7 @@ MININGS = ("hard", "semihard", "all")
 REDUCTIONS = ("none", "mean", "sum")
 IMPLS = ("auto", "native", "torch")
 LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-NATIVE_BUILD = "pip install -e . (with a C++ compiler)"
+NATIVE_BUILD = "pip install -e . (with a C++ compiler and, for GPUs, a CUDA toolkit)"
 
 
 class Mined(NamedTuple):
@@ -213,6 +213,24 @@ def native_library() -> str:
     return ""
 
 
+@functools.cache
+def cuda_library() -> str:
+    """Load the native op's CUDA kernels: "" if the current GPU runs them, else why it does not."""
+    why = native_library()
+    if why:
+        return why
+    spec = importlib.util.find_spec("oneshot_C_cuda")
+    if spec is None or spec.origin is None:
+        return "the native op is built without CUDA"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"the native op's CUDA kernels do not load ({error})"
+    if not torch.ops.oneshot.cuda_runs():
+        return "the native op's CUDA kernels are not built for this GPU (TORCH_CUDA_ARCH_LIST names those built for)"
+    return ""
+
+
 @torch.compiler.assume_constant_result
 def use_native(device: str, impl: str) -> bool:
     """Does the native op run on this device? A constant to torch.compile, which traces neither loading nor logging."""
@@ -222,7 +240,8 @@ def use_native(device: str, impl: str) -> bool:
 @functools.cache
 def decide_native(device: str, impl: str) -> bool:
     """The same, found out and logged once for each device and `impl`."""
-    why = native_library() if device == "cpu" else f"there is no native op for {device} tensors"
+    libraries = {"cpu": native_library, "cuda": cuda_library}
+    why = libraries[device]() if device in libraries else f"there is no native op for {device} tensors"
     if not why:
         log.info("triplet loss on %s: the native op", device)
     elif impl == "native":

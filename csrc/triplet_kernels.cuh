@@ -1,0 +1,203 @@
+// The triplet loss on CUDA: what all kernels share. Preparation of a batch: triplet_prepare.cuh; search for the mined
+// rows: triplet_mine.cuh, triplet_mma.cuh; their loss and gradients: triplet_mined.cuh; all triplets: triplet_all.cuh;
+// the order of the launches: triplet_steps.cuh. No PyTorch headers: tests/emulation.cpp compiles the same source with
+// g++.
+#pragma once
+
+#ifdef __CUDACC__
+#include "triplet_device.cuh"
+#endif
+#include "triplet.h"
+
+namespace triplet::gpu {
+
+using Key = unsigned long long;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kThreads = 256, kWarps = kThreads / 32;  // of every block
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+__device__ inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline float widen(Bfloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
+__device__ inline float widen(Float16 x) { return half_to_float(x.bits); }
+
+__device__ inline void narrow(float x, float& out) { out = x; }
+__device__ inline void narrow(double x, double& out) { out = x; }
+__device__ inline void narrow(float x, Float16& out) { out.bits = float_to_half(x); }
+__device__ inline void narrow(float x, Bfloat16& out) {  // to nearest even
+  const uint32_t bits = bits_as<uint32_t>(x);
+  out.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Candidates: the batch's own rows, then the others'. Row-major, contiguous.
+template <typename In>
+struct Batch {
+  const In *own, *others;
+  const int64_t *own_labels, *other_labels;
+  int rows, candidates, width;
+  bool vectors;  // rows can be read four values at a time
+
+  __device__ const In* row(int j) const {
+    return j < rows ? own + int64_t(j) * width : others + int64_t(j - rows) * width;
+  }
+  __device__ int64_t label(int j) const { return j < rows ? own_labels[j] : other_labels[j - rows]; }
+};
+
+// What a search sees of a row x is x * scale[row] - shift: for cosine x / |x|, for the euclidean distances centred and
+// scaled by a power of two, so that neither cancellation nor overflow spoils the order of the distances.
+template <typename T>
+struct Prepared {
+  T *scale, *norms;  // (candidates,); norms: squared length of what the search sees, 0 for cosine
+  T* shift;          // (width,)
+  Key* extreme;      // bits of the largest |x| of all, a double
+  Key* unsound;      // 1: something is not finite
+};
+
+// What the forward pass gives for each anchor, (rows,) each.
+template <typename T>
+struct Outputs {
+  T* losses;
+  int64_t *positive, *negative;  // rows; -1: takes no part; mining "all": -1
+  int64_t* counts;               // how many a mean is taken over
+};
+
+// The upstream gradient and what the forward pass left.
+template <typename T>
+struct Upstream {
+  const T* grad;  // () or, for Reduction::none, (rows,) of this stride
+  int64_t stride;
+  const int64_t *count, *positive, *negative;
+
+  // what an anchor's loss weighs
+  __device__ T weight(int anchor, Reduction reduction) const {
+    const T given = grad[reduction == Reduction::none ? anchor * stride : 0];
+    return reduction == Reduction::mean && *count > 1 ? given / T(*count) : given;
+  }
+};
+
+__device__ inline int warp_row() { return int(blockIdx.x * kWarps + threadIdx.x / 32); }  // one warp a row
+__device__ inline int lane() { return int(threadIdx.x % 32); }
+
+template <typename T>
+__device__ inline T sum_of_warp(T x) {  // the same bits in every lane
+#pragma unroll
+  for (int lanes = 16; lanes; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+
+template <typename T>
+__device__ inline T max_of_warp(T x) {
+#pragma unroll
+  for (int lanes = 16; lanes; lanes /= 2) {
+    const T other = __shfl_xor_sync(kAllLanes, x, lanes);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+// What a warp knows of a pair of rows: its distance and, for cosine, the cosine.
+template <typename T>
+struct Pair {
+  T distance, cosine;
+};
+
+// The exact distance of rows a, b, by differences, in every lane of a warp.
+template <typename In, typename T>
+__device__ Pair<T> measure_pair(const Batch<In>& batch, Distance distance, const T* scale, int a, int b) {
+  const In *x = batch.row(a), *y = batch.row(b);
+  T sum = 0;
+  if (distance == Distance::cosine) {
+    const T x_scale = scale[a], y_scale = scale[b];
+    for (int d = lane(); d < batch.width; d += 32) sum = fma(T(widen(x[d])) * x_scale, T(widen(y[d])) * y_scale, sum);
+    sum = sum_of_warp(sum);
+    return {1 - sum, sum};
+  }
+  for (int d = lane(); d < batch.width; d += 32) {
+    const T gap = T(widen(x[d])) - T(widen(y[d]));
+    sum = fma(gap, gap, sum);
+  }
+  sum = sum_of_warp(sum);
+  return {distance == Distance::euclidean ? sqrt(sum) : sum, 0};
+}
+
+// Of a pair whose distance weighs `weight` in the loss: what its two rows' difference (cosine: direction) is pulled by.
+template <typename T>
+__device__ inline T factor_of(Distance distance, T weight, T apart) {
+  if (distance == Distance::cosine) return weight;
+  if (distance == Distance::sqeuclidean) return 2 * weight;
+  return apart > 0 ? weight / apart : T(0);
+}
+
+constexpr int kStrip = 4, kStripWidth = 32 * kStrip;  // columns of a lane and of a warp at a time
+
+// A row of `width` sums that the warps of a block share: add(begin, sum) adds a warp's part for columns begin + c * 32
+// + lane(), store(d, sum) gets the whole. The warps' parts are added in a fixed order.
+template <typename T, typename Add, typename Store>
+__device__ void sum_row(int width, Shared<T, kWarps * kStripWidth>& parts, Add add, Store store) {
+  const int t = int(threadIdx.x), warp = t / 32;
+  for (int begin = 0; begin < width; begin += kStripWidth) {
+    T sum[kStrip] = {};
+    add(begin, sum);
+#pragma unroll
+    for (int c = 0; c < kStrip; ++c) parts.set(warp * kStripWidth + c * 32 + lane(), sum[c]);
+    __syncthreads();
+    if (t < kStripWidth && begin + t < width) {
+      T total = 0;
+      for (int w = 0; w < kWarps; ++w) total += parts.get(w * kStripWidth + t);
+      store(begin + t, total);
+    }
+    __syncthreads();
+  }
+}
+
+struct Total {
+  double sum;
+  int64_t count;
+};
+
+// The total over a block, in thread 0; added in a fixed order.
+__device__ inline Total total_of_block(Total mine, Shared<Total, kThreads>& totals) {
+  const int t = int(threadIdx.x);
+  totals.set(t, mine);
+  for (int half = kThreads / 2; half; half /= 2) {
+    __syncthreads();
+    if (t < half) {
+      const Total a = totals.get(t), b = totals.get(t + half);
+      totals.set(t, {a.sum + b.sum, a.count + b.count});
+    }
+  }
+  return totals.get(t);
+}
+
+// Loss of all anchors, their sum or mean unless `loss` is null, and what the mean is taken over (-1: something is not
+// finite). One block.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    reduce(Outputs<T> each, int rows, Reduction reduction, const Key* unsound, T* loss, int64_t* count) {
+  __shared__ Shared<Total, kThreads> totals;
+  Total total{0, 0};
+  for (int a = int(threadIdx.x); a < rows; a += kThreads) {
+    total.sum += double(each.losses[a]);
+    total.count += each.counts[a];
+  }
+  total = total_of_block(total, totals);
+  if (threadIdx.x) return;
+  *count = *unsound ? -1 : total.count;
+  if (loss) *loss = T(reduction == Reduction::mean && total.count ? total.sum / double(total.count) : total.sum);
+}
+
+}  // namespace triplet::gpu

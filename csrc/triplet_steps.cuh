@@ -1,0 +1,215 @@
+// The kernels in their order, for a `launch(kernel, blocks, arguments...)` that runs them one after another, with
+// kThreads threads a block: on a stream by triplet_cuda.cu, under emulation by the tests.
+#pragma once
+
+#include <limits>
+
+#include "triplet_all.cuh"
+#include "triplet_mma.cuh"
+#include "triplet_prepare.cuh"
+
+namespace triplet::gpu {
+
+inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Carves arrays from one allocation, aligned to 16 bytes; with a null base it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;  // bytes
+  template <typename X>
+  X* take(int64_t count) {
+    X* at = base ? reinterpret_cast<X*>(base + used) : nullptr;
+    used += parts_of(count * int64_t(sizeof(X)), 16) * 16;
+    return at;
+  }
+};
+
+// What both passes keep of a batch, and the forward pass of the search.
+template <typename T>
+struct Workspace {
+  Prepared<T> prepared;
+  Winners<T> winners;
+  double* sums;     // (stripes, width)
+  int64_t* counts;  // (rows,)
+  Key* zeroed;      // the first `zeroes` keys of the allocation start as 0
+  int64_t zeroes;
+  int stripes;
+
+  template <typename In>
+  Workspace(const Batch<In>& batch, Arena& arena) {
+    zeroed = arena.take<Key>(2);
+    prepared.extreme = zeroed;
+    prepared.unsound = zeroed + 1;
+    winners.rows = batch.rows;
+    winners.values = arena.take<Key>(3 * int64_t(batch.rows));
+    winners.found = sizeof(T) == 8 ? arena.take<Key>(3 * int64_t(batch.rows)) : nullptr;
+    prepared.shift = arena.take<T>(batch.width);
+    zeroes = arena.used / int64_t(sizeof(Key));
+    stripes = int(parts_of(batch.candidates, 512) < 128 ? parts_of(batch.candidates, 512) : 128);
+    sums = arena.take<double>(int64_t(stripes) * batch.width);
+    counts = arena.take<int64_t>(batch.rows);
+    prepared.scale = arena.take<T>(batch.candidates);
+    prepared.norms = arena.take<T>(batch.candidates);
+  }
+};
+
+// What the backward pass of mined rows keeps beside it.
+template <typename T>
+struct MinedWorkspace {
+  Pairs<T> pairs;
+  Lists lists;
+  Key* zeroed;
+  int64_t zeroes;
+
+  template <typename In>
+  MinedWorkspace(const Batch<In>& batch, Arena& arena) {
+    const int64_t pair_count = 2 * int64_t(batch.rows), before = arena.used;
+    lists.chosen_by = arena.take<int>(batch.candidates);
+    lists.placed = arena.take<int>(batch.candidates);
+    lists.used = arena.take<int>(1);
+    zeroed = reinterpret_cast<Key*>(lists.chosen_by);
+    zeroes = (arena.used - before) / int64_t(sizeof(Key));
+    lists.starts = arena.take<int>(batch.candidates);
+    lists.unsorted = arena.take<int>(pair_count);
+    lists.listed = arena.take<int>(pair_count);
+    pairs.chosen = arena.take<int>(pair_count);
+    pairs.pulls = arena.take<Pull<T>>(pair_count);
+  }
+};
+
+// And that of all triplets.
+template <typename T>
+struct AllWorkspace {
+  T *factors, *sums;  // (anchors, candidates), (candidates, width)
+  int anchors;
+
+  template <typename In>
+  AllWorkspace(const Batch<In>& batch, Arena& arena) {
+    anchors = batch.rows < kAnchorsAtOnce ? batch.rows : kAnchorsAtOnce;
+    factors = arena.take<T>(int64_t(anchors) * batch.candidates);
+    sums = arena.take<T>(int64_t(batch.candidates) * batch.width);
+  }
+};
+
+// Bytes of the allocation that `forward` or `backward` needs.
+template <typename T, typename In>
+int64_t forward_bytes(const Batch<In>& batch) {
+  Arena arena{nullptr};
+  Workspace<T>(batch, arena);
+  return arena.used;
+}
+
+template <typename T, typename In>
+int64_t backward_bytes(const Batch<In>& batch, Mining mining) {
+  Arena arena{nullptr};
+  Workspace<T>(batch, arena);
+  if (mining == Mining::all) {
+    AllWorkspace<T>(batch, arena);
+  } else {
+    MinedWorkspace<T>(batch, arena);
+  }
+  return arena.used;
+}
+
+// What the device can do, as far as the choice of kernels depends on it.
+struct Machine {
+  int processors;     // streaming multiprocessors
+  bool tensor_cores;  // mma m16n8k16 of halves: compute capability 8.0 and above
+};
+
+// One thread for each of `count`, or one warp.
+inline dim3 threads_for(int64_t count) { return dim3(unsigned(parts_of(count, kThreads))); }
+inline dim3 warps_for(int64_t count) { return dim3(unsigned(parts_of(count, kWarps))); }
+
+// `searched`: the prepared rows will be searched, rather than measured pair by pair.
+template <typename Launch, typename In, typename T>
+void prepare(Launch& launch, const Batch<In>& batch, Distance distance, const Workspace<T>& work, bool searched) {
+  launch(&clear, threads_for(work.zeroes), work.zeroed, work.zeroes);
+  launch(&measure<In, T>, warps_for(batch.candidates), batch, distance, work.prepared);
+  if (distance == Distance::cosine || !searched) return;
+  launch(&column_sums<In, T>, dim3(unsigned(parts_of(batch.width, 32)), unsigned(work.stripes)), batch, work.prepared,
+         work.sums);
+  launch(&column_means<T>, threads_for(batch.width), work.sums, work.stripes, batch.candidates, batch.width,
+         work.prepared.shift);
+  launch(&centred_norms<In, T>, warps_for(batch.candidates), batch, work.prepared);
+}
+
+template <typename In>
+dim3 tiles_of(const Batch<In>& batch, int64_t size) {
+  const int64_t own = parts_of(batch.rows, size), others = parts_of(batch.candidates - batch.rows, size);
+  const int64_t tiles = own * (own + 1) / 2 + own * others;
+  require(tiles <= std::numeric_limits<int32_t>::max(), "too many rows for the CUDA op: ", batch.rows, " and ",
+          batch.candidates - batch.rows, " others");
+  return dim3(unsigned(tiles));
+}
+
+// One pass over all pairs: large tiles where they fill the device, on tensor cores where these serve; else small ones.
+template <typename Launch, typename In, typename T>
+void search(Launch& launch, const Machine& machine, const Batch<In>& batch, Distance distance, const Workspace<T>& work,
+            Pass pass) {
+  const dim3 large = tiles_of(batch, 128);
+  if (sizeof(T) == 4 && large.x >= unsigned(machine.processors)) {
+    if constexpr (sizeof(In) == 2) {
+      if (machine.tensor_cores && distance == Distance::cosine) {
+        return launch(&mine_mma<In>, large, batch, work.prepared, work.winners, pass);
+      }
+    }
+    if constexpr (sizeof(T) == 4) return launch(&mine<In, T, 8>, large, batch, work.prepared, work.winners, pass);
+  }
+  launch(&mine<In, T, 4>, tiles_of(batch, 64), batch, work.prepared, work.winners, pass);
+}
+
+// `each` but for its counts, and `loss` unless it is null.
+template <typename T, typename Launch, typename In>
+void forward(Launch& launch, const Machine& machine, const Batch<In>& batch, const Settings& settings, char* memory,
+             Outputs<T> each, T* loss, int64_t* count) {
+  Arena arena{memory};
+  const Workspace<T> work(batch, arena);
+  const bool all = settings.mining == Mining::all, semihard = settings.mining == Mining::semihard;
+  each.counts = work.counts;
+  prepare(launch, batch, settings.distance, work, !all);
+  for (const bool beyond : {false, true}) {
+    if (all || (beyond && !semihard)) break;
+    const Pass pass{semihard && !beyond, beyond, false};
+    search(launch, machine, batch, settings.distance, work, pass);
+    if (sizeof(T) == 8) search(launch, machine, batch, settings.distance, work, {pass.farthest, beyond, true});
+  }
+  if (all) {
+    launch(&sum_triplets<In, T>, dim3(unsigned(batch.rows)), batch, settings, work.prepared, each);
+  } else {
+    launch(&finish<In, T>, warps_for(batch.rows), batch, settings, work.prepared, work.winners, each);
+  }
+  launch(&reduce<T>, dim3(1), each, batch.rows, settings.reduction, work.prepared.unsound, loss, count);
+}
+
+template <typename T, typename Launch, typename In>
+void backward(Launch& launch, const Batch<In>& batch, const Settings& settings, char* memory, const Upstream<T>& up,
+              In* own, In* others) {
+  Arena arena{memory};
+  const Workspace<T> work(batch, arena);
+  const Distance distance = settings.distance;
+  const T* scale = work.prepared.scale;
+  const dim3 a_block_each(unsigned(batch.candidates));
+  if (distance == Distance::cosine) prepare(launch, batch, distance, work, false);
+  if (settings.mining == Mining::all) {
+    const AllWorkspace<T> space(batch, arena);
+    for (int first = 0; first < batch.rows; first += space.anchors) {
+      const int anchors = batch.rows - first < space.anchors ? batch.rows - first : space.anchors;
+      launch(&weigh_triplets<In, T>, dim3(unsigned(anchors)), batch, settings, scale, up, first, space.factors);
+      launch(&pull_rows<In, T>, a_block_each, batch, distance, scale, space.factors, first, anchors, space.sums);
+    }
+    launch(&finish_gradient<In, T>, warps_for(batch.candidates), batch, distance, scale, up.count, space.sums, own,
+           others);
+    return;
+  }
+  const MinedWorkspace<T> space(batch, arena);
+  const int pairs = 2 * batch.rows;
+  launch(&clear, threads_for(space.zeroes), space.zeroed, space.zeroes);
+  launch(&weigh_pairs<In, T>, warps_for(batch.rows), batch, settings, scale, up, space.pairs, space.lists);
+  launch(&allot, threads_for(batch.candidates), space.lists, batch.candidates);
+  launch(&place_pairs, threads_for(pairs), space.pairs.chosen, pairs, space.lists);
+  launch(&sort_pairs, threads_for(pairs), space.pairs.chosen, pairs, space.lists);
+  launch(&row_gradient<In, T>, a_block_each, batch, distance, scale, up.count, space.pairs, space.lists, own, others);
+}
+
+}  // namespace triplet::gpu

@@ -1,0 +1,152 @@
+// The CUDA kernels on the CPU, by tests/simt.h, for tests/test_emulation.py; and toy kernels with a fault each, which
+// the emulation must find. Arrays are NumPy's, C-contiguous, halves as uint16.
+#include "simt.h"
+
+#include "triplet_steps.cuh"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+using namespace triplet;
+using namespace triplet::gpu;
+
+namespace {
+
+struct Emulated {
+  unsigned seed;
+  template <typename... Parameters, typename... Arguments>
+  void operator()(void (*kernel)(Parameters...), dim3 grid, Arguments... arguments) {
+    simt::launch(seed++, kernel, grid, kThreads, Parameters(arguments)...);
+  }
+};
+
+// Memory that starts as rubbish, between guards that must stay.
+template <typename T>
+struct Guarded {
+  static constexpr int64_t kGuard = 64;
+  static constexpr char kRubbish = char(0xa5);
+  int64_t count;
+  std::vector<T> memory;
+
+  explicit Guarded(int64_t count) : count(count), memory(count + 2 * kGuard) {
+    std::memset(static_cast<void*>(memory.data()), kRubbish, memory.size() * sizeof(T));
+  }
+  T* data() { return memory.data() + kGuard; }
+  void check() const {
+    const auto clean = [](const T* from) {
+      const char* bytes = reinterpret_cast<const char*>(from);
+      return std::all_of(bytes, bytes + kGuard * sizeof(T), [](char byte) { return byte == kRubbish; });
+    };
+    if (!clean(memory.data()) || !clean(memory.data() + kGuard + count)) throw std::runtime_error("written outside");
+  }
+  template <typename To = T>
+  py::array_t<To> array(std::vector<py::ssize_t> shape) {
+    static_assert(sizeof(To) == sizeof(T));
+    check();
+    return py::array_t<To>(shape, reinterpret_cast<To*>(data()));
+  }
+};
+
+struct Arrays {
+  py::array x, labels, others, other_labels;
+  bool vectors;
+};
+
+template <typename In>
+Batch<In> make_batch(const Arrays& a) {
+  const int rows = int(a.x.shape(0)), other_rows = int(a.others.shape(0));
+  const auto values = [](const py::array& a) { return static_cast<const In*>(a.data()); };
+  const auto labels = [](const py::array& a) { return static_cast<const int64_t*>(a.data()); };
+  return {values(a.x), values(a.others),  labels(a.labels),  labels(a.other_labels),
+          rows,        rows + other_rows, int(a.x.shape(1)), a.vectors};
+}
+
+template <typename In>
+py::tuple run_forward(const Batch<In>& batch, const Settings& settings, Machine machine, unsigned seed) {
+  using T = decltype(widen(In()));
+  Emulated launch{seed};
+  Guarded<T> losses(batch.rows), loss(1);
+  Guarded<int64_t> count(1), positive(batch.rows), negative(batch.rows);
+  Guarded<char> memory(forward_bytes<T>(batch));
+  forward<T>(launch, machine, batch, settings, memory.data(),
+             Outputs<T>{losses.data(), positive.data(), negative.data(), nullptr}, loss.data(), count.data());
+  memory.check();
+  const py::ssize_t rows = batch.rows;
+  return py::make_tuple(loss.array({1}), losses.array({rows}), count.array({1}), positive.array({rows}),
+                        negative.array({rows}));
+}
+
+template <typename In>
+py::tuple run_backward(const Batch<In>& batch, const Settings& settings, unsigned seed, const py::array& grad,
+                       const py::array_t<int64_t>& count, const py::array_t<int64_t>& positive,
+                       const py::array_t<int64_t>& negative) {
+  using T = decltype(widen(In()));
+  Emulated launch{seed};
+  const py::ssize_t rows = batch.rows, other_rows = batch.candidates - batch.rows, width = batch.width;
+  Guarded<char> memory(backward_bytes<T>(batch, settings.mining));
+  Guarded<In> own(rows * width), others(other_rows * width);
+  const int64_t stride = settings.reduction == Reduction::none ? grad.strides(0) / int64_t(sizeof(T)) : 0;
+  const Upstream<T> up{static_cast<const T*>(grad.data()), stride, count.data(), positive.data(), negative.data()};
+  backward<T>(launch, batch, settings, memory.data(), up, own.data(), others.data());
+  memory.check();
+  using Bits = std::conditional_t<sizeof(In) == 2, uint16_t, In>;
+  return py::make_tuple(own.template array<Bits>({rows, width}), others.template array<Bits>({other_rows, width}));
+}
+
+template <typename F>
+py::tuple by_type(const std::string& type, F&& f) {
+  if (type == "float64") return f(double());
+  if (type == "float32") return f(float());
+  if (type == "bfloat16") return f(Bfloat16());
+  if (type == "float16") return f(Float16());
+  throw std::invalid_argument("type " + type);
+}
+
+// -----------------------------------------------------------------------------------------------------------------
+// toys
+
+template <int kFault>
+void toy(int* out) {
+  __shared__ Shared<int, kThreads> values;
+  const int t = int(threadIdx.x);
+  if (kFault == 1 && t == 3) return;                        // before a barrier
+  if (kFault != 2) values.set(kFault == 3 ? t + 1 : t, t);  // 2: read before written; 3: out of bounds
+  if (kFault != 4) __syncthreads();                         // 4: a missing barrier
+  int x = values.get(kThreads - 1 - t);
+  if (kFault == 5) values.set(t, x);                               // beside another's read
+  if (kFault != 6 || t % 2) x = __shfl_xor_sync(kAllLanes, x, 1);  // 6: by half of the lanes
+  out[t] = x;
+}
+
+py::list run_toy(int fault, unsigned seed) {
+  std::vector<int> out(kThreads, -1);
+  void (*const kernels[])(int*) = {toy<0>, toy<1>, toy<2>, toy<3>, toy<4>, toy<5>, toy<6>};
+  Emulated{seed}(kernels[fault], dim3(1), out.data());
+  return py::cast(out);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(emulation, m) {
+  // codes: distance, mining, soft_margin, margin, temperature, reduction, as the native op's
+  using Codes = std::tuple<int64_t, int64_t, bool, double, double, int64_t>;
+  static const auto settings_of = [](const Codes& codes) { return std::apply(make_settings, codes); };
+  m.def("forward", [](const std::string& type, py::array x, py::array labels, py::array others, py::array other_labels,
+                      bool vectors, Codes codes, int processors, bool tensor_cores, unsigned seed) {
+    return by_type(type, [&](auto in) {
+      const auto batch = make_batch<decltype(in)>({x, labels, others, other_labels, vectors});
+      return run_forward(batch, settings_of(codes), {processors, tensor_cores}, seed);
+    });
+  });
+  m.def("backward", [](const std::string& type, py::array x, py::array labels, py::array others, py::array other_labels,
+                       bool vectors, Codes codes, unsigned seed, py::array grad, py::array_t<int64_t> count,
+                       py::array_t<int64_t> positive, py::array_t<int64_t> negative) {
+    return by_type(type, [&](auto in) {
+      const auto batch = make_batch<decltype(in)>({x, labels, others, other_labels, vectors});
+      return run_backward(batch, settings_of(codes), seed, grad, count, positive, negative);
+    });
+  });
+  m.def("toy", run_toy);
+}

@@ -1,0 +1,104 @@
+"""The triplet op on a GPU, beyond what tests/test_triplet.py checks on every device: size, streams, graphs, devices."""
+
+import pytest
+import torch
+from test_triplet import batch
+
+import triplet
+from triplet import DISTANCES, MININGS, mine, triplet_loss
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+def on(device, made):
+    x, labels, others = made
+    return x.to(device), labels.to(device), tuple(t.to(device) for t in others) if others else None
+
+
+def test_the_native_op_runs():
+    assert triplet.cuda_library() == "" and triplet.use_native("cuda", "native")
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_agrees_with_the_torch_implementation(kind, mining, dtype):
+    """At a size that fills the device with large tiles; tensor cores take part for cosine on halves."""
+    rows = 300 if mining == "all" else 3000
+    x, labels, others = on("cuda", batch(rows, width=100, dtype=dtype, others=rows // 2))
+    wide = (others[0].double().requires_grad_(), others[1])
+    results = []
+    for a, far, impl in ((x, others, "native"), (x.double(), wide, "torch")):
+        leaf = a.detach().requires_grad_()
+        loss = triplet_loss(leaf, labels, distance=kind, mining=mining, others=far, impl=impl)
+        results.append((loss.double(), torch.autograd.grad(loss, leaf)[0].double()))
+    (loss, grad), (exact, exact_grad) = results
+    close = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 3e-3}[dtype]
+    assert torch.isclose(loss, exact, rtol=min(close, 1e-4))
+    assert (grad - exact_grad).norm() <= 3 * close * exact_grad.norm()
+
+
+def test_the_same_bits_on_every_run():
+    x, labels, others = on("cuda", batch(5000, width=64, classes=300, dtype=torch.float32, others=3000))
+    runs = []
+    for _ in range(3):
+        leaf = x.clone().requires_grad_()
+        triplet_loss(leaf, labels, others=others, impl="native").backward()
+        runs.append(leaf.grad)
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+
+def test_the_current_stream_is_used():
+    """The input is made on a side stream behind a long wait; the default stream would read it too early."""
+    stream = torch.cuda.Stream()
+    made, labels, _ = on("cuda", batch(2000, width=64, dtype=torch.float32))
+    expected = triplet_loss(made, labels, impl="native")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        x = torch.zeros_like(made)
+        torch.cuda._sleep(100_000_000)  # clock cycles
+        x.copy_(made)
+        loss = triplet_loss(x, labels, impl="native")
+    stream.synchronize()
+    assert torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize("mining", MININGS)
+def test_forward_and_backward_are_captured_in_a_graph(mining):
+    x, labels, _ = on("cuda", batch(200, width=32, dtype=torch.float32))
+    leaf = x.clone().requires_grad_()
+
+    def step():
+        loss = triplet_loss(leaf, labels, mining=mining, impl="native")
+        return loss, torch.autograd.grad(loss, leaf)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # loads the library and warms the allocator
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaf.copy_(torch.randn_like(leaf))
+    graph.replay()
+    for got, fresh in zip(captured, step(), strict=True):
+        assert torch.equal(got, fresh)
+
+
+def test_no_square_matrix_is_held():
+    rows = 40_000  # (B, B) float32: 6.4 GB
+    x = torch.randn(rows, 64, device="cuda", requires_grad=True)
+    labels = torch.arange(rows, device="cuda") % (rows // 4)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    triplet_loss(x, labels, impl="native").backward()
+    assert torch.cuda.max_memory_allocated() - before < 64 << 20
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_tensors_on_a_device_that_is_not_current():
+    x, labels, _ = batch(300, dtype=torch.float32)
+    rows = [mine(x.to(d), labels.to(d), impl="native") for d in ("cuda:0", "cuda:1")]
+    assert torch.cuda.current_device() == 0 and rows[1].negative.device.index == 1
+    assert torch.equal(rows[0].negative.cpu(), rows[1].negative.cpu())

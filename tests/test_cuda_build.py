@@ -1,0 +1,147 @@
+"""What nvcc makes of the CUDA kernels, on machines without a GPU too: they compile without PyTorch for every
+architecture, keep everything in registers, and the extension library loads. `python tests/test_cuda_build.py` prints
+the table of docs/cuda.md."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # when run as a script
+
+import setup as build  # noqa: E402
+import triplet  # noqa: E402
+
+ARCHITECTURES = (75, 80, 90, 100, 120)
+TOOLKIT = build.find_toolkit(torch.version.cuda, build.toolkit_candidates())[0]
+REQUIRED = os.environ.get("ONESHOT_CUDA") == "1"  # then a missing toolkit or library is a failure
+needs_nvcc = pytest.mark.skipif(TOOLKIT is None and not REQUIRED, reason="no CUDA toolkit")
+
+# every kernel that the op launches, and no other
+SOURCE = """
+#include "triplet_steps.cuh"
+
+namespace triplet::gpu {
+struct Launch {
+  template <typename... Parameters, typename... Arguments>
+  void operator()(void (*kernel)(Parameters...), dim3 grid, Arguments... arguments) {
+    kernel<<<grid, kThreads>>>(Parameters(arguments)...);
+  }
+};
+
+template <typename In, typename T>
+void all_kernels(Launch& launch, const Batch<In>& batch, const Settings& settings, const Upstream<T>& up) {
+  forward<T>(launch, Machine{}, batch, settings, nullptr, Outputs<T>{}, static_cast<T*>(nullptr), nullptr);
+  backward<T>(launch, batch, settings, nullptr, up, static_cast<In*>(nullptr), static_cast<In*>(nullptr));
+}
+"""
+SOURCE += "".join(
+    f"template void all_kernels(Launch&, const Batch<{kind}>&, const Settings&, const Upstream<{inside}>&);\n"
+    for kind, inside in (("float", "float"), ("double", "double"), ("Bfloat16", "float"), ("Float16", "float"))
+)
+SOURCE += "}  // namespace triplet::gpu\n"
+
+
+class Kernel(NamedTuple):
+    """What ptxas says of a kernel: bytes on the stack or spilled, registers of a thread, bytes of shared memory."""
+
+    name: str
+    stack: int
+    spilled: int
+    registers: int
+    shared: int
+
+    def blocks(self, processor: "Processor") -> int:
+        """Blocks of 256 threads that a processor holds at a time."""
+        by_registers = 65536 // (256 * -(-self.registers // 8) * 8)
+        by_shared = processor.shared // (self.shared + 1024) if self.shared else 32
+        return min(processor.threads // 256, by_registers, by_shared)
+
+
+class Processor(NamedTuple):
+    """A streaming multiprocessor: threads and bytes of shared memory (CUDA C++ Programming Guide, table of compute
+    capabilities). A block takes 1 KB more than it asks for."""
+
+    threads: int
+    shared: int
+
+
+H100 = Processor(2048, 228 << 10)
+
+
+def compiled(folder: Path, architecture: int) -> list[Kernel]:
+    """The kernels, compiled for one architecture without PyTorch's headers."""
+    assert TOOLKIT is not None, f"ONESHOT_CUDA=1, but there is no CUDA toolkit for PyTorch's CUDA {torch.version.cuda}"
+    source = folder / "kernels.cu"
+    source.write_text(SOURCE)
+    command = [TOOLKIT / "bin" / "nvcc", "-std=c++17", "-cubin", f"-arch=sm_{architecture}", "-Xptxas", "-v"]
+    command += ["-I", ROOT / "csrc", source, "-o", folder / f"sm_{architecture}.cubin"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = subprocess.run("c++filt", input=done.stdout + done.stderr, capture_output=True, text=True).stdout
+    assert done.returncode == 0 and "warning" not in said.lower(), said
+    said = said.replace("triplet::gpu::", "").replace("(anonymous namespace)::", "")
+    report = re.findall(
+        r"Compiling entry function '(?:void )?([^'(]+)\(.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?"
+        r"Used (\d+) registers(?:.*?(\d+) bytes smem)?",
+        re.sub(r"\n(?!ptxas info +: Compiling)", " ", said),
+    )
+    return [Kernel(name, *(int(number or 0) for number in numbers)) for name, *numbers in report]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    """Architecture to kernels; compiled two at a time."""
+    folder = tmp_path_factory.mktemp("kernels")
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(ARCHITECTURES, pool.map(lambda sm: compiled(folder, sm), ARCHITECTURES), strict=True))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_keep_everything_in_registers(kernels, architecture):
+    found = kernels[architecture]
+    names = {kernel.name for kernel in found}
+    assert {"mine<float, float, 8>", "mine<double, double, 4>", "mine_mma<Bfloat16>", "sort_pairs"} <= names
+    assert len(names) == len(found) > 40
+    assert [kernel for kernel in found if kernel.stack or kernel.spilled] == []
+    assert [kernel for kernel in found if kernel.shared > 48 << 10] == []  # what a block has without asking for more
+
+
+@needs_nvcc
+def test_two_blocks_of_the_searches_share_a_processor(kernels):
+    searches = [kernel for kernel in kernels[90] if kernel.name.startswith("mine")]
+    assert len(searches) == 9 and all(kernel.blocks(H100) >= 2 for kernel in searches)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("oneshot_C_cuda") is None and not REQUIRED, reason="built without CUDA")
+def test_the_library_loads_without_a_gpu():
+    """And registers the op for CUDA; without a GPU to run on, it says so, and `auto` takes the torch implementation."""
+    why = triplet.cuda_library()
+    assert why == "" if torch.cuda.is_available() else "not built for this GPU" in why, why
+    for name in ("oneshot::triplet_forward", "oneshot::triplet_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+    library = Path(importlib.util.find_spec("oneshot_C_cuda").origin).read_bytes()
+    assert b"libtorch_cuda.so" in library and b"libtorch_python" not in library and b"libcudart.so" not in library
+
+
+def main() -> None:
+    """Registers, shared memory and theoretical occupancy on an H100 of each kernel but those for halves, as a table."""
+    folder = ROOT / "build"
+    folder.mkdir(exist_ok=True)
+    print("| kernel | registers | shared memory, bytes | blocks | occupancy |\n|---|---|---|---|---|")
+    for kernel in sorted(kernel for kernel in compiled(folder, 90) if not re.search("B?[Ff]loat16, f", kernel.name)):
+        blocks = kernel.blocks(H100)
+        share = f"{100 * blocks * 256 // H100.threads} %"
+        print(f"| `{kernel.name}` | {kernel.registers} | {kernel.shared} | {blocks} | {share} |")
+
+
+if __name__ == "__main__":
+    main()
