@@ -28,5 +28,5 @@ sanitize:  ## the native op's tests under AddressSanitizer and UndefinedBehavior
 	ONESHOT_NATIVE=1 ONESHOT_SANITIZE=1 ONESHOT_CUDA=0 python setup.py -q build_ext --inplace --build-temp build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 ONESHOT_NATIVE=1 \
-	pytest -q tests/test_triplet.py -k "native and not compiles and not narrower and not square_matrix"; \
+	pytest -q tests/test_triplet.py tests/test_native.py -k "native and not compiles and not narrower and not square_matrix"; \
 	status=$$?; python setup.py -q build_ext --inplace; exit $$status
