@@ -104,4 +104,4 @@ def fit_logistic(histogram: Tensor) -> list[float]:
 def probability_same(similarity: float, logistic: list[float]) -> float:
     """Probability 0..1 that two images of this similarity are of one class, if half of all pairs are (a prior)."""
     slope, intercept = logistic
-    return 1 / (1 + math.exp(-(slope * similarity + intercept)))
+    return float(torch.sigmoid(torch.tensor(slope * similarity + intercept, dtype=torch.float64)))

@@ -122,7 +122,9 @@ def compare(net: inference.Inference, pair: tuple[str, str], threshold: float, s
 
 def show(answers: list[dict], threshold: float, stored: dict) -> None:
     """Print the answers as a table, with what the threshold is known to do."""
-    header = [name.replace("_", " ") for name in answers[0]] if answers else []
+    if not answers:
+        return
+    header = [name.replace("_", " ") for name in answers[0]]
     print(tables.table(header, [list(answer.values()) for answer in answers], decimals=3))
     print(f"\nthreshold {threshold:.3f}")
     if threshold == stored["value"]:
@@ -131,7 +133,7 @@ def show(answers: list[dict], threshold: float, stored: dict) -> None:
             f"for one class\nand {stored['false_reject']:.1f} % of same-class pairs for two; expect more errors on "
             "other pictures"
         )
-    if answers and "probability_same" in answers[0]:
+    if "probability_same" in answers[0]:
         print("probability: if half of all pairs are of one class")
 
 

@@ -117,7 +117,7 @@ def one_shot_confusion(side: Side, episodes: int = 1000) -> Tensor | None:
     way = len(labels.unique())
     counts = torch.zeros(way * way, dtype=torch.float64)
     for rows, images in metrics.draw_episodes(labels, way, 1, episodes=episodes):
-        answers = rows[:, :, None].gather(1, metrics.classify(side.z, images, 1).flatten(1)[:, :, None])[:, :, 0]
+        answers = rows.gather(1, metrics.classify(side.z, images, 1).flatten(1))
         truth = rows.repeat_interleave(images.shape[2] - 1, 1)
         counts += torch.bincount((truth * way + answers).flatten(), minlength=way * way)
     counts = counts.view(way, way)

@@ -65,6 +65,7 @@ def test_separable_pairs_have_finite_probabilities():
     assert np.isfinite([slope, intercept]).all()
     assert calibration.probability_same(similarity[same].min(), [slope, intercept]) > 0.9
     assert calibration.probability_same(similarity[~same].max(), [slope, intercept]) < 0.5
+    assert calibration.probability_same(-1.0, [2000.0, -1900.0]) == 0  # exp(3900) is beyond any float
 
 
 def test_without_pairs_there_is_nothing_to_calibrate():

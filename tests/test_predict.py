@@ -124,13 +124,15 @@ def test_compare(folder, monkeypatch, tmp_path, capsys):
 
 def test_a_broken_query_does_not_stop_the_others(folder, monkeypatch, tmp_path, capsys):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
-    queries = [sorted((folder / "queries").iterdir())[0], tmp_path / "broken.jpg"]
-    with pytest.raises(SystemExit) as stop:
+    good = sorted((folder / "queries").iterdir())[0]
+    for queries in ([good, tmp_path / "broken.jpg"], [tmp_path / "broken.jpg"]):
         arguments = ["--support", folder / "support", "--query", *queries, "--json", tmp_path / "a.json"]
-        run(monkeypatch, predict, folder / "best.pt", *arguments)
-    errors = capsys.readouterr().err
-    assert stop.value.code == 2 and "broken.jpg" in errors and "1 of 2 pictures could not be read" in errors
-    assert len(json.loads((tmp_path / "a.json").read_text())["answers"]) == 1
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, predict, folder / "best.pt", *arguments, "--csv", tmp_path / "a.csv")
+        errors = capsys.readouterr().err
+        assert stop.value.code == 2 and "broken.jpg" in errors
+        assert f"1 of {len(queries)} pictures could not be read" in errors
+        assert len(json.loads((tmp_path / "a.json").read_text())["answers"]) == len(queries) - 1
 
 
 @pytest.mark.parametrize(
