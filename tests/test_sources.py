@@ -170,6 +170,7 @@ def server(tmp_path, monkeypatch):
         names = ("train", "test", "meta")
         sums = {name: hashlib.md5(members.extractfile(f"cifar-100-python/{name}").read()) for name in names}
     server = Server(archive)
+    monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(CIFAR100, "url", server.url)
     monkeypatch.setattr(CIFAR100, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"].hexdigest()]])

@@ -1,6 +1,7 @@
 """Training from given weights: ResNet-18 from torchvision's, any network from a run's or others' files."""
 
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -79,8 +80,8 @@ def test_the_network_can_learn_at_a_rate_of_its_own(train, published):
 def test_imagenet_weights_come_from_torchvision(train, published, monkeypatch, tmp_path, capsys):
     """From PyTorch's cache where they are in it; without a network and a cache, one message with a way out."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    for name in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies of its first use
     with pytest.raises(SystemExit) as stop:
         train(train_classic, *RESNET18, "--pretrained")
     errors = capsys.readouterr().err
