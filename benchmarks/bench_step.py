@@ -104,9 +104,9 @@ def reptile_step(train: engine.TrainingData, device: torch.device) -> tuple[Call
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    engine.start(0)
-    device = engine.pick_device(options.device)
-    train = engine.training_data(engine.Options(data=options.data, data_root=options.data_root), device)
+    training = engine.Options(data=options.data, data_root=options.data_root, device=options.device)
+    device = engine.start(training)
+    train = engine.training_data(training, device)
     pairs = {"classic": classic_step(train, device), "reptile": reptile_step(train, device)}
     times: dict[str, list[list[float]]] = {name: [[], []] for name in pairs}
     for pair in pairs.values():
