@@ -196,16 +196,24 @@ def tensors(embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | 
 # --------------------------------------------------------------------------------------------------------------- native
 
 
-@functools.cache
-def native_library() -> str:
-    """Load the native op and register what the stable ABI cannot: "" if it is there, else why it is not."""
-    spec = importlib.util.find_spec("oneshot_C")
+def load_library(name: str, what: str) -> str:
+    """Load a library that setup.py built: "" if that works, else why not."""
+    spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        return "the native op is not built"
+        return f"{what} is not built"
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:
-        return f"the native op does not load ({error})"
+        return f"{what} does not load ({error})"
+    return ""
+
+
+@functools.cache
+def native_library() -> str:
+    """Load the native op and register what the stable ABI cannot: "" if it is there, else why it is not."""
+    why = load_library("oneshot_C", "the native op")
+    if why:
+        return why
     torch.library.register_fake("oneshot::triplet_forward", fake_forward)
     torch.library.register_fake("oneshot::triplet_backward", fake_backward)
     torch.library.register_fake("oneshot::triplet_loss_and_gradient", fake_loss_and_gradient)
@@ -216,19 +224,10 @@ def native_library() -> str:
 @functools.cache
 def cuda_library() -> str:
     """Load the native op's CUDA kernels: "" if the current GPU runs them, else why it does not."""
-    why = native_library()
-    if why:
-        return why
-    spec = importlib.util.find_spec("oneshot_C_cuda")
-    if spec is None or spec.origin is None:
-        return "the native op is built without CUDA"
-    try:
-        torch.ops.load_library(spec.origin)
-    except OSError as error:
-        return f"the native op's CUDA kernels do not load ({error})"
-    if not torch.ops.oneshot.cuda_runs():
-        return "the native op's CUDA kernels are not built for this GPU (TORCH_CUDA_ARCH_LIST names those built for)"
-    return ""
+    why = native_library() or load_library("oneshot_C_cuda", "the native op's CUDA library")
+    if not why and not torch.ops.oneshot.cuda_runs():
+        why = "the native op's CUDA kernels are not built for this GPU (TORCH_CUDA_ARCH_LIST names those built for)"
+    return why
 
 
 @torch.compiler.assume_constant_result
