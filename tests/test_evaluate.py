@@ -10,7 +10,6 @@ import engine
 import evaluate
 import model
 import tiny
-import train_classic
 
 REPORT = {"checkpoint", "commit", "data", "split", "threshold", "seen", "unseen", "per_class"}
 REPORT |= {"thresholds", "compared_with"}
@@ -24,13 +23,7 @@ def folder(tmp_path_factory):
     """A data set and a classic checkpoint trained on it for a moment, 9 classes seen and 3 unseen."""
     folder = tmp_path_factory.mktemp("evaluate")
     npz = str(tiny.write_npz(folder / "tiny.npz", classes=12, train=24, test=8))
-    out = str(folder / "run")
-    arguments = f"--data {npz} --out {out} --split 75-25 --width 4 --epochs 6 --batch-classes 6 --precision float32"
-    old, sys.argv = sys.argv, ["train_classic.py", *arguments.split(), "--device", "cpu"]
-    try:
-        train_classic.main()
-    finally:
-        sys.argv = old
+    tiny.train_classic(npz, folder / "run")
     return folder
 
 

@@ -20,7 +20,6 @@ import metrics
 import model
 import predict
 import tiny
-import train_classic
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +27,7 @@ def folder(tmp_path_factory):
     """best.pt of a moment's training, and the test images of its 3 unseen classes as picture files."""
     folder = tmp_path_factory.mktemp("predict")
     npz = str(tiny.write_npz(folder / "tiny.npz", classes=12, train=24, test=8))
-    arguments = f"--data {npz} --out {folder} --split 75-25 --width 4 --epochs 6 --batch-classes 6 --precision float32"
-    old, sys.argv = sys.argv, ["train_classic.py", *arguments.split(), "--device", "cpu"]
-    try:
-        train_classic.main()
-    finally:
-        sys.argv = old
+    tiny.train_classic(npz, folder)
     test = data.load(npz).test.of([9, 10, 11])
     for number, (image, label) in enumerate(zip(test.images, test.labels.tolist(), strict=True)):
         place = folder / "support" / f"class {label}"

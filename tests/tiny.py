@@ -1,5 +1,6 @@
 """A data set small enough to train on in seconds: each class is a colour pattern under noise."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,3 +23,15 @@ def write_npz(path: Path, **sizes: int) -> Path:
     """Save `arrays(**sizes)` at `path`."""
     np.savez(path, **arrays(**sizes))
     return path
+
+
+def train_classic(npz: Path, out: Path) -> None:
+    """A moment's classic training on a data set of 12 classes, 9 of them seen, into the folder `out`."""
+    import train_classic
+
+    arguments = f"--data {npz} --out {out} --split 75-25 --width 4 --epochs 6 --batch-classes 6 --precision float32"
+    before, sys.argv = sys.argv, ["train_classic.py", *arguments.split(), "--device", "cpu"]
+    try:
+        train_classic.main()
+    finally:
+        sys.argv = before
