@@ -36,6 +36,7 @@ class Options:
     freeze: int = 0  # first stages that keep their weights: 1 is the first convolution, each further one a layer
     stem: Literal["auto", "small", "full"] = "auto"  # of resnet18: 3x3 or, with pooling, 7x7 convolution
     enlarge: int = 0  # resnet18 makes images so many times larger; 0: to about 128 pixels for the full stem
+    mirror: bool = True  # when not training, average the embeddings of an image and its mirror image: twice the time
     distance: Literal["cosine", "euclidean", "sqeuclidean"] = "cosine"  # between embeddings
     mining: Literal["hard", "semihard", "all"] = "all"  # which triplets of a batch count
     soft_margin: bool = True  # softplus((d_ap - d_an) / temperature) instead of max(0, d_ap - d_an + margin)
@@ -246,9 +247,8 @@ def network(options: Options, train: TrainingData) -> model.Embedder:
     """
     state, statistics = given_weights(options, train.facts)
     side = train.kept.images.shape[2]
-    net = model.build(
-        **model.fit(options.backbone, options.width, side, state, stem=options.stem, enlarge=options.enlarge)
-    )
+    settings = model.fit(options.backbone, options.width, side, state, stem=options.stem, enlarge=options.enlarge)
+    net = model.build(**settings, mirror=options.mirror)
     if state is not None:
         model.load_weights(net, state)
         train.facts["mean"], train.facts["std"] = statistics

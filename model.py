@@ -44,7 +44,18 @@ class Embedder(nn.Module):
 
     dimension: int  # of the embedding
     settings: dict  # arguments with which `build` builds it again
+    mirror = False  # in evaluation mode, average the embeddings of an image and of its mirror image
     frozen: Iterable[nn.Module] = ()
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised images -> (B, dimension) embeddings, not normalised."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`embed`, or the average over both views with `mirror`."""
+        if self.mirror and not self.training:
+            return (self.embed(x) + self.embed(x.flip(3))) / 2
+        return self.embed(x)
 
     def freeze(self, stages: int) -> None:
         """Never train the first `stages` stages again; their batch norm keeps its statistics. Raises ValueError."""
@@ -64,7 +75,7 @@ class Embedder(nn.Module):
 
 
 class ResNet(Embedder):
-    """(B, 3, H, W) normalised images -> (B, 4 * width) embeddings, not normalised."""
+    """The CIFAR ResNet; embeddings of 4 * width numbers."""
 
     def __init__(self, blocks: int, width: int = 16):
         super().__init__()
@@ -78,7 +89,7 @@ class ResNet(Embedder):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
 
@@ -89,7 +100,7 @@ def stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Seque
 
 
 class ResNet18(Embedder):
-    """torchvision's ResNet-18: (B, 3, H, W) normalised images -> (B, 512) embeddings, not normalised."""
+    """torchvision's ResNet-18; embeddings of 512 numbers."""
 
     dimension = 512
 
@@ -108,7 +119,7 @@ class ResNet18(Embedder):
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
 
-    def forward(self, x: Tensor) -> Tensor:
+    def embed(self, x: Tensor) -> Tensor:
         if self.enlarge > 1:
             x = F.interpolate(x, scale_factor=self.enlarge, mode="bilinear")
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -137,10 +148,10 @@ class NormalisedSoftmax(nn.Module):
 # -------------------------------------------------------------------------------------------- building, given weights
 
 
-def build(backbone: str, width: int = 16, stem: str = "small", enlarge: int = 1) -> Embedder:
+def build(backbone: str, width: int = 16, stem: str = "small", enlarge: int = 1, mirror: bool = False) -> Embedder:
     """A network by name, randomly initialised and stored channels last. Raises ValueError.
 
-    `width` is for CIFAR ResNets, `stem` and `enlarge` are for resnet18.
+    `width` is for CIFAR ResNets, `stem` and `enlarge` are for resnet18, `mirror` is that of `Embedder`.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"unknown backbone {backbone!r}: choose from {', '.join(BACKBONES)}")
@@ -150,7 +161,7 @@ def build(backbone: str, width: int = 16, stem: str = "small", enlarge: int = 1)
         net, settings = ResNet18(stem, enlarge), {"backbone": backbone, "stem": stem, "enlarge": enlarge}
     else:
         net, settings = ResNet(DEPTHS[backbone], width), {"backbone": backbone, "width": width}
-    net.settings = settings
+    net.settings, net.mirror = settings | {"mirror": mirror}, mirror
     return net.to(memory_format=torch.channels_last)
 
 
@@ -232,7 +243,7 @@ def count(net: nn.Module, side: int) -> tuple[int, int]:
     parameter = next(net.parameters())
     was_training = net.training
     with torch.no_grad():
-        net.eval()(parameter.new_zeros(1, 3, side, side))
+        net.eval().embed(parameter.new_zeros(1, 3, side, side))
     net.train(was_training)
     for handle in handles:
         handle.remove()

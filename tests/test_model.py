@@ -169,6 +169,16 @@ def test_normalised_softmax_is_cross_entropy_of_scaled_cosines():
     assert torch.allclose(head(embeddings * 9, target), expected, atol=1e-6)
 
 
+def test_a_mirror_averages_both_views_when_not_training():
+    net, images = model.build("resnet20", 4, mirror=True).eval(), torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(net(images), net(images.flip(3)), atol=1e-6)
+        assert torch.allclose(net(images), (net.embed(images) + net.embed(images.flip(3))) / 2)
+        assert torch.equal(net.train()(images), net.embed(images))  # batch statistics: no trace of the calls before
+    assert model.build(**net.settings).mirror and not model.build("resnet20", 4).mirror
+    assert model.count(net, 32) == model.count(model.build("resnet20", 4), 32)
+
+
 @pytest.mark.parametrize(("backbone", "width", "message"), [("vgg", 16, "unknown backbone"), ("resnet20", 0, "width")])
 def test_wrong_networks_are_refused(backbone, width, message):
     with pytest.raises(ValueError, match=message):

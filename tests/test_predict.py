@@ -46,7 +46,7 @@ def run(monkeypatch, script, *arguments):
 def test_the_inference_is_what_evaluation_uses(folder):
     net, saved = inference.load(folder / "best.pt")
     images = data.load(str(folder / "tiny.npz")).test.images
-    plain = model.build("resnet20", 4)
+    plain = model.build(**saved["network"])
     plain.load_state_dict(saved["model"])
     embeddings = model.embed(plain, images, saved["data"]["mean"], saved["data"]["std"])
     assert torch.allclose(net(images), metrics.normalise(embeddings), atol=1e-6)

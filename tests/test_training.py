@@ -199,7 +199,7 @@ def test_the_published_settings_can_be_had(train, tmp_path, monkeypatch, script,
 
     monkeypatch.setattr(script, "triplet_loss", recording)
     out = train(script, [*published.split(), *SMALL, *shorter], tmp_path / "run")
-    assert engine.load_checkpoint(out / "last.pt")["network"] == {"backbone": "resnet56", "width": 4}
+    assert engine.load_checkpoint(out / "last.pt")["network"] == {"backbone": "resnet56", "width": 4, "mirror": True}
     assert {"margin": 0.3, "distance": "cosine", "mining": "all", "soft_margin": False}.items() <= settings[0].items()
 
 

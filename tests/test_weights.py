@@ -56,7 +56,7 @@ def train(npz, monkeypatch, tmp_path):
 def test_resnet18_from_a_file_with_frozen_stages(train, published, script, capsys, monkeypatch, tmp_path):
     path, state = published
     saved = train(script, *RESNET18, "--weights", path, "--freeze", "3")
-    assert saved["network"] == {"backbone": "resnet18", "stem": "full", "enlarge": 2}
+    assert saved["network"] == {"backbone": "resnet18", "stem": "full", "enlarge": 2, "mirror": True}
     assert (saved["data"]["mean"], saved["data"]["std"]) == model.IMAGENET
     for name, tensor in saved["model"].items():
         frozen = name.startswith(("conv1.", "bn1.", "layer1.", "layer2."))
