@@ -21,6 +21,7 @@ __all__ = [
     "hold_back",
     "load",
     "split_classes",
+    "withhold",
 ]
 
 HELD_BACK = 25  # last training images of each seen class, never trained on: they calibrate and select (per class)
@@ -84,6 +85,21 @@ def standard_classes(class_names: list[str], name: str, part: int) -> list[int]:
         lacking = f", but {', '.join(missing[:5])} is missing" if missing else ""
         raise ValueError(f"split {name} is of the 100 classes of CIFAR-100; these are {len(class_names)}{lacking}")
     return sorted(map(class_names.index, wanted))
+
+
+def withhold(class_names: list[str], split: str, seen: list[int], share: float) -> tuple[list[int], list[int]]:
+    """Seen classes less the validation classes, and these: labels, on which recipes are compared. Raises ValueError.
+
+    Validation classes are the last `share` of the seen classes, if that is not 0, else those that a standard split
+    names for it, else none.
+    """
+    if share == 0:
+        own = split in STANDARD_SPLITS
+        return seen, standard_classes(class_names, split, 0) if own else []
+    n = round(share * len(seen))
+    if not 2 <= n <= len(seen) - 2:
+        raise ValueError(f"--withhold {share} of {len(seen)} seen classes is {n}; 2 or more must stay on each side")
+    return seen[:-n], seen[-n:]
 
 
 def few_shot_images(data: Data, classes: list[int], split: str) -> Images:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 import data as datasets
 import model
 
+VALIDATION = 100  # images of each validation class, the last for training
+
 
 @dataclass(frozen=True)
 class Options:
@@ -29,6 +31,7 @@ class Options:
     out: str = "runs/run"  # folder of the run
     split: str = "90-10"  # shares of seen and unseen classes, or cifar-fs, cifar-fs+val, fc100, fc100+val
     split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
+    withhold: float = 0.0  # share of the seen classes, the last, not trained on: figures for them choose among recipes
     backbone: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet18"] = "resnet20"  # kind of network
     width: int = 16  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
     pretrained: bool = False  # start resnet18 from torchvision's ImageNet weights (downloaded)
@@ -87,7 +90,7 @@ def start(options: Options) -> torch.device:
     blocks back to the system, which clears them page by page at their next use, a tenth of the time of a step.
     """
     require(options, "temperature")
-    require(options, "margin", "seed", "enlarge", least=0)
+    require(options, "margin", "seed", "enlarge", "withhold", least=0)
     require(options, "image_size", least=8)
     if options.seed >= 2**63:
         raise ValueError(f"--seed must be below 2**63, got {options.seed}")
@@ -199,9 +202,10 @@ class TrainingData:
 
     kept: datasets.Images
     held_back: datasets.Images
+    validation: datasets.Images | None  # of classes that are not trained on, none of them unseen
     sampler: datasets.Sampler
     generator: torch.Generator  # of batches and augmentation
-    facts: dict  # name, source, size (pixels), classes, seen, unseen, mean, std
+    facts: dict  # name, source, size (pixels), classes, seen, validation, unseen, mean, std
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Augmented, normalised images (B, 3, H, W) float32 and labels (B,) of an index (B,)."""
@@ -214,7 +218,9 @@ def training_data(options: Options, device: torch.device) -> TrainingData:
     """Load the data, take the seen classes and hold back their last images. Raises ValueError or OSError."""
     data = datasets.load(options.data, options.data_root, options.image_size)
     seen, unseen = datasets.split_classes(data.class_names, options.split, options.split_seed)
+    seen, withheld = datasets.withhold(data.class_names, options.split, seen, options.withhold)
     kept, held_back = datasets.hold_back(data.train.of(seen))
+    validation = datasets.hold_back(data.train.of(withheld), VALIDATION)[1] if withheld else None
     if int(torch.bincount(kept.labels)[seen].min()) < 2:
         raise ValueError("a seen class has fewer than 2 training images: triplets need an anchor and a positive")
     if len(held_back.labels.unique()) < 2:
@@ -226,6 +232,7 @@ def training_data(options: Options, device: torch.device) -> TrainingData:
         "size": kept.images.shape[2],
         "classes": data.class_names,
         "seen": seen,
+        "validation": withheld,
         "unseen": unseen,
         "mean": mean,
         "std": std,
@@ -234,9 +241,9 @@ def training_data(options: Options, device: torch.device) -> TrainingData:
     sampler = datasets.Sampler(kept.labels, generator)
     print(
         f"{data.name}: {len(kept)} training images of {len(seen)} seen classes, {len(held_back)} more held back; "
-        f"{len(unseen)} classes unseen"
+        f"{len(unseen)} classes unseen" + (f"; validation on {len(withheld)} others" if withheld else "")
     )
-    return TrainingData(kept.to(device), held_back, sampler, generator, facts)
+    return TrainingData(kept.to(device), held_back, validation, sampler, generator, facts)
 
 
 def network(options: Options, train: TrainingData) -> model.Embedder:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 import calibration
 import metrics
 import model
+from data import Images
 from engine import (
     Options,
     TrainingData,
@@ -26,6 +27,9 @@ from engine import (
     refresh_batch_norm,
     save_checkpoint,
 )
+
+FIELDS = ("step", "images", "seconds", "loss", "rate", "triplet_accuracy", "pair_accuracy", "auc", "threshold")
+FIELDS += ("new_triplet_accuracy", "new_pair_accuracy", "new_one_shot")  # of validation classes, where there are any
 
 
 class Stopped(Exception):
@@ -89,8 +93,7 @@ class Run:
             with open(self.folder / "log.csv", newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
         self.log_file = open(self.folder / "log.csv", "w", newline="")
-        fields = ["step", "images", "seconds", "loss", "rate", "triplet_accuracy", "pair_accuracy", "auc", "threshold"]
-        self.log = csv.DictWriter(self.log_file, fields)
+        self.log = csv.DictWriter(self.log_file, FIELDS)
         self.log.writeheader()
         self.log.writerows(rows)
 
@@ -177,9 +180,8 @@ class Run:
         """Metrics of the held-back images; sets the calibrated threshold and keeps the best weights."""
         if self.recalibrate:
             refresh_batch_norm(self.net, self.train)
-        facts, held_back = self.train.facts, self.train.held_back
-        embeddings = model.embed(self.net, held_back.images, facts["mean"], facts["std"])
-        z = metrics.normalise(embeddings)
+        held_back = self.train.held_back
+        z = self.embed(held_back.images)
         pairs = metrics.pair_statistics(z, held_back.labels)
         found = {
             "triplet_accuracy": float(metrics.triplet_accuracy(z, held_back.labels)),
@@ -191,7 +193,21 @@ class Run:
         if found["auc"] > self.best["auc"]:
             self.best = found | {"step": self.step}
             save_checkpoint(self.folder / "best.pt", self.inference_state())
-        return found
+        return found | ({} if self.train.validation is None else self.measure_new(self.train.validation))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Normalised embeddings (N, D) of (N, 3, H, W) uint8 images."""
+        return metrics.normalise(model.embed(self.net, images, self.train.facts["mean"], self.train.facts["std"]))
+
+    def measure_new(self, validation: Images) -> dict:
+        """Figures of classes that are not trained on; one-shot among 5 of them, or all if there are fewer."""
+        z, labels = self.embed(validation.images), validation.labels
+        way = min(5, len(labels.unique()))
+        return {
+            "new_triplet_accuracy": float(metrics.triplet_accuracy(z, labels)),
+            "new_pair_accuracy": float(metrics.pair_statistics(z, labels).oracle_accuracy),
+            "new_one_shot": metrics.few_shot(z, labels, way, 1, episodes=2000)[0],
+        }
 
     def inference_state(self) -> dict:
         """What evaluation needs, as tensors and plain values."""
@@ -238,7 +254,11 @@ def tensorboard_writer(folder: str | None, step: int):
 
 
 def describe(row: dict) -> str:
-    return (
+    text = (
         f"triplet {row['triplet_accuracy']:.1f} %, pairs {row['pair_accuracy']:.1f} %, AUC {row['auc']:.1f} %, "
         f"threshold {row['threshold']:.3f}"
     )
+    if "new_one_shot" in row:
+        new = [row[name] for name in ("new_triplet_accuracy", "new_pair_accuracy", "new_one_shot")]
+        text += "; new classes: triplet {:.1f} %, pairs {:.1f} %, one-shot {:.1f} %".format(*new)
+    return text

@@ -73,6 +73,21 @@ def test_standard_splits_are_of_cifar100_alone():
             data.split_classes(names, "fc100")
 
 
+def test_validation_classes_are_withheld_from_the_seen_ones():
+    seen = data.split_classes(CIFAR100, "80-20")[0]
+    assert data.withhold(CIFAR100, "80-20", seen, 0) == (seen, [])
+    assert data.withhold(CIFAR100, "80-20", seen, 0.1) == (list(range(72)), list(range(72, 80)))
+    for share in (0.01, 0.99, 2.0):
+        with pytest.raises(ValueError, match="of 80 seen classes"):
+            data.withhold(CIFAR100, "80-20", seen, share)
+    for split, n in (("cifar-fs", 16), ("fc100", 20)):  # these name their own
+        seen, unseen = data.split_classes(CIFAR100, split)
+        left, validation = data.withhold(CIFAR100, split, seen, 0)
+        assert left == seen and len(validation) == n and not {*validation} & {*seen, *unseen}
+        everything = data.split_classes(CIFAR100, f"{split}+val")[0]
+        assert data.withhold(CIFAR100, f"{split}+val", everything, 0) == (everything, [])
+
+
 def test_few_shot_images_are_all_of_them_in_standard_splits():
     labels = torch.tensor([0, 1, 2, 1])
     part = data.Images(torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2), labels)

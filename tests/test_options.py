@@ -57,6 +57,8 @@ BOTH = [
     ("--split 1-99", "leaves fewer than 2"),
     ("--split cifar-fs", "is of the 100 classes of CIFAR-100"),
     ("--split-seed x", "x"),
+    ("--withhold -0.1", "--withhold must be at least 0, got -0.1"),
+    ("--withhold 0.01", "must stay on each side"),
     ("--backbone vgg", "vgg"),
     ("--width 0", "width must be at least 1"),
     ("--width 4.5", "4.5"),

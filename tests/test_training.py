@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 import data
 import engine
+import evaluate
 import model
 import tiny
 import train_classic
@@ -67,6 +68,17 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def test_validation_classes_are_measured_and_not_trained_on(train, tmp_path, monkeypatch):
+    out = train(train_classic, CLASSIC, tmp_path / "run", "--withhold", "0.34", "--epochs", "2")
+    with open(out / "log.csv", newline="") as file:
+        row = [row for row in csv.DictReader(file) if row["auc"]][-1]
+    assert all(0 < float(row[name]) <= 100 for name in ("new_triplet_accuracy", "new_pair_accuracy", "new_one_shot"))
+    facts = engine.load_checkpoint(out / "best.pt")["data"]
+    assert facts["seen"] == [0, 1, 2, 3] and facts["validation"] == [4, 5] and facts["unseen"] == [6, 7]
+    loaded = evaluate.load(str(out / "best.pt"), evaluate.Options((str(out / "best.pt"),)), torch.device("cpu"))
+    assert loaded.seen == facts["seen"] and loaded.unseen == facts["unseen"] and loaded.calibration is not None
 
 
 @pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
