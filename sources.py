@@ -164,6 +164,7 @@ def check_part(part: str, images: np.ndarray, labels: np.ndarray, class_names: n
     if not np.all(counts):
         empty = str(class_names[int(np.argmin(counts))])
         raise ValueError(f"class {empty!r} has no {part} image; each class needs at least one")
+    images = np.ascontiguousarray(images)  # torchvision's CIFAR-100 is a view of (N, 3, H, W)
     return Images(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64)))
 
 

@@ -195,6 +195,8 @@ def test_cifar100_is_downloaded_once(tmp_path, server):
     server.requested.clear()
     again = data.load("cifar100", tmp_path / "root")
     assert not server.requested and torch.equal(first.train.images, again.train.images)
+    stored = first.train.images.permute(0, 2, 3, 1)
+    assert stored.is_contiguous()  # channels last: batches are gathered without copying the data set
 
 
 @pytest.mark.parametrize("share", [0, 0.5])
