@@ -1,37 +1,165 @@
-"""Adapting a trained network before it is scored, as the published evaluation of Reptile does.
+"""Adapting a trained network before it is scored.
 
-There, the network is trained on for 30 steps on the training images of one unseen class, and scored on the pairs and
-triplets of that class; then it is put back and the next class comes. This is not one-shot recognition: 500 labelled
-images of the class are used. evaluate.py reports it in a row of its own, for comparison with the published figures.
+`SupportAdaptation` is one-shot adaptation, what Reptile trains for: the last block of the network is trained for a few
+steps on augmented views of an episode's support images, with the triplet loss of its training, and the queries are then
+classified, each alone. Batch norm keeps its running statistics.
+
+`published_variant` is the published evaluation of Reptile: the whole network is trained for 30 steps on the training
+images of one unseen class, and scored on the pairs and triplets of that class; then it is put back and the next class
+comes. This is not one-shot recognition: 500 labelled images of the class are used. evaluate.py reports it in a row of
+its own, for comparison with the published figures.
 """
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+import measure
 import metrics
 import model
-from data import Data, Images
+from data import Data, Images, augment
 from triplet import triplet_loss
 
 STEPS, LEARNING_RATE, BATCH, MARGIN = 30, 1e-3, 128, 0.3  # the published settings, with cosine distance
+EPISODES = 600  # in which one-shot adaptation is scored
+VIEWS = 8  # augmented views of each support image; each step draws from those of a class
+VIEWS_A_STEP = 4  # of each class
 
 
-def adapt(net: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int, lr: float) -> nn.Module:
+def adapt(net: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int, lr: float, beta1: float = 0.9) -> nn.Module:
     """A copy of `net` after `steps` steps of Adam, each on a new value of `loss(copy)`.
 
     Batch norm keeps its statistics: they are of many classes, the batches may be of few.
     """
     adapted = copy.deepcopy(net).eval().requires_grad_(True)
-    optimizer = torch.optim.Adam(adapted.parameters(), lr)
+    optimizer = torch.optim.Adam(adapted.parameters(), lr, betas=(beta1, 0.999))
     for _ in range(steps):
         optimizer.zero_grad()
         loss(adapted).backward()
         optimizer.step()
     return adapted
+
+
+# ------------------------------------------------------------------------------------------------- on support images
+
+
+@dataclass(frozen=True)
+class SupportAdaptation:
+    """How a network is adapted to the support images of an episode: its last block alone, the rest is frozen.
+
+    What the frozen part makes of an image, and of each augmented view, is computed once for all episodes.
+    """
+
+    net: model.Embedder
+    pixels: tuple[list[float], list[float]]  # mean and standard deviation of the channels, on the scale 0..1
+    center: Tensor | None  # (D,), subtracted from embeddings that are compared
+    loss: dict  # keyword arguments of triplet_loss
+    steps: int
+    lr: float
+
+    @torch.no_grad()
+    def block_inputs(self, images: Tensor, batch: int = 250) -> Tensor:
+        """What the last block is given for (N, 3, H, W) uint8 images: (N, C, H', W'), on the network's device."""
+        net, kept = copy.deepcopy(self.net).eval(), []
+        last_block(net).register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+        device = next(net.parameters()).device
+        for part in images.split(batch):
+            net.embed(model.normalise_pixels(part.to(device), *self.pixels))
+        return torch.cat(kept)
+
+    def answers(self, pictures: Images, episodes: Tensor, shot: int, seed: int = 0) -> Tensor:
+        """The class, 0..way-1, that each query goes to without adaptation and with it: (2, E, way, queries).
+
+        `episodes` (E, way, shot + queries) as from `metrics.draw_episodes`. The same seed gives the same answers.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        block = copy.deepcopy(last_block(self.net)).eval()
+        sides = (pictures.images, pictures.images.flip(3)) if self.net.mirror else (pictures.images,)
+        inputs = torch.stack([self.block_inputs(side) for side in sides], 1)  # (N, 1 or 2, C, H', W')
+        supports, place = episodes[:, :, :shot].unique(return_inverse=True)  # (S,), (E, way, shot)
+        views = self.block_inputs(augment(pictures.images, supports.repeat_interleave(VIEWS), generator))
+        rows = (place[..., None] * VIEWS + torch.arange(VIEWS)).flatten(2)  # of `views`: (E, way, shot * VIEWS)
+        found = []
+        for images, own in zip(episodes, rows, strict=True):
+            loss = partial(support_loss, views=views, rows=own, generator=generator, loss=self.loss)
+            adapted = adapt(block, loss, self.steps, self.lr, beta1=0.0)
+            given = inputs[images.to(inputs.device)]
+            found.append(torch.stack([classify(each, given, shot, self.center) for each in (block, adapted)]))
+        return torch.stack(found, 1)
+
+    def report(self, pictures: Images, episodes: int, seed: int = 0) -> dict:
+        """Few-shot accuracy in percent without adaptation (zero_steps) and with it, on the same episodes.
+
+        With halves of 95 % intervals, and the paired difference in points with its interval, (low, high). Settings of
+        measure.EPISODES that there are too few images or classes for are null; that of all classes is left out.
+        """
+        few_shot = {}
+        for name, (way, shot) in measure.EPISODES.items():
+            if way is None:
+                continue
+            drawn = [images for _, images in metrics.draw_episodes(pictures.labels, way, shot, episodes=episodes)]
+            few_shot[name] = None
+            if drawn:
+                right = self.answers(pictures, torch.cat(drawn), shot, seed) == torch.arange(way)[:, None]
+                few_shot[name] = gain(*100 * right.double().mean((2, 3)))
+        return {"steps": self.steps, "lr": self.lr, "episodes": episodes, "few_shot": few_shot}
+
+
+def check_pictures(labels: Tensor) -> None:
+    """Raise ValueError unless episodes of 5 classes and 1 support image can be drawn from images of these labels."""
+    classes, counts = labels.unique(return_counts=True)
+    if len(classes) < 5 or int(counts.min()) < 2:
+        least = f", the smallest with {int(counts.min())}" if len(classes) else ""
+        raise ValueError(
+            "--adapt-steps needs 5 or more unseen classes with 2 or more images each to be scored on; "
+            f"there are {len(classes)}{least}"
+        )
+
+
+def last_block(net: model.Embedder) -> nn.Module:
+    """The last residual block. The embedding is the mean of its output over the pixels."""
+    return list(net.children())[-1][-1]
+
+
+def support_loss(block: nn.Module, views: Tensor, rows: Tensor, generator: torch.Generator, loss: dict) -> Tensor:
+    """The triplet loss of VIEWS_A_STEP random views of each class.
+
+    `views` (V, C, H, W): inputs of the block; `rows` (way, n): those of each class; `loss`: arguments of triplet_loss.
+    """
+    chance = torch.rand(rows.shape, generator=generator)
+    chosen = rows.gather(1, chance.topk(VIEWS_A_STEP).indices).flatten().to(views.device)
+    label = torch.arange(len(rows), device=views.device).repeat_interleave(VIEWS_A_STEP)
+    return triplet_loss(block(views[chosen]).mean((2, 3)), label, **loss)
+
+
+@torch.no_grad()
+def classify(block: nn.Module, inputs: Tensor, shot: int, center: Tensor | None) -> Tensor:
+    """The class, 0..way-1, of each query of one episode (way, queries).
+
+    `inputs` (way, shot + queries, M, C, H, W): of the block, for M views of each image, whose embeddings are averaged.
+    """
+    way, images, views = inputs.shape[:3]
+    embeddings = block(inputs.flatten(0, 2)).mean((2, 3)).view(way * images, views, -1).mean(1)
+    z = metrics.normalise(embeddings.cpu(), center)
+    return metrics.classify(z, torch.arange(way * images).view(1, way, images), shot)[0]
+
+
+def gain(before: Tensor, after: Tensor) -> dict:
+    """Means and intervals of the accuracies (E,) of the same episodes without adaptation and with it."""
+    (zero, zero_half), (accuracy, half) = metrics.mean_interval(before), metrics.mean_interval(after)
+    difference, spread = metrics.mean_interval(after - before)
+    return {
+        "zero_steps": {"accuracy": zero, "ci95": zero_half},
+        "adapted": {"accuracy": accuracy, "ci95": half},
+        "difference": {"difference": difference, "ci95": (difference - spread, difference + spread)},
+    }
+
+
+# ------------------------------------------------------------------------------------------------- published variant
 
 
 def domain_loss(

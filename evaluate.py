@@ -36,6 +36,8 @@ class Options:
     store: bool = False  # write the calibrated threshold into the checkpoint: predict.py and export.py use it
     json: str | None = None  # write the report to this file
     report: str | None = None  # write a page with tables and figures, and the figures, into this folder
+    adapt_steps: int | None = None  # also score episodes after so many steps on augmented views of the support images
+    adapt_lr: float = 3e-4  # of these steps' Adam
     adapt_published: bool = False  # also score unseen classes after training 30 steps on each one's training images
     data: str | None = None  # cifar100, glyphs, an .npz file or a folder; by default what the checkpoint was trained on
     data_root: str = "data"  # folder for downloads and caches
@@ -61,6 +63,12 @@ class Loaded:
     center: Tensor | None
     commit: str | None
     calibration: dict | None  # the checkpoint's threshold, where it goes with these classes
+    triplet: dict  # keyword arguments of the loss it was trained with; of a bare state dict, the default ones
+
+    @property
+    def pictures(self) -> datasets.Images:
+        """Images of unseen classes that episodes are drawn from."""
+        return datasets.few_shot_images(self.data, self.unseen, self.split)
 
     def embed(self, images: datasets.Images) -> Tensor:
         """Normalised embeddings (N, D)."""
@@ -119,6 +127,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         saved.get("center") if own else None,
         saved.get("commit") if own else None,
         saved["threshold"] if same_classes else None,
+        {name: trained.get(name, default) for name, default in engine.Options().triplet.items()},
     )
 
 
@@ -159,26 +168,37 @@ def store(loaded: Loaded, threshold: dict) -> None:
 
 
 def evaluate(
-    loaded: Loaded, threshold: dict, thresholds: dict[str, float], adapted: bool = False
+    loaded: Loaded, threshold: dict, thresholds: dict[str, float], options: Options
 ) -> tuple[dict, dict[str, Side | None]]:
-    """The report of one checkpoint and what it was made from, by side: seen, unseen. `adapted`: see adapt.py."""
+    """The report of one checkpoint and what it was made from, by side: seen, unseen."""
     sides = {}
     for name, classes in (("seen", loaded.seen), ("unseen", loaded.unseen)):
         images = loaded.data.test.of(classes)
         z = loaded.embed(images)
         shots = None
         if name == "unseen":
-            pictures = datasets.few_shot_images(loaded.data, classes, loaded.split)
+            pictures = loaded.pictures
             shots = (z if len(pictures) == len(images) else loaded.embed(pictures), pictures.labels)
         sides[name] = measure.measure(images, z, threshold["value"], shots)
     facts = {"checkpoint": loaded.path, "commit": loaded.commit, "data": loaded.data.name, "split": loaded.split}
     report = measure.evaluation_report(facts, threshold, thresholds, sides, loaded.data.class_names)
-    if adapted and report["unseen"]:
-        classes, pixels = (loaded.seen, loaded.unseen), (loaded.mean, loaded.std)
-        report["unseen"]["adapted"] = adapt.published_variant(
+    if report["unseen"]:
+        report["unseen"]["adapted"] = adapted(loaded, threshold, options)
+    return report, sides
+
+
+def adapted(loaded: Loaded, threshold: dict, options: Options) -> dict:
+    """What is measured after adaptation, as far as the options ask for it; see adapt.py."""
+    pixels, found = (loaded.mean, loaded.std), {"support": None, "published": None}
+    if options.adapt_steps is not None:
+        settings = pixels, loaded.center, loaded.triplet, options.adapt_steps, options.adapt_lr
+        found["support"] = adapt.SupportAdaptation(loaded.net, *settings).report(loaded.pictures, adapt.EPISODES)
+    if options.adapt_published:
+        classes = loaded.seen, loaded.unseen
+        found["published"] = adapt.published_variant(
             loaded.net, loaded.data, *classes, pixels, threshold["value"], loaded.center
         )
-    return report, sides
+    return found
 
 
 def check(options: Options) -> None:
@@ -186,6 +206,9 @@ def check(options: Options) -> None:
     if not options.checkpoints:
         raise ValueError("give at least one checkpoint")
     calibration.check_criterion(options.criterion)
+    engine.require(options, "adapt_lr")
+    if options.adapt_steps is not None:
+        engine.require(options, "adapt_steps", least=1)
     if options.threshold != "auto":
         calibration.check_threshold(options.threshold)
     if options.json and not Path(options.json).absolute().parent.is_dir():
@@ -202,13 +225,16 @@ def main() -> None:
         check(options)
         device = engine.pick_device(options.device)
         loaded = [load(path, options, device) for path in options.checkpoints]
+        if options.adapt_steps is not None:
+            for each in loaded:
+                adapt.check_pictures(each.pictures.labels)
         thresholds = [pick_thresholds(each, options) for each in loaded]
         if options.store:
             for each, (threshold, _) in zip(loaded, thresholds, strict=True):
                 store(each, threshold)
     reports, first = [], None
     for each, (threshold, others) in zip(loaded, thresholds, strict=True):
-        report, sides = evaluate(each, threshold, others, options.adapt_published)
+        report, sides = evaluate(each, threshold, others, options)
         tables.show(report)
         first = first or sides
         if reports and measure.comparable(sides, first):

@@ -61,7 +61,8 @@ def unseen_report(side: Side, threshold: float) -> dict:
     for name, accuracies in side.episodes.items():
         figures = (None, None) if accuracies is None else metrics.mean_interval(accuracies)
         few_shot[name] = None if accuracies is None else {"accuracy": figures[0], "ci95": figures[1]}
-    return {"published_protocol": score, "constant_answer": constant, "few_shot": few_shot, "adapted": None}
+    adapted = {"support": None, "published": None}
+    return {"published_protocol": score, "constant_answer": constant, "few_shot": few_shot, "adapted": adapted}
 
 
 def class_rows(side: Side, names: list[str]) -> list[dict]:
@@ -98,6 +99,8 @@ def evaluation_report(
     `facts`: checkpoint, commit, data, split. threshold: the one in force, with its criterion and, where it was
     calibrated, its errors on the images it was calibrated on. seen, unseen: null or the figures of the test images of
     these classes, ci95 by resampling classes; few_shot: by way and shot, with half the width of the 95 % interval.
+    adapted: where asked for, few-shot accuracy with and without adaptation to the support images of the same episodes
+    (adapt.SupportAdaptation.report), and figures by the published way of adapting (adapt.published_variant).
     thresholds: other thresholds beside it, on pairs of which one in two, or one in ten, is of one class. per_class:
     the unseen classes. compared_with: see `compare`; null where there is one checkpoint.
     """

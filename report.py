@@ -12,7 +12,15 @@ import engine
 import figures
 import metrics
 from measure import Side
-from tables import KNOWN_CLASSES, few_shot_row, threshold_text, with_interval
+from tables import (
+    ADAPTED_HEADER,
+    KNOWN_CLASSES,
+    adapted_rows,
+    adapted_text,
+    few_shot_row,
+    threshold_text,
+    with_interval,
+)
 
 MAP_IMAGES = 1000  # of the embedding map: its cost is quadratic
 BARS = 40  # classes with a bar of their own
@@ -189,7 +197,7 @@ def page(report: dict, drawn: dict[str, tuple[dict, str, str]]) -> str:
     if report["unseen"] is not None:
         rows = [few_shot_row(report, name) for name in report["unseen"]["few_shot"]]
         few_shot = html_table("Unseen classes, one or five pictures each", ["", "accuracy", "95 %", "chance"], rows)
-        parts.append(section("Unseen classes", few_shot, class_table(report)))
+        parts.append(section("Unseen classes", few_shot, adapted_table(report), class_table(report)))
     parts += ["<main>", *(picture(name, *drawn[name]) for name in drawn), "</main>"]
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -250,13 +258,19 @@ def side_table(report: dict) -> str:
                 with_interval(side[figure], side["ci95"][figure]) for figure in ("triplet_accuracy", "pair_accuracy")
             ]
             rows.append([name, *accuracies, side["auc"], side["eer"]])
-    adapted = report["unseen"] and report["unseen"]["adapted"]
+    adapted = report["unseen"] and report["unseen"]["adapted"]["published"]
     if adapted:
         accuracies = [with_interval(adapted[key], adapted["ci95"][key]) for key in adapted["ci95"]]
-        rows.append(["unseen, adapted", *accuracies, None, None])
+        rows.append(["unseen, adapted (published variant)", *accuracies, None, None])
     return html_table(
         "Percent, with 95 % intervals by resampling classes", ["classes", "triplets", "pairs", "AUC", "EER"], rows
     )
+
+
+def adapted_table(report: dict) -> str:
+    """Few-shot accuracy after adaptation to the support images; empty if it was not asked for."""
+    support = report["unseen"]["adapted"]["support"]
+    return html_table(adapted_text(support), ADAPTED_HEADER, adapted_rows(report)) if support else ""
 
 
 def threshold_table(report: dict) -> str:

@@ -56,7 +56,7 @@ def show(report: dict) -> None:
             triplets = with_interval(side["triplet_accuracy"], side["ci95"]["triplet_accuracy"])
             pairs = with_interval(side["pair_accuracy"], side["ci95"]["pair_accuracy"])
             rows.append([name, triplets, pairs, side["pair_accuracy_oracle"], side["auc"], side["eer"]])
-    adapted = report["unseen"] and report["unseen"]["adapted"]
+    adapted = report["unseen"] and report["unseen"]["adapted"]["published"]
     if adapted:
         figures = [with_interval(adapted[key], adapted["ci95"][key]) for key in ("triplet_accuracy", "pair_accuracy")]
         rows.append(["unseen, adapted (published variant)", *figures, None, None, None])
@@ -66,6 +66,9 @@ def show(report: dict) -> None:
         return
     rows = [few_shot_row(report, name) for name in EPISODES]
     print("\n" + table(["unseen classes", "accuracy", "95 %", "chance"], rows))
+    support = report["unseen"]["adapted"]["support"]
+    if support:
+        print("\n" + table(ADAPTED_HEADER, adapted_rows(report)) + f"\n{adapted_text(support)}")
     show_known(report)
     rows = [[row["label"], row["name"], row["triplet_accuracy"], row["pair_accuracy"]] for row in report["per_class"]]
     print("\n" + table(["label", "unseen class", "triplets", "pairs"], rows))
@@ -106,6 +109,31 @@ def few_shot_row(report: dict, name: str) -> list:
     found = report["unseen"]["few_shot"][name]
     figures = [None, None] if found is None else [found["accuracy"], f"± {found['ci95']:.2f}"]
     return [f"{setting} {shot}-shot", *figures, 100 / (way or len(report["per_class"]))]
+
+
+ADAPTED_HEADER = ["adapted to support images", "zero steps", "95 %", "adapted", "95 %", "difference", "95 %"]
+
+
+def adapted_rows(report: dict) -> list[list]:
+    """Setting, accuracy without and with adaptation to the support images, difference; each with its interval."""
+    rows = []
+    for name, found in report["unseen"]["adapted"]["support"]["few_shot"].items():
+        row = [few_shot_row(report, name)[0]]
+        if found is None:
+            rows.append(row + [None] * 6)
+            continue
+        for accuracy in (found["zero_steps"], found["adapted"]):
+            row += [accuracy["accuracy"], f"± {accuracy['ci95']:.2f}"]
+        low, high = found["difference"]["ci95"]
+        rows.append([*row, f"{found['difference']['difference']:+.2f}", f"{low:+.2f}..{high:+.2f}"])
+    return rows
+
+
+def adapted_text(support: dict) -> str:
+    return (
+        f"{support['steps']} steps (learning rate {support['lr']:g}) of the last block on augmented support images, "
+        f"each query alone; the same {support['episodes']} episodes"
+    )
 
 
 def show_known(report: dict) -> None:

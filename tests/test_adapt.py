@@ -1,4 +1,4 @@
-"""adapt.py: adapting to a class before it is scored, and the row of the report it makes."""
+"""adapt.py: adapting to support images or to a class before scoring, and what the report says of it."""
 
 import json
 import sys
@@ -9,7 +9,9 @@ import torch
 
 import adapt
 import data
+import engine
 import evaluate
+import metrics
 import model
 import tiny
 
@@ -35,6 +37,110 @@ def test_adapting_takes_steps_of_adam_on_a_copy():
         first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
         weight -= 0.1 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)) ** 0.5 + 1e-8)
     assert adapted.weight.item() == pytest.approx(weight, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- on support images
+
+
+def support_adaptation(net, **changes):
+    settings = {"pixels": PIXELS, "center": None, "loss": engine.Options().triplet, "steps": 3, "lr": 3e-3}
+    return adapt.SupportAdaptation(net, **settings | changes)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_frozen_part_and_block_make_up_the_network(known, mirror):
+    """Without adaptation the answers are those of the embeddings of the whole network, less the centre."""
+    test = known[0].test
+    torch.manual_seed(1)
+    net = model.build("resnet20", 4, mirror=mirror)
+    embeddings = model.embed(net, test.images, *PIXELS)
+    center = embeddings.mean(0)
+    _, episodes = next(metrics.draw_episodes(test.labels, 5, 2, episodes=4))
+    found = support_adaptation(net, center=center, steps=1).answers(test, episodes, 2)
+    assert found.shape == (2, 4, 5, 3)
+    assert torch.equal(found[0], metrics.classify(metrics.normalise(embeddings, center), episodes, 2))
+    assert net.training and all(parameter.grad is None for parameter in net.parameters())
+
+
+def flat(block):
+    return torch.cat([value.flatten() for value in block.state_dict().values()])
+
+
+def test_only_support_images_are_learned_from(known, monkeypatch):
+    """Another query image changes its own answer at most, and not the adapted weights; another support image does."""
+    test = known[0].test
+    _, episodes = next(metrics.draw_episodes(test.labels, 5, 1, episodes=1))
+    take_steps, learned = adapt.adapt, []
+    monkeypatch.setattr(adapt, "adapt", lambda *args, **more: learned.append(take_steps(*args, **more)) or learned[-1])
+    adaptation, answers = support_adaptation(known[1]), []
+    for image in (None, episodes[0, 2, 3], episodes[0, 2, 0]):  # a query, a support image
+        pictures = data.Images(test.images.clone(), test.labels)
+        if image is not None:
+            pictures.images[image] = 255 - pictures.images[image]
+        answers.append(adaptation.answers(pictures, episodes, 1))
+    weights = list(map(flat, learned))
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    differs = answers[0] != answers[1]
+    differs[:, 0, 2, 2] = False  # the query that was changed: the third after one support image
+    assert not differs.any() and answers[0].shape == (2, 1, 5, 4)
+
+
+def test_each_episode_starts_from_the_network(known, monkeypatch):
+    test, net = known[0].test, known[1]
+    _, episodes = next(metrics.draw_episodes(test.labels, 5, 1, episodes=3))
+    take_steps, starts, ends = adapt.adapt, [], []
+
+    def spy(block, *args, **more):
+        starts.append(flat(block))
+        ends.append(flat(take_steps(block, *args, **more)))
+        return block
+
+    monkeypatch.setattr(adapt, "adapt", spy)
+    support_adaptation(net).answers(test, episodes, 1)
+    assert len(starts) == 3 and all(torch.equal(start, flat(net.layer3[-1])) for start in starts)
+    assert not torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], starts[0])
+
+
+def test_adapting_tells_the_supports_apart(known):
+    """Views of the support images that were not trained on go to their own image more often afterwards."""
+    test, shift = known[0].test, torch.Generator().manual_seed(9)
+    adaptation = support_adaptation(known[1], steps=20)
+    supports = torch.arange(8)[:, None]
+    supports = torch.stack([(test.labels == label).nonzero()[0] for label in range(8)])  # (way, 1)
+    crops = data.augment(test.images, supports.repeat(1, 10).flatten(), shift).unflatten(0, (8, 10))
+    images = torch.cat((test.images[supports], crops), 1).flatten(0, 1)
+    images = images.contiguous(memory_format=torch.channels_last)
+    pictures = data.Images(images, torch.arange(8).repeat_interleave(11))
+    answers = adaptation.answers(pictures, torch.arange(88).view(1, 8, 11), 1)
+    before, after = (answers == torch.arange(8)[:, None]).double().mean((1, 2, 3)).tolist()
+    assert after > before + 0.1
+
+
+def test_the_loss_is_of_a_few_views_of_each_class():
+    """The block's inputs are drawn for each class from its own; the loss is the op's, with the options given."""
+    views = torch.randn(24, 6, 1, 1, generator=torch.Generator().manual_seed(0))
+    rows, found = torch.arange(24).view(3, 8), []
+    block = lambda x: found.append(x) or x  # noqa: E731
+    options = {"margin": 0.2, "distance": "euclidean", "mining": "hard"}
+    loss = adapt.support_loss(block, views, rows, torch.Generator().manual_seed(0), options)
+    drawn = [[int((views == row).all(1).all(1).all(1).nonzero()) for row in part] for part in found[0].split(4)]
+    assert all(len({*part}) == 4 and {*part} <= {*rows[place].tolist()} for place, part in enumerate(drawn))
+    x, label = found[0][:, :, 0, 0].numpy(), np.arange(3).repeat(4)
+    distance = np.linalg.norm(x[:, None] - x, axis=2)
+    same = label[:, None] == label
+    costs = [distance[i][same[i]].max() - distance[i][~same[i]].min() + 0.2 for i in range(12)]
+    assert float(loss) == pytest.approx(np.maximum(costs, 0).mean(), rel=1e-5)
+
+
+def test_gain_by_hand():
+    found = adapt.gain(torch.tensor([50.0, 60, 70, 80]), torch.tensor([52.0, 60, 74, 82]))
+    assert found["zero_steps"]["accuracy"] == 65 and found["adapted"]["accuracy"] == 67
+    assert found["difference"]["difference"] == 2
+    half = 1.96 * np.std([2, 0, 4, 2]) / 2
+    assert found["difference"]["ci95"] == pytest.approx((2 - half, 2 + half))
+
+
+# ------------------------------------------------------------------------------------------------- published variant
 
 
 def test_adapting_brings_the_class_together_and_keeps_batch_norms_statistics(known):
@@ -105,19 +211,56 @@ def test_nothing_but_the_class_and_the_seen_ones_is_learned_from(known, monkeypa
     assert torch.equal(first[0], third[0]) and not torch.equal(first[1], third[1])
 
 
-def test_evaluation_reports_it_in_a_row_of_its_own(known, monkeypatch, tmp_path, capsys):
+def run(monkeypatch, folder, path, *more):
+    """The report of evaluate.py of a network of random weights, 3 of 8 or 5 of 8 classes unseen."""
+    argv = ["evaluate.py", str(folder / "net.pt"), "--backbone", "resnet20", "--width", "4", "--data", str(path)]
+    monkeypatch.setattr(sys, "argv", [*argv, "--json", str(folder / "report.json"), "--device", "cpu", *more])
+    evaluate.main()
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_evaluation_reports_both(known, monkeypatch, tmp_path, capsys):
     *_, path = known
     torch.save(known[1].state_dict(), tmp_path / "net.pt")
-    arguments = ["--backbone", "resnet20", "--width", "4", "--data", str(path), "--split", "62-38"]
-    reports = []
-    for more in ([], ["--adapt-published"]):
-        json_file = str(tmp_path / "report.json")
-        argv = ["evaluate.py", str(tmp_path / "net.pt"), *arguments, "--json", json_file, "--device", "cpu", *more]
-        monkeypatch.setattr(sys, "argv", argv)
-        evaluate.main()
-        reports.append(json.loads((tmp_path / "report.json").read_text()))
-        assert ("unseen, adapted (published variant)" in capsys.readouterr().out) == bool(more)
-    adapted = reports[1]["unseen"].pop("adapted")
-    assert reports[0]["unseen"].pop("adapted") is None and reports[0]["unseen"] == reports[1]["unseen"]
-    assert [row["label"] for row in adapted["per_class"]] == [5, 6, 7] and "30 steps" in adapted["variant"]
-    assert adapted["triplet_accuracy"] > reports[1]["unseen"]["triplet_accuracy"]
+    monkeypatch.setattr(adapt, "EPISODES", 20)
+    monkeypatch.setattr(adapt, "STEPS", 10)
+    plain = run(monkeypatch, tmp_path, path, "--split", "38-62")
+    texts = ("unseen, adapted (published variant)", "2 steps (learning rate 0.002) of the last block")
+    printed = capsys.readouterr().out
+    assert not any(text in printed for text in texts)
+    both = run(
+        monkeypatch, tmp_path, path, "--split", "38-62", "--adapt-published", "--adapt-steps", "2", "--adapt-lr", "2e-3"
+    )
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in texts)
+    adapted = both["unseen"].pop("adapted")
+    assert plain["unseen"].pop("adapted") == {"support": None, "published": None} and plain["unseen"] == both["unseen"]
+    published, support = adapted["published"], adapted["support"]
+    assert [row["label"] for row in published["per_class"]] == [3, 4, 5, 6, 7] and "10 steps" in published["variant"]
+    assert published["triplet_accuracy"] > both["unseen"]["triplet_accuracy"]
+    assert (support["steps"], support["lr"], support["episodes"]) == (2, 0.002, 20)
+    assert support["few_shot"].keys() == {"5w1s", "5w5s", "10w1s"}
+    assert support["few_shot"]["5w5s"] is None and support["few_shot"]["10w1s"] is None  # 5 classes of 5 images
+    found = support["few_shot"]["5w1s"]
+    after, before = found["adapted"]["accuracy"], found["zero_steps"]["accuracy"]
+    assert found["difference"]["difference"] == pytest.approx(after - before)
+    test, kept = known[0].test.of([3, 4, 5, 6, 7]), data.hold_back(known[0].train.of([0, 1, 2]))[0]
+    z = metrics.normalise(model.embed(known[1], test.images, *data.channel_statistics(kept.images)))
+    assert before == pytest.approx(metrics.few_shot(z, test.labels, 5, 1, episodes=20)[0])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--adapt-steps", "0"], "--adapt-steps must be at least 1, got 0"),
+        (["--adapt-steps", "2", "--adapt-lr", "0"], "--adapt-lr must be above 0, got 0"),
+        (["--adapt-steps", "2", "--adapt-lr", "nan"], "--adapt-lr must be above 0, got nan"),
+        (["--adapt-steps", "2", "--split", "62-38"], "--adapt-steps needs 5 or more unseen classes"),
+        (["--adapt-steps", "2", "--split", "100-0"], "there are 0"),
+    ],
+)
+def test_bad_values_give_one_message(known, monkeypatch, tmp_path, capsys, more, message):
+    torch.save(known[1].state_dict(), tmp_path / "net.pt")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, tmp_path, known[-1], *more)
+    assert stop.value.code == 2 and message in capsys.readouterr().err

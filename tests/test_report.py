@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import adapt
 import browser
 import figures
 import measure
@@ -42,7 +43,10 @@ def make(folder, unseen_classes):
     made = measure.evaluation_report(facts, threshold, thresholds, measured, names)
     if unseen_classes:
         ci95 = {"triplet_accuracy": (70.5, 79.5), "pair_accuracy": (60.5, 69.5)}
-        made["unseen"]["adapted"] = {"triplet_accuracy": 75.25, "pair_accuracy": 65.0, "ci95": ci95}
+        published = {"triplet_accuracy": 75.25, "pair_accuracy": 65.0, "ci95": ci95}
+        few_shot = {"5w1s": adapt.gain(torch.tensor([40.0, 50]), torch.tensor([42.0, 54])), "10w1s": None}
+        support = {"steps": 4, "lr": 3e-4, "episodes": 2, "few_shot": few_shot}
+        made["unseen"]["adapted"] = {"support": support, "published": published}
     return report.write(folder, made, measured, names), made
 
 
@@ -77,7 +81,8 @@ def test_files_and_figures(tmp_path):
         light, dark = (Image.open(tmp_path / f"{name}{theme}.png").convert("RGB") for theme in ("", "-dark"))
         assert light.size == dark.size and light.getpixel((0, 0)) == (255, 255, 255) != dark.getpixel((0, 0))
     assert not re.search(r"<class>|https?:|src=\"(?!data:)", text) and "a rather long &lt;class&gt; name 12" in text
-    assert "unseen, adapted" in text and "65.0 (60.5..69.5)" in text
+    assert "unseen, adapted (published variant)" in text and "65.0 (60.5..69.5)" in text
+    assert "4 steps (learning rate 0.0003) of the last block" in text and "+3.00" in text and "+1.61..+4.39" in text
     unseen = made["unseen"]
     for value in (unseen["pair_accuracy"], unseen["auc"], unseen["few_shot"]["5w1s"]["accuracy"]):
         assert f"{value:.1f}" in text
