@@ -102,8 +102,9 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     split_seed = options.split_seed if options.split_seed is not None else trained.get("split_seed")
     seen, unseen = datasets.split_classes(data.class_names, split, split_seed)
     facts = saved["data"] if own else {}
-    if own and data.class_names == facts["classes"] and set(facts.get("validation", ())) < set(seen):
-        seen = [label for label in seen if label not in facts["validation"]]
+    validation = facts.get("validation", [])
+    if own and data.class_names == facts["classes"] and set(validation) < set(seen):
+        seen = [label for label in seen if label not in validation]
     if own and data.class_names == facts["classes"] and set(facts["seen"]) & set(unseen):
         raise ValueError(
             f"{path} was trained on classes that --split {split} calls unseen; leave --split and --split-seed out"
