@@ -83,13 +83,21 @@ class SupportAdaptation:
         supports, place = episodes[:, :, :shot].unique(return_inverse=True)  # (S,), (E, way, shot)
         views = self.block_inputs(augment(pictures.images, supports.repeat_interleave(VIEWS), generator))
         rows = (place[..., None] * VIEWS + torch.arange(VIEWS)).flatten(2)  # of `views`: (E, way, shot * VIEWS)
+        own = torch.arange(episodes[0].numel()).view(1, *episodes.shape[1:])  # an episode's images among themselves
         found = []
-        for images, own in zip(episodes, rows, strict=True):
-            loss = partial(support_loss, views=views, rows=own, generator=generator, loss=self.loss)
+        for images, own_rows in zip(episodes, rows, strict=True):
+            loss = partial(support_loss, views=views, rows=own_rows, generator=generator, loss=self.loss)
             adapted = adapt(block, loss, self.steps, self.lr, beta1=0.0)
-            given = inputs[images.to(inputs.device)]
-            found.append(torch.stack([classify(each, given, shot, self.center) for each in (block, adapted)]))
-        return torch.stack(found, 1)
+            z = self.embed(adapted, inputs[images.flatten().to(inputs.device)])
+            found.append(metrics.classify(z, own, shot))
+        before = torch.cat([self.embed(block, part) for part in inputs.split(250)])
+        return torch.stack((metrics.classify(before, episodes, shot), torch.cat(found)))
+
+    @torch.no_grad()
+    def embed(self, block: nn.Module, inputs: Tensor) -> Tensor:
+        """Normalised embeddings (N, D) of the block's `inputs` (N, M, C, H', W'), the mean of M views of each image."""
+        embeddings = block(inputs.flatten(0, 1)).mean((2, 3)).unflatten(0, inputs.shape[:2]).mean(1)
+        return metrics.normalise(embeddings.cpu(), self.center)
 
     def report(self, pictures: Images, episodes: int, seed: int = 0) -> dict:
         """Few-shot accuracy in percent without adaptation (zero_steps) and with it, on the same episodes.
@@ -134,18 +142,6 @@ def support_loss(block: nn.Module, views: Tensor, rows: Tensor, generator: torch
     chosen = rows.gather(1, chance.topk(VIEWS_A_STEP).indices).flatten().to(views.device)
     label = torch.arange(len(rows), device=views.device).repeat_interleave(VIEWS_A_STEP)
     return triplet_loss(block(views[chosen]).mean((2, 3)), label, **loss)
-
-
-@torch.no_grad()
-def classify(block: nn.Module, inputs: Tensor, shot: int, center: Tensor | None) -> Tensor:
-    """The class, 0..way-1, of each query of one episode (way, queries).
-
-    `inputs` (way, shot + queries, M, C, H, W): of the block, for M views of each image, whose embeddings are averaged.
-    """
-    way, images, views = inputs.shape[:3]
-    embeddings = block(inputs.flatten(0, 2)).mean((2, 3)).view(way * images, views, -1).mean(1)
-    z = metrics.normalise(embeddings.cpu(), center)
-    return metrics.classify(z, torch.arange(way * images).view(1, way, images), shot)[0]
 
 
 def gain(before: Tensor, after: Tensor) -> dict:

@@ -67,19 +67,20 @@ def flat(block):
 
 
 def test_only_support_images_are_learned_from(known, monkeypatch):
-    """Another query image changes its own answer at most, and not the adapted weights; another support image does."""
+    """Other query images change their own answers at most, and not the adapted weights; another support image does."""
     test = known[0].test
     _, episodes = next(metrics.draw_episodes(test.labels, 5, 1, episodes=1))
     take_steps, learned = adapt.adapt, []
     monkeypatch.setattr(adapt, "adapt", lambda *args, **more: learned.append(take_steps(*args, **more)) or learned[-1])
     adaptation, answers = support_adaptation(known[1]), []
-    for image in (None, episodes[0, 2, 3], episodes[0, 2, 0]):  # a query, a support image
+    one, queries, support = episodes[0, 2, 3], episodes[0, :, 1:].flatten(), episodes[0, 2, 0]
+    for changed in ([], one, queries, support):
         pictures = data.Images(test.images.clone(), test.labels)
-        if image is not None:
-            pictures.images[image] = 255 - pictures.images[image]
+        pictures.images[changed] = 255 - pictures.images[changed]
         answers.append(adaptation.answers(pictures, episodes, 1))
     weights = list(map(flat, learned))
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], weights[3])
     differs = answers[0] != answers[1]
     differs[:, 0, 2, 2] = False  # the query that was changed: the third after one support image
     assert not differs.any() and answers[0].shape == (2, 1, 5, 4)
