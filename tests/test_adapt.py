@@ -47,12 +47,12 @@ def support_adaptation(net, **changes):
     return adapt.SupportAdaptation(net, **settings | changes)
 
 
-@pytest.mark.parametrize("mirror", [False, True])
-def test_frozen_part_and_block_make_up_the_network(known, mirror):
+@pytest.mark.parametrize(("backbone", "mirror"), [("resnet20", False), ("resnet20", True), ("resnet18", False)])
+def test_frozen_part_and_block_make_up_the_network(known, backbone, mirror):
     """Without adaptation the answers are those of the embeddings of the whole network, less the centre."""
     test = known[0].test
     torch.manual_seed(1)
-    net = model.build("resnet20", 4, mirror=mirror)
+    net = model.build(backbone, 4, mirror=mirror)
     embeddings = model.embed(net, test.images, *PIXELS)
     center = embeddings.mean(0)
     _, episodes = next(metrics.draw_episodes(test.labels, 5, 2, episodes=4))
@@ -106,7 +106,6 @@ def test_adapting_tells_the_supports_apart(known):
     """Views of the support images that were not trained on go to their own image more often afterwards."""
     test, shift = known[0].test, torch.Generator().manual_seed(9)
     adaptation = support_adaptation(known[1], steps=20)
-    supports = torch.arange(8)[:, None]
     supports = torch.stack([(test.labels == label).nonzero()[0] for label in range(8)])  # (way, 1)
     crops = data.augment(test.images, supports.repeat(1, 10).flatten(), shift).unflatten(0, (8, 10))
     images = torch.cat((test.images[supports], crops), 1).flatten(0, 1)
@@ -213,7 +212,7 @@ def test_nothing_but_the_class_and_the_seen_ones_is_learned_from(known, monkeypa
 
 
 def run(monkeypatch, folder, path, *more):
-    """The report of evaluate.py of a network of random weights, 3 of 8 or 5 of 8 classes unseen."""
+    """evaluate.py's report of the network in `folder`, whose weights are random."""
     argv = ["evaluate.py", str(folder / "net.pt"), "--backbone", "resnet20", "--width", "4", "--data", str(path)]
     monkeypatch.setattr(sys, "argv", [*argv, "--json", str(folder / "report.json"), "--device", "cpu", *more])
     evaluate.main()
