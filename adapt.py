@@ -159,7 +159,7 @@ def gain(before: Tensor, after: Tensor) -> dict:
 
 
 def domain_loss(
-    net: nn.Module, own: Images, rest: Images, pixels: tuple[list[float], list[float]], generator: torch.Generator
+    net: model.Embedder, own: Images, rest: Images, pixels: tuple[list[float], list[float]], generator: torch.Generator
 ) -> Tensor:
     """The hinge of the triplets of BATCH random images of one class, `own`, with BATCH images of others as negatives.
 
@@ -168,7 +168,7 @@ def domain_loss(
     anchors = own.images[torch.randperm(len(own), generator=generator)[:BATCH]]
     others = rest.images[torch.randint(len(rest), (BATCH,), generator=generator)]
     device = next(net.parameters()).device
-    embeddings = net(model.normalise_pixels(torch.cat((anchors, others)).to(device), *pixels))
+    embeddings = net.embed(model.normalise_pixels(torch.cat((anchors, others)).to(device), *pixels))
     label = (torch.arange(len(embeddings), device=device) >= len(anchors)).long()
     own_part, other_part = slice(len(anchors)), slice(len(anchors), None)
     negatives = embeddings[other_part], label[other_part]
