@@ -8,6 +8,7 @@
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -136,8 +137,26 @@ ScalarType loss_type(const Tensor& embeddings) {
   return embeddings.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// A tensor straight from its allocator: torch::stable::new_empty looks up its operator by name each time.
+Tensor allocate(ScalarType type, int64_t dimensions, const int64_t* sizes) {
+  const int64_t strides[2] = {dimensions == 2 ? sizes[1] : 1, 1};
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides,
+                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                  aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
+Tensor scalar(ScalarType type) { return allocate(type, 0, nullptr); }
+Tensor vector(ScalarType type, int64_t n) { return allocate(type, 1, &n); }
+
+Tensor gradient_of(const Tensor& embeddings) {
+  const int64_t sizes[2] = {embeddings.size(0), embeddings.size(1)};
+  return allocate(embeddings.scalar_type(), 2, sizes);
+}
+
 Tensor gradient_of_others(const Tensor& embeddings, const MaybeTensor& others) {  // empty where there are none
-  return others ? torch::stable::empty_like(*others) : torch::stable::new_empty(embeddings, {0});
+  return others ? gradient_of(*others) : vector(embeddings.scalar_type(), 0);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, Tensor labels, MaybeTensor other_embeddings,
@@ -146,15 +165,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, Tensor lab
                                                    int64_t reduction) {
   const Settings settings = make_settings(distance, mining, soft_margin, margin, temperature, reduction);
   const bool each = settings.reduction == Reduction::none;
-  Tensor loss, count = torch::stable::new_empty(labels, {}), positive, negative;
+  Tensor loss, count = scalar(ScalarType::Long), positive, negative;
   by_type(embeddings, [&](auto in, auto t) {
     using In = decltype(in);
     using T = decltype(t);
     const OwningBatch<In> batch(embeddings, labels, other_embeddings, other_labels);
-    positive = torch::stable::new_empty(labels, {batch.rows});
-    negative = torch::stable::new_empty(labels, {batch.rows});
-    loss = each ? torch::stable::new_empty(embeddings, {batch.rows}, loss_type(embeddings))
-                : torch::stable::new_empty(embeddings, {}, loss_type(embeddings));
+    positive = vector(ScalarType::Long, batch.rows);
+    negative = vector(ScalarType::Long, batch.rows);
+    loss = each ? vector(loss_type(embeddings), batch.rows) : scalar(loss_type(embeddings));
     T* const reduced = loss.mutable_data_ptr<T>();
     std::unique_ptr<T[]> own(each ? nullptr : new T[batch.rows]);
     Result<In, T> result{each ? reduced : own.get(), positive.mutable_data_ptr<int64_t>(),
@@ -171,13 +189,14 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_gradient(Tensor embeddings, Tensor l
                                                      int64_t reduction) {
   const Settings settings = make_settings(distance, mining, soft_margin, margin, temperature, reduction);
   require(settings.reduction != Reduction::none, "a loss that is not reduced has no one gradient");
-  Tensor loss = torch::stable::new_empty(embeddings, {}, loss_type(embeddings));
-  Tensor grad_own = torch::stable::empty_like(embeddings);
-  Tensor grad_others = gradient_of_others(embeddings, other_embeddings);
+  Tensor loss, grad_own, grad_others;
   by_type(embeddings, [&](auto in, auto t) {
     using In = decltype(in);
     using T = decltype(t);
     const OwningBatch<In> batch(embeddings, labels, other_embeddings, other_labels);
+    loss = scalar(loss_type(embeddings));
+    grad_own = gradient_of(embeddings);
+    grad_others = gradient_of_others(embeddings, other_embeddings);
     std::unique_ptr<T[]> losses(new T[batch.rows]);
     std::unique_ptr<int64_t[]> mined(new int64_t[2 * batch.rows]);
     Result<In, T> result{losses.get(),
@@ -196,12 +215,13 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor label
                                     int64_t distance, int64_t mining, bool soft_margin, double margin,
                                     double temperature, int64_t reduction) {
   const Settings settings = make_settings(distance, mining, soft_margin, margin, temperature, reduction);
-  Tensor grad_own = torch::stable::empty_like(embeddings);
-  Tensor grad_others = gradient_of_others(embeddings, other_embeddings);
+  Tensor grad_own, grad_others;
   by_type(embeddings, [&](auto in, auto t) {
     using In = decltype(in);
     using T = decltype(t);
     const OwningBatch<In> batch(embeddings, labels, other_embeddings, other_labels);
+    grad_own = gradient_of(embeddings);
+    grad_others = gradient_of_others(embeddings, other_embeddings);
     In* own = grad_own.mutable_data_ptr<In>();
     In* others = other_embeddings ? grad_others.mutable_data_ptr<In>() : nullptr;
     const int64_t total = *count.const_data_ptr<int64_t>();

@@ -2,12 +2,12 @@
 // of the standard library is instantiated: its templates would be shared with code for older processors.
 #include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include "triplet_cpu.h"
+#include "triplet_cpu_scratch.h"
 
 // kBytes: width of a vector; kRows x 2 vectors is the tile whose sums stay in registers
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
