@@ -21,6 +21,7 @@ DISTANCES = ("cosine", "euclidean", "sqeuclidean")
 MININGS = ("hard", "semihard", "all")
 REDUCTIONS = ("none", "mean", "sum")
 IMPLS = ("auto", "native", "torch")
+TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 NATIVE_BUILD = "pip install -e . (with a C++ compiler and, for GPUs, a CUDA toolkit)"
 
@@ -30,6 +31,9 @@ class Mined(NamedTuple):
 
     positive: Tensor
     negative: Tensor
+
+
+Codes = tuple[int, int, bool, float, float, int]
 
 
 class Settings(NamedTuple):
@@ -42,7 +46,7 @@ class Settings(NamedTuple):
     temperature: float
     reduction: str
 
-    def codes(self) -> tuple[int, int, bool, float, float, int]:
+    def codes(self) -> Codes:
         """The same for the native op."""
         return (
             DISTANCES.index(self.distance),
@@ -103,9 +107,9 @@ def triplet_loss(
         ValueError, TypeError: an argument has a wrong shape, type, device or value; the message says what came.
         RuntimeError: impl="native" where the native op is not built.
     """
-    settings = Settings(distance, mining, bool(soft_margin), float(margin), float(temperature), reduction)
-    if check(embeddings, labels, others, settings, impl):
-        return native_loss(embeddings, labels, others, settings)
+    settings, codes = resolve(distance, mining, bool(soft_margin), float(margin), float(temperature), reduction, impl)
+    if check(embeddings, labels, others, impl):
+        return native_loss(embeddings, labels, others, codes)
     losses, count = torch_losses(embeddings, labels, others, settings)
     if reduction == "mean":
         return losses.sum() / count.sum().clamp(min=1)
@@ -124,23 +128,26 @@ def mine(
     """The rows that `triplet_loss` would use, under the same contract. Mining "all" is a ValueError."""
     if mining == "all":
         raise ValueError('mine() lists one triplet for each anchor; mining="all" has many')
-    settings = Settings(distance, mining, False, 0.0, 1.0, "none")
-    native = check(embeddings, labels, others, settings, impl)
+    settings, codes = resolve(distance, mining, False, 0.0, 1.0, "none", impl)
+    native = check(embeddings, labels, others, impl)
     with torch.no_grad():
         if native:
-            return Mined(
-                *torch.ops.oneshot.triplet_forward(*tensors(embeddings, labels, others), *settings.codes())[2:]
-            )
+            return Mined(*torch.ops.oneshot.triplet_forward(*tensors(embeddings, labels, others), *codes)[2:])
         return torch_mine(*prepare(embeddings, labels, others, settings), settings)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
 
-def check(
-    embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, settings: Settings, impl: str
-) -> bool:
-    """Raise for wrong arguments; return whether the native op is to be used."""
+def resolve(*options) -> tuple[Settings, Codes]:
+    """The fields of `Settings` and `impl`, checked, as settings by name and by code. ValueError for a wrong value."""
+    if torch.compiler.is_compiling():  # which warns of caches
+        return resolve_anew(*options)
+    return resolve_once(*options)
+
+
+def resolve_anew(*options) -> tuple[Settings, Codes]:
+    settings, impl = Settings(*options[:-1]), options[-1]
     for name, value, known in (
         ("distance", settings.distance, DISTANCES),
         ("mining", settings.mining, MININGS),
@@ -153,6 +160,14 @@ def check(
         raise ValueError(f"temperature must be above 0, got {settings.temperature}")
     if settings.margin != settings.margin:
         raise ValueError("margin must be a number, got nan")
+    return settings, settings.codes()
+
+
+resolve_once = functools.lru_cache(maxsize=256)(resolve_anew)
+
+
+def check(embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, impl: str) -> bool:
+    """Raise for wrong tensors; return whether the native op is to be used."""
     check_rows("embeddings", embeddings, "labels", labels)
     if others is not None:
         check_rows("others[0]", others[0], "others[1]", others[1])
@@ -165,7 +180,8 @@ def check(
             raise ValueError(f"others are on {others[0].device}, embeddings on {embeddings.device}")
     if impl == "torch":
         return False
-    return use_native(embeddings.device.type, impl)
+    device = "cpu" if embeddings.is_cpu else embeddings.device.type
+    return use_native(device, impl) if torch.compiler.is_compiling() else decide_native(device, impl)
 
 
 def check_rows(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -> None:
@@ -175,13 +191,13 @@ def check_rows(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -
         raise TypeError(f"{name} and {label_name} must be tensors, got {got}")
     if embeddings.ndim != 2 or embeddings.numel() == 0:
         raise ValueError(f"{name} must be (B, D), not empty, got {tuple(embeddings.shape)}")
-    if embeddings.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if embeddings.dtype not in TYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {embeddings.dtype}")
-    if labels.shape != embeddings.shape[:1]:
+    if labels.ndim != 1 or labels.size(0) != embeddings.size(0):
         raise ValueError(f"{label_name} must be ({embeddings.shape[0]},), got {tuple(labels.shape)}")
     if labels.dtype not in LABEL_TYPES:
         raise TypeError(f"{label_name} must be integers, got {labels.dtype}")
-    if labels.device != embeddings.device:
+    if not (labels.is_cpu and embeddings.is_cpu) and labels.device != embeddings.device:
         raise ValueError(f"{label_name} are on {labels.device}, {name} on {embeddings.device}")
 
 
@@ -232,13 +248,13 @@ def cuda_library() -> str:
 
 @torch.compiler.assume_constant_result
 def use_native(device: str, impl: str) -> bool:
-    """Does the native op run on this device? A constant to torch.compile, which traces neither loading nor logging."""
+    """`decide_native` as a constant to torch.compile, which traces neither loading nor logging."""
     return decide_native(device, impl)
 
 
 @functools.cache
 def decide_native(device: str, impl: str) -> bool:
-    """The same, found out and logged once for each device and `impl`."""
+    """Does the native op run on this device? Found out and logged once for each device and `impl`."""
     libraries = {"cpu": native_library, "cuda": cuda_library}
     why = libraries[device]() if device in libraries else f"there is no native op for {device} tensors"
     if not why:
@@ -250,27 +266,29 @@ def decide_native(device: str, impl: str) -> bool:
     return not why
 
 
-def native_loss(embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, settings: Settings) -> Tensor:
+def native_loss(embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, codes: Codes) -> Tensor:
     """The loss by the native op. Eager mode takes the shorter way round PyTorch's registered autograd."""
-    arguments = (*tensors(embeddings, labels, others), *settings.codes())
+    arguments = tensors(embeddings, labels, others)
     if torch.compiler.is_compiling():
-        return torch.ops.oneshot.triplet_forward(*arguments)[0]
+        return torch.ops.oneshot.triplet_forward(*arguments, *codes)[0]
     wants_gradient = embeddings.requires_grad or (others is not None and others[0].requires_grad)
     if not (wants_gradient and torch.is_grad_enabled()):
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.oneshot.triplet_forward.default(*arguments)[0]
+            return torch.ops.oneshot.triplet_forward.default(*arguments, *codes)[0]
     # computed with the loss, gradients cost less, but they wait for the backward pass in memory of the batch's size
-    at_once = embeddings.is_cpu and settings.reduction != "none"
-    if at_once and (settings.mining == "all" or embeddings.numel() <= 2**20):
-        return NativeAtOnce.apply(*arguments)
-    return Native.apply(*arguments)
+    _, mining, *_, reduction = codes
+    at_once = embeddings.is_cpu and REDUCTIONS[reduction] != "none"
+    if at_once and (MININGS[mining] == "all" or embeddings.numel() <= 2**20):
+        return NativeAtOnce.apply(*arguments, codes)
+    return Native.apply(*arguments, codes)
 
 
 class Native(torch.autograd.Function):
     """The native op in eager mode: half the overhead of autograd registered with the dispatcher."""
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx, embeddings, labels, other_embeddings, other_labels, codes):
+        arguments = embeddings, labels, other_embeddings, other_labels, *codes
         with torch._C._AutoDispatchBelowAutograd():
             output = torch.ops.oneshot.triplet_forward.default(*arguments)
         save_for_backward(ctx, arguments, output)
@@ -278,16 +296,18 @@ class Native(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return backward_of_op(ctx, grad)
+        return backward_of_op(ctx, grad)[:5]
 
 
 class NativeAtOnce(torch.autograd.Function):
     """The same with the gradients computed in the forward pass; the backward pass scales them."""
 
     @staticmethod
-    def forward(ctx, *arguments):
+    def forward(ctx, embeddings, labels, other_embeddings, other_labels, codes):
         with torch._C._AutoDispatchBelowAutograd():
-            loss, *ctx.gradients = torch.ops.oneshot.triplet_loss_and_gradient.default(*arguments)
+            loss, ctx.own, ctx.others = torch.ops.oneshot.triplet_loss_and_gradient.default(
+                embeddings, labels, other_embeddings, other_labels, *codes
+            )
         return loss
 
     @staticmethod
@@ -296,8 +316,7 @@ class NativeAtOnce(torch.autograd.Function):
             raise RuntimeError(
                 "the native triplet loss can be differentiated once only; impl='torch' knows no such limit"
             )
-        own, others = ctx.gradients
-        return own * grad, None, others * grad if ctx.needs_input_grad[2] else None, *(None,) * 7
+        return ctx.own * grad, None, ctx.others * grad if ctx.needs_input_grad[2] else None, None, None
 
 
 def save_for_backward(ctx, inputs, output) -> None:
@@ -351,8 +370,12 @@ def prepare(
     finite = x.detach().isfinite().all()
     x = x * torch.where(finite, 1.0, torch.nan).to(x.dtype)
     if settings.distance == "cosine":
+        least = 1e-12
+        if x.dtype == torch.float64:  # squares overflow from 1e154
+            largest = x.detach().abs().amax(1, keepdim=True).clamp(min=least)
+            x, least = x / largest, least / largest
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)  # float32 would overflow from 1e18
-        x = torch.where(norm == 0, 0, x / norm.clamp(min=1e-12)).to(x.dtype)
+        x = torch.where(norm == 0, 0, x / norm.clamp(min=least)).to(x.dtype)
     same = labels[:rows, None] == labels
     itself = torch.arange(len(x), device=x.device) == torch.arange(rows, device=x.device)[:, None]
     return x, same & ~itself, ~same

@@ -141,9 +141,9 @@ ScalarType loss_type(const Tensor& embeddings) {
 Tensor allocate(ScalarType type, int64_t dimensions, const int64_t* sizes) {
   const int64_t strides[2] = {dimensions == 2 ? sizes[1] : 1, 1};
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes, strides,
-                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                  aoti_torch_device_type_cpu(), 0, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dimensions, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 

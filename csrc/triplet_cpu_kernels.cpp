@@ -18,6 +18,7 @@
 namespace triplet::avx512 {
 constexpr int kBytes = 64, kRows = 12;
 #include "triplet_cpu_common.inc"
+#include "triplet_cpu_geometry.inc"
 #include "triplet_cpu_miner.inc"
 #include "triplet_cpu_mined.inc"
 #include "triplet_cpu_all.inc"
@@ -29,6 +30,7 @@ constexpr int kBytes = 64, kRows = 12;
 namespace triplet::avx2 {
 constexpr int kBytes = 32, kRows = 6;
 #include "triplet_cpu_common.inc"
+#include "triplet_cpu_geometry.inc"
 #include "triplet_cpu_miner.inc"
 #include "triplet_cpu_mined.inc"
 #include "triplet_cpu_all.inc"
@@ -39,6 +41,7 @@ constexpr int kBytes = 32, kRows = 6;
 namespace triplet::portable {
 constexpr int kBytes = 16, kRows = 4;
 #include "triplet_cpu_common.inc"
+#include "triplet_cpu_geometry.inc"
 #include "triplet_cpu_miner.inc"
 #include "triplet_cpu_mined.inc"
 #include "triplet_cpu_all.inc"

@@ -225,6 +225,20 @@ def test_magnitudes(impl, device, factor, width):
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("mining", MININGS)
+def test_cosine_of_rows_whose_squares_overflow(impl, device, mining):
+    """Float64 has no wider type to square in; a power of two changes nothing but the gradients' scale."""
+    x, labels, _ = batch(33)
+    results = []
+    for factor in (1.0, 2.0**600):
+        leaf = (x * factor).to(device).requires_grad_()
+        loss = triplet_loss(leaf, labels.to(device), mining=mining, impl=impl)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        results.append(torch.cat((loss.detach()[None], factor * grad.flatten())).cpu())
+    assert torch.allclose(*results, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", MININGS)
 @pytest.mark.parametrize("soft", [False, True])
 def test_no_anchor_takes_part(impl, device, mining, soft):
     for labels in (torch.zeros(6), torch.arange(6), torch.zeros(1)):
