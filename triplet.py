@@ -107,7 +107,8 @@ def triplet_loss(
         ValueError, TypeError: an argument has a wrong shape, type, device or value; the message says what came.
         RuntimeError: impl="native" where the native op is not built.
     """
-    settings, codes = resolve(distance, mining, bool(soft_margin), float(margin), float(temperature), reduction, impl)
+    find = resolve if torch.compiler.is_compiling() else resolve_once
+    settings, codes = find(distance, mining, bool(soft_margin), float(margin), float(temperature), reduction, impl)
     if check(embeddings, labels, others, impl):
         return native_loss(embeddings, labels, others, codes)
     losses, count = torch_losses(embeddings, labels, others, settings)
@@ -128,7 +129,8 @@ def mine(
     """The rows that `triplet_loss` would use, under the same contract. Mining "all" is a ValueError."""
     if mining == "all":
         raise ValueError('mine() lists one triplet for each anchor; mining="all" has many')
-    settings, codes = resolve(distance, mining, False, 0.0, 1.0, "none", impl)
+    find = resolve if torch.compiler.is_compiling() else resolve_once
+    settings, codes = find(distance, mining, False, 0.0, 1.0, "none", impl)
     native = check(embeddings, labels, others, impl)
     with torch.no_grad():
         if native:
@@ -141,12 +143,6 @@ def mine(
 
 def resolve(*options) -> tuple[Settings, Codes]:
     """The fields of `Settings` and `impl`, checked, as settings by name and by code. ValueError for a wrong value."""
-    if torch.compiler.is_compiling():  # which warns of caches
-        return resolve_anew(*options)
-    return resolve_once(*options)
-
-
-def resolve_anew(*options) -> tuple[Settings, Codes]:
     settings, impl = Settings(*options[:-1]), options[-1]
     for name, value, known in (
         ("distance", settings.distance, DISTANCES),
@@ -163,7 +159,7 @@ def resolve_anew(*options) -> tuple[Settings, Codes]:
     return settings, settings.codes()
 
 
-resolve_once = functools.lru_cache(maxsize=256)(resolve_anew)
+resolve_once = functools.lru_cache(maxsize=256)(resolve)  # torch.compile warns of it
 
 
 def check(embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, impl: str) -> bool:
@@ -180,8 +176,7 @@ def check(embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | No
             raise ValueError(f"others are on {others[0].device}, embeddings on {embeddings.device}")
     if impl == "torch":
         return False
-    device = "cpu" if embeddings.is_cpu else embeddings.device.type
-    return use_native(device, impl) if torch.compiler.is_compiling() else decide_native(device, impl)
+    return use_native("cpu" if embeddings.is_cpu else embeddings.device.type, impl)
 
 
 def check_rows(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -> None:
@@ -248,13 +243,13 @@ def cuda_library() -> str:
 
 @torch.compiler.assume_constant_result
 def use_native(device: str, impl: str) -> bool:
-    """`decide_native` as a constant to torch.compile, which traces neither loading nor logging."""
+    """Does the native op run on this device? A constant to torch.compile, which traces neither loading nor logging."""
     return decide_native(device, impl)
 
 
 @functools.cache
 def decide_native(device: str, impl: str) -> bool:
-    """Does the native op run on this device? Found out and logged once for each device and `impl`."""
+    """The same, found out and logged once for each device and `impl`."""
     libraries = {"cpu": native_library, "cuda": cuda_library}
     why = libraries[device]() if device in libraries else f"there is no native op for {device} tensors"
     if not why:
