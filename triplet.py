@@ -33,7 +33,7 @@ class Mined(NamedTuple):
     negative: Tensor
 
 
-Codes = tuple[int, int, bool, float, float, int]
+Codes = tuple[int, int, bool, float, float, int]  # `Settings` for the native op
 
 
 class Settings(NamedTuple):
