@@ -17,11 +17,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace triplet::avx512 {
 constexpr int kBytes = 64, kRows = 12;
-#include "triplet_cpu_common.inc"
-#include "triplet_cpu_geometry.inc"
-#include "triplet_cpu_miner.inc"
-#include "triplet_cpu_mined.inc"
-#include "triplet_cpu_all.inc"
+#include "triplet_cpu.inc"
 }  // namespace triplet::avx512
 #pragma GCC pop_options
 
@@ -29,22 +25,14 @@ constexpr int kBytes = 64, kRows = 12;
 #pragma GCC target("avx2,fma,f16c")
 namespace triplet::avx2 {
 constexpr int kBytes = 32, kRows = 6;
-#include "triplet_cpu_common.inc"
-#include "triplet_cpu_geometry.inc"
-#include "triplet_cpu_miner.inc"
-#include "triplet_cpu_mined.inc"
-#include "triplet_cpu_all.inc"
+#include "triplet_cpu.inc"
 }  // namespace triplet::avx2
 #pragma GCC pop_options
 #endif
 
 namespace triplet::portable {
 constexpr int kBytes = 16, kRows = 4;
-#include "triplet_cpu_common.inc"
-#include "triplet_cpu_geometry.inc"
-#include "triplet_cpu_miner.inc"
-#include "triplet_cpu_mined.inc"
-#include "triplet_cpu_all.inc"
+#include "triplet_cpu.inc"
 }  // namespace triplet::portable
 
 namespace triplet {

@@ -358,6 +358,27 @@ def test_compiles_to_one_graph(impl, device, mining):
 
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("temperature", [0.02, 0.09, 0.1, 1.0])
+def test_soft_margin_of_all_triplets_near_and_far(impl, device, kind, temperature):
+    """Rows at two poles: losses from next to nothing to hundreds keep their digits, and so do gradients."""
+    x = torch.randn(26, 4, generator=torch.Generator().manual_seed(0)) / 50
+    x[::2, 0] += 1
+    x[1::2, 0] -= 1
+    rows = x.double().tolist()
+    for labels in (torch.arange(26) % 2, torch.arange(26) // 9, torch.arange(26) // 2):
+        losses, _, gradient = oracle.triplet_loss(rows, labels.tolist(), 26, kind, "all", 0, True, temperature)
+        keywords = dict(distance=kind, mining="all", soft_margin=True, temperature=temperature, impl=impl)
+        leaf = x.to(device).requires_grad_()
+        each = triplet_loss(leaf, labels.to(device), reduction="none", **keywords)
+        exact = torch.tensor(losses, dtype=torch.float64)
+        assert torch.allclose(each.double().cpu(), exact, rtol=1e-5 + 2e-6 / temperature, atol=1e-30)
+        (grad,) = torch.autograd.grad(each.sum(), leaf)
+        exact = torch.tensor(gradient([1.0] * 26), dtype=torch.float64)
+        assert (grad.double().cpu() - exact).abs().max() <= 1e-3 * exact.abs().max() + 1e-25
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("mining", MININGS)
 def test_same_input_same_bits(impl, device, mining):
     x, labels, others = batch(300, width=24, classes=40, dtype=torch.float32, others=90)
