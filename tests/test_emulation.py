@@ -24,26 +24,29 @@ SOURCES = [*(ROOT / "csrc").glob("triplet*"), ROOT / "tests" / "emulation.cpp", 
 LARGE, SMALL = 1, 10**6  # processors of the device: few are filled by large tiles, for many the tiles are small
 
 
-@pytest.fixture(scope="session")
-def emulation():
-    """The emulated kernels, compiled anew where their source has changed."""
+def compiled(name: str, sources: list[Path], *flags: str):
+    """The module of tests/NAME.cpp, compiled anew where its sources have changed."""
     if build.compiler() is None and os.environ.get("ONESHOT_NATIVE") != "1":
         pytest.skip("no C++ compiler")
-    library = ROOT / "build" / "emulation" / f"emulation{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in SOURCES):
+    library = ROOT / "build" / name / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in sources):
         library.parent.mkdir(parents=True, exist_ok=True)
         includes = [ROOT / "csrc", ROOT / "tests", pybind11.get_include(), sysconfig.get_path("include")]
-        flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE"]
-        command = [build.compiler() or "c++", *flags, *[f"-I{path}" for path in includes]]
-        done = subprocess.run(
-            [*command, ROOT / "tests" / "emulation.cpp", "-o", library], capture_output=True, text=True
-        )
+        common = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", *[f"-I{path}" for path in includes]]
+        command = [build.compiler() or "c++", *common, *flags, ROOT / "tests" / f"{name}.cpp", "-o", library]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    spec = importlib.util.spec_from_file_location("emulation", library)
+    spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["emulation"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def emulation():
+    """The emulated kernels."""
+    return compiled("emulation", SOURCES, "-U_FORTIFY_SOURCE")
 
 
 class Case(NamedTuple):
