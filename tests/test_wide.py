@@ -18,7 +18,7 @@ SOURCES = [*(ROOT / "csrc").glob("*.inc"), *(ROOT / "csrc").glob("*.h"), ROOT / 
 @pytest.fixture(scope="session")
 def wide():
     headers = Path(torch.__file__).parent / "include"
-    return compiled("wide", SOURCES, f"-I{headers}", "-march=native", "-fno-math-errno", "-w")
+    return compiled("wide", SOURCES, f"-I{headers}", "-O0", "-march=native", "-fno-math-errno", "-w")
 
 
 @pytest.mark.parametrize("kind", DISTANCES)
@@ -53,4 +53,14 @@ def test_several_blocks_of_all_triplets(wide):
     """More anchors than have their distances in one block, in pairs."""
     x, _, others = batch(1100, width=9, others=20)
     case = Case(x, torch.arange(1100) // 2, (others[0], torch.arange(20)), "euclidean", "all", soft=True)
+    hold_against_torch(wide, case)
+
+
+@pytest.mark.parametrize("mining", ("hard", "semihard"))
+def test_lengths_of_bfloat16_rows(wide, mining):
+    """Products of such values leave float32; the cosine, of pairs of bfloat16 as of floats, does not depend on them."""
+    x, labels, others = batch(80, width=33, dtype=torch.float32, others=40)
+    x *= torch.tensor([1e37, 1e-11, 1, 1e20]).repeat(20)[:, None]
+    x[5] = 0
+    case = Case(x.bfloat16(), labels, (others[0].bfloat16(), others[1]), "cosine", mining)
     hold_against_torch(wide, case)

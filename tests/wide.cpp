@@ -2,8 +2,6 @@
 // the instructions that this machine has. Arrays are NumPy's, C-contiguous, halves as uint16; the functions are called
 // as those of tests/emulation.cpp are.
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <numeric>
 #include <vector>
 
@@ -11,9 +9,20 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "triplet_cpu.h"
+#include "triplet_cpu_scratch.h"
 
 namespace triplet::wide {
 constexpr int kBytes = 64, kRows = 12;
+constexpr bool kBfloat16Dots = true;
+
+// what an instruction of AVX512_BF16 does: a bfloat16 is the upper half of a float
+template <typename Sums, typename Pairs>
+inline Sums dot_pairs(Sums sum, Pairs a, Pairs b) {
+  constexpr int kUpper = ~0xffff;
+  sum += (Sums)(a & kUpper) * (Sums)(b & kUpper);
+  return sum + (Sums)(a << 16) * (Sums)(b << 16);
+}
+
 #include "triplet_cpu.inc"
 }  // namespace triplet::wide
 
