@@ -11,6 +11,7 @@ import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -45,6 +46,9 @@ class Options:
     split_seed: int | None = None  # by default the checkpoint's
     backbone: str | None = None  # of a bare state dict
     width: int | None = None  # of a bare state dict, 16 by default
+    mirror: Literal["auto", "yes", "no"] = (
+        "auto"  # average an image's and its mirror image's embeddings; auto: as trained
+    )
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
 
@@ -91,13 +95,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     if source is None or backbone is None:
         raise ValueError(f"{path} is a bare state dict: give --backbone and --data (and --split) with it")
     data = load_data(source, options.data_root, trained.get("image_size", 32))
-    state = model.bare_state(saved, path)
-    network = saved.get("network") if options.backbone is None and options.width is None else None
-    width = options.width or trained.get("width", 16)
-    net = model.build(**(network or model.fit(backbone, width, data.train.images.shape[2], state)))
-    ignored = model.load_weights(net, state)
-    if ignored:
-        print(f"{path}: left out {', '.join(ignored)}")
+    net, as_trained = load_network(saved, path, backbone, options, data.train.images.shape[2])
     split = options.split or trained.get("split", "90-10")
     split_seed = options.split_seed if options.split_seed is not None else trained.get("split_seed")
     seen, unseen = datasets.split_classes(data.class_names, split, split_seed)
@@ -127,9 +125,27 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         std,
         saved.get("center") if own else None,
         saved.get("commit") if own else None,
-        saved["threshold"] if same_classes else None,
+        saved["threshold"] if same_classes and as_trained else None,
         {name: trained.get(name, default) for name, default in engine.Options().triplet.items()},
     )
+
+
+def load_network(saved: dict, path: str, backbone: str, options: Options, side: int) -> tuple[model.Embedder, bool]:
+    """The network of `path`, and whether it averages over mirror images or not as it was trained to.
+
+    `side`: of the images, in pixels. Raises ValueError.
+    """
+    state = model.bare_state(saved, path)
+    network = saved.get("network") if options.backbone is None and options.width is None else None
+    width = options.width or saved.get("options", {}).get("width", 16)
+    network = network or model.fit(backbone, width, side, state)
+    trained = network.get("mirror", False)
+    mirror = trained if options.mirror == "auto" else options.mirror == "yes"
+    net = model.build(**network | {"mirror": mirror})
+    ignored = model.load_weights(net, state)
+    if ignored:
+        print(f"{path}: left out {', '.join(ignored)}")
+    return net, mirror == trained
 
 
 def pick_thresholds(loaded: Loaded, options: Options) -> tuple[dict, dict[str, float]]:

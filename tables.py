@@ -111,7 +111,7 @@ def few_shot_row(report: dict, name: str) -> list:
     return [f"{setting} {shot}-shot", *figures, 100 / (way or len(report["per_class"]))]
 
 
-ADAPTED_HEADER = ["adapted to support images", "zero steps", "95 %", "adapted", "95 %", "difference", "95 %"]
+ADAPTED_HEADER = ["adapted to support images", "zero steps", "adapted", "difference"]
 
 
 def adapted_rows(report: dict) -> list[list]:
@@ -120,12 +120,12 @@ def adapted_rows(report: dict) -> list[list]:
     for name, found in report["unseen"]["adapted"]["support"]["few_shot"].items():
         row = [few_shot_row(report, name)[0]]
         if found is None:
-            rows.append(row + [None] * 6)
+            rows.append(row + [None] * 3)
             continue
         for accuracy in (found["zero_steps"], found["adapted"]):
-            row += [accuracy["accuracy"], f"± {accuracy['ci95']:.2f}"]
+            row.append(f"{accuracy['accuracy']:.1f} ± {accuracy['ci95']:.1f}")
         low, high = found["difference"]["ci95"]
-        rows.append([*row, f"{found['difference']['difference']:+.2f}", f"{low:+.2f}..{high:+.2f}"])
+        rows.append([*row, f"{found['difference']['difference']:+.2f} ({low:+.2f}..{high:+.2f})"])
     return rows
 
 

@@ -73,10 +73,21 @@ def test_a_bare_state_dict_equals_its_checkpoint(folder, monkeypatch, tmp_path, 
     torch.save({"state_dict": published, "best_prec1": 70.0}, tmp_path / "net.th")
     run(monkeypatch, folder / "run" / "best.pt", "--json", tmp_path / "a.json")
     bare = ["--backbone", "resnet20", "--width", "4", "--data", folder / "tiny.npz", "--split", "75-25"]
-    run(monkeypatch, tmp_path / "net.th", *bare, "--json", tmp_path / "b.json")
+    run(monkeypatch, tmp_path / "net.th", *bare, "--mirror", "yes", "--json", tmp_path / "b.json")
     a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert a["seen"] == b["seen"] and a["unseen"] == b["unseen"] and a["threshold"] == b["threshold"]
     assert b["commit"] is None and "left out linear.weight" in capsys.readouterr().out
+
+
+def test_averaging_over_mirror_images_can_be_left_out(folder, monkeypatch, tmp_path):
+    """Another network, in effect: the stored threshold, which goes with the other, is not used."""
+    reports = []
+    for name, more in (("a", []), ("b", ["--mirror", "yes"]), ("c", ["--mirror", "no"])):
+        run(monkeypatch, folder / "run" / "best.pt", *more, "--json", tmp_path / name)
+        reports.append(json.loads((tmp_path / name).read_text()))
+    assert reports[0] == reports[1]
+    assert reports[0]["seen"] != reports[2]["seen"] and reports[0]["threshold"] != reports[2]["threshold"]
+    assert reports[2]["threshold"]["calibrated_on"] == reports[0]["threshold"]["calibrated_on"]
 
 
 def test_thresholds_side_by_side(folder, monkeypatch, tmp_path):
