@@ -265,7 +265,7 @@ def test_deterministic_runs_agree_bit_for_bit(train, tmp_path, monkeypatch, scri
 
 
 def test_tensorboard_shows_the_log(train, tmp_path):
-    out = train(train_reptile, REPTILE, tmp_path / "run", "--log-dir", str(tmp_path / "events"))
+    out = train(train_reptile, REPTILE, tmp_path / "run", "--withhold", "0.34", "--log-dir", str(tmp_path / "events"))
     (events,) = (tmp_path / "events").iterdir()
     shown = {}
     for event in EventFileLoader(str(events)).Load():
