@@ -46,9 +46,7 @@ class Options:
     split_seed: int | None = None  # by default the checkpoint's
     backbone: str | None = None  # of a bare state dict
     width: int | None = None  # of a bare state dict, 16 by default
-    mirror: Literal["auto", "yes", "no"] = (
-        "auto"  # average an image's and its mirror image's embeddings; auto: as trained
-    )
+    mirror: Literal["auto", "yes", "no"] = "auto"  # average embeddings of image and mirror image; auto: as trained
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
 
 
