@@ -29,7 +29,7 @@ from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # PyTorch 2.10, the oldest one that can load the libraries
-WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-ignored-attributes"]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-ignored-attributes", "-Wno-psabi"]
 NO_COMPILER = (
     "one-shot: no working C++ compiler was found ({}), so the triplet loss will run in plain PyTorch. "
     "For the native op install a compiler (Debian: apt-get install g++) and run `pip install -e .` again."

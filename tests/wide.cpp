@@ -99,7 +99,7 @@ py::tuple run_forward(const Batch<In>& batch, const Settings& settings) {
   Guarded<T> losses(batch.rows);
   Guarded<int64_t> positive(batch.rows), negative(batch.rows);
   Result<In, T> result{losses.data(), positive.data(), negative.data()};
-  if (!wide::table<In, T>.forward(batch, settings, threads, result)) throw std::runtime_error("not finite");
+  if (!wide::forward(batch, settings, threads, result)) throw std::runtime_error("not finite");
   const std::vector<py::ssize_t> rows = {batch.rows};
   double sum = std::accumulate(losses.data(), losses.data() + batch.rows, 0.0);
   if (settings.reduction == Reduction::mean) sum /= double(std::max<int64_t>(result.total, 1));
@@ -113,7 +113,7 @@ py::tuple run_backward(const Batch<In>& batch, const Settings& settings, const p
                        const py::array_t<int64_t>& positive, const py::array_t<int64_t>& negative) {
   using T = Arithmetic<In>;
   Guarded<In> own(batch.rows * batch.width), others(batch.other_rows * batch.width);
-  const auto& kernels = wide::table<In, T>;
+  const auto kernels = wide::kernels<In, T>();
   if (settings.reduction == Reduction::none) {
     kernels.backward(batch, settings, threads, static_cast<const T*>(grad.data()), positive.data(), negative.data(),
                      own.data(), others.data());
