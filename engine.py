@@ -47,6 +47,7 @@ class Options:
     temperature: float = 0.1  # of the soft margin
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the network's arithmetic; auto: bfloat16 where fast
+    minutes: float | None = None  # train for so long; the schedules then follow the clock, and no two runs are alike
     seed: int = 0  # of weights, batches and augmentation
     deterministic: bool = False  # only operations that give the same bits again, on a GPU too
     log_dir: str | None = None  # also log for TensorBoard into this folder
@@ -89,7 +90,7 @@ def start(options: Options) -> torch.device:
     Freed memory stays with the process: each step frees and allocates the same activations, and glibc hands such large
     blocks back to the system, which clears them page by page at their next use, a tenth of the time of a step.
     """
-    require(options, "temperature")
+    require(options, "temperature", *(["minutes"] if options.minutes is not None else []))
     require(options, "margin", "seed", "enlarge", "withhold", least=0)
     require(options, "image_size", least=8)
     if options.seed >= 2**63:

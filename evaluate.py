@@ -64,6 +64,7 @@ class Loaded:
     std: list[float]
     center: Tensor | None
     commit: str | None
+    training: dict | None  # how long it was trained, and with which options
     calibration: dict | None  # the checkpoint's threshold, where it goes with these classes
     triplet: dict  # keyword arguments of the loss it was trained with; of a bare state dict, the default ones
 
@@ -123,9 +124,17 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         std,
         saved.get("center") if own else None,
         saved.get("commit") if own else None,
+        training_facts(saved) if own else None,
         saved["threshold"] if same_classes and as_trained else None,
         {name: trained.get(name, default) for name, default in engine.Options().triplet.items()},
     )
+
+
+def training_facts(saved: dict) -> dict:
+    """Steps, images, seconds and threads of a checkpoint's training, and its options, but for names of files."""
+    lengths = {name: saved.get(name) for name in ("step", "images", "seconds", "threads")}
+    places = {"data", "data_root", "out", "weights", "log_dir", "device", "resume", "overwrite"}
+    return lengths | {"options": {name: value for name, value in saved["options"].items() if name not in places}}
 
 
 def load_network(saved: dict, path: str, backbone: str, options: Options, side: int) -> tuple[model.Embedder, bool]:
@@ -196,6 +205,7 @@ def evaluate(
             shots = (z if len(pictures) == len(images) else loaded.embed(pictures), pictures.labels)
         sides[name] = measure.measure(images, z, threshold["value"], shots)
     facts = {"checkpoint": loaded.path, "commit": loaded.commit, "data": loaded.data.name, "split": loaded.split}
+    facts |= {"training": loaded.training}
     report = measure.evaluation_report(facts, threshold, thresholds, sides, loaded.data.class_names)
     if report["unseen"]:
         report["unseen"]["adapted"] = adapted(loaded, threshold, options)

@@ -96,7 +96,7 @@ def evaluation_report(
 ) -> dict:
     """The JSON report; figures in percent unless a name says otherwise.
 
-    `facts`: checkpoint, commit, data, split. threshold: the one in force, with its criterion and, where it was
+    `facts`: checkpoint, commit, data, split, training. threshold: the one in force, with its criterion and, where it was
     calibrated, its errors on the images it was calibrated on. seen, unseen: null or the figures of the test images of
     these classes, ci95 by resampling classes; few_shot: by way and shot, with half the width of the 95 % interval.
     adapted: where asked for, few-shot accuracy with and without adaptation to the support images of the same episodes

@@ -55,7 +55,8 @@ class Run:
         recalibrate: bool = False,
         **parts: nn.Module | torch.optim.Optimizer,
     ):
-        """`total` steps, validated every `validate_every`; `recalibrate` refreshes batch norm before each validation.
+        """`total` steps, or as many as there is time for with --minutes, validated every `validate_every`; `recalibrate`
+        refreshes batch norm before each validation.
 
         `parts` are what resuming needs beside the network. Raises ValueError, OSError or UserError.
         """
@@ -115,20 +116,27 @@ class Run:
         torch.set_rng_state(state["rng"])
         self.step, self.images, self.seconds, self.best = (state[k] for k in ("step", "images", "seconds", "best"))
 
-    def steps(self) -> Iterator[int]:
-        """Step numbers from where the run stands to its end; Ctrl-C ends it after the current step, saved."""
+    @property
+    def progress(self) -> float:
+        """The share of the run that is done, 1 at its end."""
+        minutes = self.options.minutes
+        return min(1.0, self.step / self.total if minutes is None else self.seconds / (60 * minutes))
+
+    def steps(self) -> Iterator[float]:
+        """The progress at each step from where the run stands to its end; Ctrl-C ends it after the current step, saved."""
         interrupts: list[int] = []
         before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
-        bar = tqdm(total=self.total, initial=self.step, desc=self.folder.name, dynamic_ncols=True, smoothing=0.05)
+        total = self.total if self.options.minutes is None else None
+        bar = tqdm(total=total, initial=self.step, desc=self.folder.name, dynamic_ncols=True, smoothing=0.05)
         started, images_before = time.monotonic(), self.images
         seconds_before = self.seconds
         try:
-            while self.step < self.total:
-                yield self.step
+            while self.progress < 1:
+                yield self.progress
                 self.step += 1
                 self.seconds = seconds_before + time.monotonic() - started
                 bar.update()
-                due = self.step % self.validate_every == 0 or self.step == self.total or bool(interrupts)
+                due = self.step % self.validate_every == 0 or self.progress == 1 or bool(interrupts)
                 if due or self.step % self.LOG_EVERY == 0:
                     row = self.check()
                     rate = (self.images - images_before) / (time.monotonic() - started)
@@ -140,7 +148,8 @@ class Run:
                     self.write_log(row)
                 if interrupts:
                     bar.close()
-                    print(f"stopped at step {self.step} of {self.total}, saved; go on with --resume", file=sys.stderr)
+                    done = f"step {self.step}, {100 * self.progress:.0f} % of the run"
+                    print(f"stopped at {done}, saved; go on with --resume", file=sys.stderr)
                     sys.exit(130)
         except Stopped as error:
             bar.close()

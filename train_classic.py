@@ -23,13 +23,13 @@ from triplet import triplet_loss
 @dataclass(frozen=True)
 class Options(engine.Options):
     out: str = "runs/classic"  # folder of the run
-    epochs: float = 12.0  # passes over the seen classes' training images
+    epochs: float = 12.0  # passes over the seen classes' training images, without --minutes
     batch_classes: int = 32  # P, classes in a batch
     images_per_class: int = 4  # K, images of each class in a batch
     optimizer: Literal["sgd", "adam"] = "sgd"  # SGD with Nesterov momentum 0.9, or Adam
     lr: float = 0.1  # peak learning rate
     backbone_lr: float | None = None  # peak learning rate of the network; --lr is then of the softmax alone
-    warmup_steps: int = 200  # linear rise of the learning rates
+    warmup: float = 0.05  # share of the run in which the learning rates rise linearly
     decay: bool = True  # let them fall linearly to 0 after that
     weight_decay: float = 5e-4  # of all weights
     triplet_weight: float = 3.0  # of the triplet loss; 0 leaves it out
@@ -37,11 +37,11 @@ class Options(engine.Options):
     softmax_scale: float = 16.0  # factor of its cosines
 
 
-def schedule(step: int, total: int, options: Options) -> float:
-    """Share of the peak learning rate: a linear rise over the warm-up, then a linear fall to 0 at the end."""
-    warmup = min(options.warmup_steps, total // 2)
-    fall = (total - step) / (total - warmup) if options.decay else 1.0
-    return min((step + 1) / (warmup + 1), fall)
+def schedule(progress: float, options: Options) -> float:
+    """Share of the peak learning rate, by the share of the run done: a linear rise, then a linear fall to 0."""
+    if progress < options.warmup:
+        return progress / options.warmup
+    return (1 - progress) / (1 - options.warmup) if options.decay else 1.0
 
 
 def make_optimizer(options: Options, net: nn.Module, head: nn.Module) -> torch.optim.Optimizer:
@@ -60,8 +60,10 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     with engine.user_errors():
         engine.require(options, "epochs", "lr", "softmax_scale")
-        engine.require(options, "warmup_steps", "weight_decay", "triplet_weight", "softmax_weight", least=0)
+        engine.require(options, "warmup", "weight_decay", "triplet_weight", "softmax_weight", least=0)
         engine.require(options, "batch_classes", "images_per_class", least=2)
+        if options.warmup >= 1:
+            raise ValueError(f"--warmup is a share of the run, below 1, got {options.warmup}")
         if options.backbone_lr is not None:
             engine.require(options, "backbone_lr")
         if not (options.triplet_weight or options.softmax_weight):
@@ -75,9 +77,9 @@ def main() -> None:
         steps_per_epoch = len(train.kept) / (options.batch_classes * options.images_per_class)
         total = max(1, round(options.epochs * steps_per_epoch))
         run = Run(options, train, net, total, max(1, round(steps_per_epoch)), head=head, optimizer=optimizer)
-    for step in run.steps():
+    for progress in run.steps():
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(step, total, options)
+            group["lr"] = group["peak"] * schedule(progress, options)
         index = train.sampler.batch(train.sampler.task(options.batch_classes), options.images_per_class)
         images, labels = train.batch(index)
         with run.autocast():

@@ -28,7 +28,7 @@ from triplet import triplet_loss
 @dataclass(frozen=True)
 class Options(engine.Options):
     out: str = "runs/reptile"  # folder of the run
-    iters: int = 10_000  # meta-iterations
+    iters: int = 10_000  # meta-iterations, without --minutes
     task: Literal["classes", "domain"] = "classes"  # some classes among each other, or one against all others
     way: int = 10  # classes of a task
     images_per_class: int = 7  # images of each class in each inner step; in a domain's, as many of other classes too
@@ -86,14 +86,14 @@ def main() -> None:
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, options.lr, betas=(options.beta1, 0.999), fused=True)
     weights = [parameter.detach().clone() for parameter in parameters]
-    for step in run.steps():
+    for progress in run.steps():
         adapted = []
         for _ in range(options.meta_batch):
             with torch.no_grad():
                 torch._foreach_copy_(parameters, weights)
             loss, embeddings = adapt(run, optimizer, options)
             adapted.append([parameter.detach().clone() for parameter in parameters])
-        size = options.meta_step_size * (1 - step / options.iters)
+        size = options.meta_step_size * (1 - progress)
         meta_step(weights, adapted, size)
         with torch.no_grad():
             torch._foreach_copy_(parameters, weights)  # the network shows the kept weights: to be validated, saved

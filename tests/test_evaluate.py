@@ -12,7 +12,7 @@ import model
 import tiny
 
 REPORT = {"checkpoint", "commit", "data", "split", "threshold", "seen", "unseen", "per_class"}
-REPORT |= {"thresholds", "compared_with"}
+REPORT |= {"training", "thresholds", "compared_with"}
 SIDE = {"triplet_accuracy", "pair_accuracy", "pair_accuracy_oracle", "auc", "eer", "ci95"}
 BARE = ["--backbone", "resnet20", "--width", "4", "--data", "{npz}", "--split", "75-25"]
 UNSEEN = SIDE | {"published_protocol", "constant_answer", "few_shot", "adapted"}
@@ -39,6 +39,9 @@ def test_report(folder, monkeypatch, capsys, tmp_path):
     report = json.loads(target.read_text())
     assert report.keys() == REPORT and report["seen"].keys() == SIDE and report["unseen"].keys() == UNSEEN
     assert report["split"] == "75-25" and report["data"] == "tiny"
+    training = report["training"]
+    assert training["images"] > training["step"] > 0 and training["options"]["epochs"] == 6
+    assert str(folder) not in target.read_text().replace(report["checkpoint"], "")  # no other file is named
     assert report["threshold"]["mode"] == "auto" and "9 seen classes" in report["threshold"]["calibrated_on"]
     assert set(report["seen"]["ci95"]) == {"triplet_accuracy", "pair_accuracy"}
     assert [row["label"] for row in report["per_class"]] == [9, 10, 11] and report["per_class"][0]["name"] == "class 9"

@@ -22,7 +22,7 @@ import train_reptile
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--split", "75-25", "--width", "4", "--device", "cpu", "--precision", "float32"]
-CLASSIC = [*SMALL, "--epochs", "10", "--batch-classes", "4", "--images-per-class", "4", "--warmup-steps", "5"]
+CLASSIC = [*SMALL, "--epochs", "10", "--batch-classes", "4", "--images-per-class", "4"]
 REPTILE = [
     *SMALL,
     "--iters",
@@ -122,6 +122,20 @@ def test_resuming_gives_the_same_bits(train, tmp_path, monkeypatch, script, argu
 
 
 @pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
+def test_a_run_can_be_as_long_as_there_is_time(train, tmp_path, script, arguments):
+    """Whatever the number of steps; the rate falls to 0 by the clock."""
+    out = train(script, arguments, tmp_path / "run", "--minutes", "0.04")
+    saved = engine.load_checkpoint(out / "last.pt")
+    assert saved["seconds"] >= 2.4
+    with open(out / "log.csv", newline="") as file:
+        rates = [float(row["rate"]) for row in csv.DictReader(file)]
+    assert rates[-1] < 0.3 * max(rates)
+    before = (out / "best.pt").read_bytes()
+    train(script, arguments, out, "--minutes", "0.04", "--resume")  # it is at its end
+    assert (out / "best.pt").read_bytes() == before and engine.load_checkpoint(out / "last.pt")["step"] == saved["step"]
+
+
+@pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
 def test_two_runs_agree_and_another_seed_differs(train, tmp_path, script, arguments):
     runs = [train(script, arguments, tmp_path / str(i), *more) for i, more in enumerate(([], [], ["--seed", "1"]))]
     first, second, other = (engine.load_checkpoint(run / "last.pt")["model"] for run in runs)
@@ -185,7 +199,7 @@ def test_ctrl_c_in_a_shell_saves_and_says_how_to_go_on(npz, tmp_path):
     assert engine.load_checkpoint(tmp_path / "run" / "last.pt")["step"] > 0
 
 
-PUBLISHED_CLASSIC = "--backbone resnet56 --epochs 150 --optimizer adam --lr 0.001 --no-decay --warmup-steps 0 "
+PUBLISHED_CLASSIC = "--backbone resnet56 --epochs 150 --optimizer adam --lr 0.001 --no-decay --warmup 0 "
 PUBLISHED_CLASSIC += "--weight-decay 0 --mining all --no-soft-margin --margin 0.3 --triplet-weight 1 --softmax-weight 0"
 PUBLISHED_REPTILE = (
     "--backbone resnet56 --task domain --images-per-class 128 --iters 10000 --inner-steps 30 --lr 0.001 "

@@ -70,7 +70,7 @@ def test_resnet18_from_a_file_with_frozen_stages(train, published, script, capsy
 def test_the_network_can_learn_at_a_rate_of_its_own(train, published):
     path, state = published
     slow, fast = (
-        train(train_classic, *RESNET18, "--weights", path, "--warmup-steps", "0", "--weight-decay", "0", *more)["model"]
+        train(train_classic, *RESNET18, "--weights", path, "--warmup", "0", "--weight-decay", "0", *more)["model"]
         for more in (["--backbone-lr", "1e-6"], [])
     )
     moved = [(saved["layer4.1.conv2.weight"] - state["layer4.1.conv2.weight"]).norm() for saved in (slow, fast)]
