@@ -5,7 +5,9 @@
     python benchmarks/bench_triplet.py --json results/bench_cpu.json --plot docs/bench_cpu.png
 
 Each contender is checked against the float64 reference first, loss and gradient. Then all of them run in one process,
-turn by turn, and the median of the turns counts. Peak memory is taken in a fresh process for each contender.
+turn by turn. A turn is one call, whose time counts as "cold" (caches hold what the contender before left there), and
+then as many as fit 10 ms, whose mean counts; the median of the turns is shown. Peak memory is taken in a fresh process
+for each contender.
 """
 
 import json
@@ -30,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 import triplet  # noqa: E402
 from triplet import triplet_loss  # noqa: E402
 
+TURN = 0.01  # seconds of a contender's turn, at least one call
 PER_CLASS = 8  # images a class
 MARGIN = 0.3
 PEER_MEMORY = 6e9  # bytes: contenders that hold (B, B) matrices stop where ten of them would need more
@@ -143,7 +146,7 @@ def check(case: Case, found: dict[str, Loss]) -> None:
 
 
 def measure(case: Case, found: dict[str, Loss], seconds: float) -> dict[str, dict[str, float]]:
-    """Median milliseconds {contender: {"forward": .., "both": ..}}, turn by turn."""
+    """Median milliseconds {contender: {"forward": .., "both": .., "forward_cold": .., "both_cold": ..}}."""
     x, labels = case.batch()
     leaf = x.clone().requires_grad_()
 
@@ -153,16 +156,32 @@ def measure(case: Case, found: dict[str, Loss], seconds: float) -> dict[str, dic
 
     jobs = {(name, "forward"): (lambda loss=loss: loss(x, labels)) for name, loss in found.items()}
     jobs |= {(name, "both"): (lambda loss=loss: both(loss)) for name, loss in found.items() if name != "product"}
-    times: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
     for job in jobs.values():
         job()
+    turns: dict[tuple[str, str], list[tuple[float, float]]] = {job: [] for job in jobs}
     started = time.perf_counter()
-    while len(next(iter(times.values()))) < 3 or time.perf_counter() - started < seconds * len(found):
+    while len(next(iter(turns.values()))) < 3 or time.perf_counter() - started < seconds * len(found):
         for key, job in jobs.items():
-            began = time.perf_counter()
-            job()
-            times[key].append(1e3 * (time.perf_counter() - began))
-    return {name: {way: median(t) for (who, way), t in times.items() if who == name} for name in found}
+            turns[key].append(turn(job))
+    times: dict[str, dict[str, float]] = {name: {} for name in found}
+    for (name, way), both_times in turns.items():
+        cold, warm = zip(*both_times, strict=True)
+        times[name] |= {way: 1e3 * median(warm), f"{way}_cold": 1e3 * median(cold)}
+    return times
+
+
+def turn(job: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a first call, and the mean of those that follow for `TURN` seconds; long calls are made once only."""
+    began = time.perf_counter()
+    job()
+    cold = time.perf_counter() - began
+    calls = int(TURN / cold)
+    if calls == 0:
+        return cold, cold
+    began = time.perf_counter()
+    for _ in range(calls):
+        job()
+    return cold, (time.perf_counter() - began) / calls
 
 
 def peak_memory(name: str, case: Case, threads: int) -> float | None:
@@ -239,6 +258,8 @@ def show(row: dict) -> None:
     cells = [f"{row['rows']:6d} x {row['width']:<4d}{kind:<10}", f"native {native:9.3f} ms"]
     for name in ("torch", "compiled", "pml"):
         cells.append(f"{name} {times[name]['both'] / native:6.1f}x" if name in times else f"{name}       -")
+    if "pml" in times:
+        cells.append(f"(cold {times['pml']['both_cold'] / times['native']['both_cold']:.1f}x)")
     if "product" in times:
         cells.append(f"x @ x.T / forward {times['product']['forward'] / times['native']['forward']:.2f}")
     cells += [f"{name} {memory:.1f} MB" for name, memory in row["peak_megabytes"].items() if memory is not None]
