@@ -96,9 +96,9 @@ def evaluation_report(
 ) -> dict:
     """The JSON report; figures in percent unless a name says otherwise.
 
-    `facts`: checkpoint, commit, data, split, training. threshold: the one in force, with its criterion and, where it was
-    calibrated, its errors on the images it was calibrated on. seen, unseen: null or the figures of the test images of
-    these classes, ci95 by resampling classes; few_shot: by way and shot, with half the width of the 95 % interval.
+    `facts`: checkpoint, commit, data, split, training. threshold: the one in force, with its criterion and, where it
+    was calibrated, its errors on the images it was calibrated on. seen, unseen: null or the figures of the test images
+    of these classes, ci95 by resampling classes; few_shot: by way and shot, with half the width of the 95 % interval.
     adapted: where asked for, few-shot accuracy with and without adaptation to the support images of the same episodes
     (adapt.SupportAdaptation.report), and figures by the published way of adapting (adapt.published_variant).
     thresholds: other thresholds beside it, on pairs of which one in two, or one in ten, is of one class. per_class:

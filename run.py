@@ -55,8 +55,9 @@ class Run:
         recalibrate: bool = False,
         **parts: nn.Module | torch.optim.Optimizer,
     ):
-        """`total` steps, or as many as there is time for with --minutes, validated every `validate_every`; `recalibrate`
-        refreshes batch norm before each validation.
+        """`total` steps, or as many as there is time for with --minutes, validated every `validate_every`.
+
+        `recalibrate` refreshes batch norm before each validation.
 
         `parts` are what resuming needs beside the network. Raises ValueError, OSError or UserError.
         """
@@ -123,7 +124,7 @@ class Run:
         return min(1.0, self.step / self.total if minutes is None else self.seconds / (60 * minutes))
 
     def steps(self) -> Iterator[float]:
-        """The progress at each step from where the run stands to its end; Ctrl-C ends it after the current step, saved."""
+        """The progress at each step, from where the run stands to its end; Ctrl-C ends it after the step, saved."""
         interrupts: list[int] = []
         before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
         total = self.total if self.options.minutes is None else None

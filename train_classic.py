@@ -16,6 +16,7 @@ from torch import nn
 
 import engine
 import model
+from muon import Muon
 from run import Run
 from triplet import triplet_loss
 
@@ -26,12 +27,14 @@ class Options(engine.Options):
     epochs: float = 12.0  # passes over the seen classes' training images, without --minutes
     batch_classes: int = 32  # P, classes in a batch
     images_per_class: int = 4  # K, images of each class in a batch
-    optimizer: Literal["sgd", "adam"] = "sgd"  # SGD with Nesterov momentum 0.9, or Adam
-    lr: float = 0.1  # peak learning rate
-    backbone_lr: float | None = None  # peak learning rate of the network; --lr is then of the softmax alone
+    optimizer: Literal["muon", "sgd", "adam"] = "muon"  # Muon for convolutions, SGD for the rest; or one for all
+    lr: float = 0.1  # peak learning rate of SGD (Nesterov momentum 0.9) or Adam
+    muon_lr: float = 0.02  # peak learning rate of Muon
+    muon_weight_decay: float = 0.05  # of its weights, decoupled
+    backbone_lr: float | None = None  # --lr of the network, which is then of the softmax alone
     warmup: float = 0.05  # share of the run in which the learning rates rise linearly
     decay: bool = True  # let them fall linearly to 0 after that
-    weight_decay: float = 5e-4  # of all weights
+    weight_decay: float = 5e-4  # of SGD's or Adam's weights
     triplet_weight: float = 3.0  # of the triplet loss; 0 leaves it out
     softmax_weight: float = 1.0  # of the normalised softmax over the seen classes; 0 leaves it out
     softmax_scale: float = 16.0  # factor of its cosines
@@ -44,23 +47,31 @@ def schedule(progress: float, options: Options) -> float:
     return (1 - progress) / (1 - options.warmup) if options.decay else 1.0
 
 
-def make_optimizer(options: Options, net: nn.Module, head: nn.Module) -> torch.optim.Optimizer:
-    """Over what is to be trained, the network first; each group knows its peak learning rate."""
-    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": trained, "peak": options.lr if options.backbone_lr is None else options.backbone_lr},
-        {"params": list(head.parameters()), "peak": options.lr},
-    ]
+def make_optimizers(options: Options, net: nn.Module, head: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    """By name; each group of what is to be trained knows its peak learning rate."""
+    trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    made: dict[str, torch.optim.Optimizer] = {}
+    if options.optimizer == "muon":  # not for the first convolution, whose inputs are colours
+        hidden = {name: each for name, each in trained.items() if each.ndim == 4 and name != "conv1.weight"}
+        trained = {name: each for name, each in trained.items() if name not in hidden}
+        groups = [{"params": list(hidden.values()), "peak": options.muon_lr}]
+        made["muon"] = Muon(groups, options.muon_lr, weight_decay=options.muon_weight_decay)
+    peak = options.lr if options.backbone_lr is None else options.backbone_lr
+    groups = [{"params": list(trained.values()), "peak": peak}, {"params": list(head.parameters()), "peak": options.lr}]
     if options.optimizer == "adam":
-        return torch.optim.Adam(groups, options.lr, weight_decay=options.weight_decay)
-    return torch.optim.SGD(groups, options.lr, momentum=0.9, nesterov=True, weight_decay=options.weight_decay)
+        made["optimizer"] = torch.optim.Adam(groups, options.lr, weight_decay=options.weight_decay)
+    else:
+        settings = {"momentum": 0.9, "nesterov": True, "weight_decay": options.weight_decay}
+        made["optimizer"] = torch.optim.SGD(groups, options.lr, **settings)
+    return made
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     with engine.user_errors():
-        engine.require(options, "epochs", "lr", "softmax_scale")
-        engine.require(options, "warmup", "weight_decay", "triplet_weight", "softmax_weight", least=0)
+        engine.require(options, "epochs", "lr", "muon_lr", "softmax_scale")
+        engine.require(options, "warmup", "triplet_weight", "softmax_weight", least=0)
+        engine.require(options, "weight_decay", "muon_weight_decay", least=0)
         engine.require(options, "batch_classes", "images_per_class", least=2)
         if options.warmup >= 1:
             raise ValueError(f"--warmup is a share of the run, below 1, got {options.warmup}")
@@ -73,13 +84,15 @@ def main() -> None:
         net = engine.network(options, train)
         seen = torch.tensor(train.facts["seen"], device=device)
         head = model.NormalisedSoftmax(len(seen), net.dimension, options.softmax_scale).to(device)
-        optimizer = make_optimizer(options, net, head)
+        optimizers = make_optimizers(options, net, head)
         steps_per_epoch = len(train.kept) / (options.batch_classes * options.images_per_class)
         total = max(1, round(options.epochs * steps_per_epoch))
-        run = Run(options, train, net, total, max(1, round(steps_per_epoch)), head=head, optimizer=optimizer)
+        run = Run(options, train, net, total, max(1, round(steps_per_epoch)), head=head, **optimizers)
     for progress in run.steps():
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule(progress, options)
+        rate = schedule(progress, options)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
         index = train.sampler.batch(train.sampler.task(options.batch_classes), options.images_per_class)
         images, labels = train.batch(index)
         with run.autocast():
@@ -89,10 +102,12 @@ def main() -> None:
             loss = loss + options.triplet_weight * triplet_loss(embeddings, labels, **options.triplet)
         if options.softmax_weight:
             loss = loss + options.softmax_weight * head(embeddings, torch.searchsorted(seen, labels))
-        optimizer.zero_grad()
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        run.record(loss, embeddings, len(labels), optimizer.param_groups[0]["lr"])
+        for optimizer in optimizers.values():
+            optimizer.step()
+        run.record(loss, embeddings, len(labels), options.lr * rate)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
     python benchmarks/bench_step.py --data cifar100 --json results/bench_step.json
 
-Turn by turn in one process: the bare network (forward, backward, optimizer step on one fixed batch), a step of
-train_classic.py, and the inner steps of train_reptile.py with their share of the meta-step.
+Turn by turn in one process: the bare network (forward, backward, SGD step on one fixed batch), a step of
+train_classic.py with its optimizer, and the inner steps of train_reptile.py with their share of the meta-step.
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -52,13 +52,12 @@ def bare_step(train: engine.TrainingData, device: torch.device, batch: int, make
 
 
 def classic_step(train: engine.TrainingData, device: torch.device) -> tuple[Callable, Callable]:
-    """(whole step, bare step) of train_classic.py with its defaults."""
-    options = train_classic.Options()
+    """(whole step, bare step) of train_classic.py with its defaults, but for low learning rates."""
+    options = replace(train_classic.Options(), lr=1e-3, muon_lr=1e-4)
     net = model.build("resnet20").to(device)
     seen = torch.tensor(train.facts["seen"], device=device)
     head = model.NormalisedSoftmax(len(seen), net.dimension, options.softmax_scale).to(device)
-    keywords = dict(lr=1e-3, momentum=0.9, nesterov=True, weight_decay=options.weight_decay)
-    optimizer = torch.optim.SGD([*net.parameters(), *head.parameters()], **keywords)
+    optimizers = train_classic.make_optimizers(options, net, head).values()
 
     def step() -> None:
         index = train.sampler.batch(train.sampler.task(options.batch_classes), options.images_per_class)
@@ -66,12 +65,14 @@ def classic_step(train: engine.TrainingData, device: torch.device) -> tuple[Call
         embeddings = net(images)
         loss = options.triplet_weight * triplet_loss(embeddings, labels, **options.triplet)
         loss = loss + options.softmax_weight * head(embeddings, torch.searchsorted(seen, labels))
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     batch = options.batch_classes * options.images_per_class
-    return step, bare_step(train, device, batch, lambda parameters: torch.optim.SGD(parameters, **keywords))
+    return step, bare_step(train, device, batch, lambda parameters: torch.optim.SGD(parameters, 1e-3, momentum=0.9))
 
 
 def reptile_step(train: engine.TrainingData, device: torch.device) -> tuple[Callable, Callable]:

@@ -98,6 +98,8 @@ CLASSIC = [
     ("--warmup -1", "--warmup must be at least 0"),
     ("--warmup 1", "--warmup is a share of the run, below 1"),
     ("--weight-decay -1", "--weight-decay must be at least 0"),
+    ("--muon-lr 0", "--muon-lr must be above 0"),
+    ("--muon-weight-decay -1", "--muon-weight-decay must be at least 0"),
     ("--triplet-weight -1", "--triplet-weight must be at least 0"),
     ("--softmax-weight nan", "--softmax-weight must be at least 0"),
     ("--softmax-weight 0 --triplet-weight 0", "are both 0"),

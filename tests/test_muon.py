@@ -1,0 +1,63 @@
+"""Muon: its orthogonal matrices, its step against one by singular value decomposition, and what it is used for."""
+
+import pytest
+import torch
+
+import model
+import train_classic
+from muon import Muon, orthogonalise
+
+
+@pytest.mark.parametrize("shape", [(16, 144), (64, 32), (8, 8), (3, 5, 20, 60)])
+def test_singular_values_come_near_one_and_vectors_stay(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    done = orthogonalise(x)
+    assert done.shape == x.shape
+    values = torch.linalg.svdvals(done)
+    most = torch.linalg.svdvals(x) > 0.05 * torch.linalg.matrix_norm(x)[..., None]  # others need more iterations
+    assert values.max() < 1.3 and values[most].min() > 0.6
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    inner = u.mT @ done @ vh.mT  # diagonal, where the singular vectors are the same
+    assert (inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-3
+
+
+def test_a_gradient_of_zeros_moves_nothing():
+    assert not orthogonalise(torch.zeros(2, 4, 9)).any()
+
+
+def test_steps_follow_the_formula():
+    """Two weights of one shape and one of another, three steps, against loops and exact singular vectors."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 4, 3, 3), (8, 4, 3, 3), (4, 8, 1, 1)]
+    weights = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    expected = [weight.detach().clone() for weight in weights]
+    velocities = [torch.zeros_like(weight) for weight in expected]
+    optimizer = Muon(weights, lr=0.1, momentum=0.8, weight_decay=0.5)
+    for _ in range(3):
+        for weight, wanted, velocity in zip(weights, expected, velocities, strict=True):
+            weight.grad = torch.randn(weight.shape, generator=generator)
+            velocity.copy_(0.8 * velocity + 0.2 * weight.grad)
+            ahead = (0.8 * velocity + 0.2 * weight.grad).flatten(1)
+            u, _, vh = torch.linalg.svd(ahead, full_matrices=False)
+            wanted.copy_(wanted * (1 - 0.1 * 0.5) - 0.1 * 0.2 * max(ahead.shape) ** 0.5 * (u @ vh).view(weight.shape))
+        optimizer.step()
+    for weight, wanted in zip(weights, expected, strict=True):
+        moved = wanted.norm() + 1
+        assert (weight - wanted).norm() / moved < 0.15  # singular values of 0.7 to 1.2 instead of 1
+
+
+def test_weights_without_a_gradient_stay():
+    weight = torch.ones(2, 2, 3, 3, requires_grad=True)
+    Muon([weight]).step()
+    assert torch.equal(weight, torch.ones(2, 2, 3, 3))
+
+
+def test_it_has_the_hidden_convolutions_and_sgd_the_rest():
+    net = model.build("resnet20", 4)
+    head = model.NormalisedSoftmax(5, net.dimension, 16.0)
+    made = train_classic.make_optimizers(train_classic.Options(), net, head)
+    groups = {name: [p for group in each.param_groups for p in group["params"]] for name, each in made.items()}
+    assert len(groups["muon"]) == 18 and all(weight.ndim == 4 for weight in groups["muon"])
+    everything = {id(each) for each in [*net.parameters(), *head.parameters()]}
+    assert {id(each) for each in groups["muon"] + groups["optimizer"]} == everything
+    assert len(groups["muon"] + groups["optimizer"]) == len(everything)
