@@ -77,6 +77,8 @@ def main() -> None:
             raise ValueError(f"--warmup is a share of the run, below 1, got {options.warmup}")
         if options.backbone_lr is not None:
             engine.require(options, "backbone_lr")
+            if options.optimizer == "muon":
+                raise ValueError("--backbone-lr is for --optimizer sgd or adam")
         if not (options.triplet_weight or options.softmax_weight):
             raise ValueError("--triplet-weight and --softmax-weight are both 0: there is nothing to learn from")
         device = engine.start(options)

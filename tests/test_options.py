@@ -95,6 +95,7 @@ CLASSIC = [
     ("--batch-classes 1", "--batch-classes must be at least 2"),
     ("--optimizer lion", "lion"),
     ("--backbone-lr 0", "--backbone-lr must be above 0"),
+    ("--backbone-lr 1e-3", "--backbone-lr is for --optimizer sgd or adam"),
     ("--warmup -1", "--warmup must be at least 0"),
     ("--warmup 1", "--warmup is a share of the run, below 1"),
     ("--weight-decay -1", "--weight-decay must be at least 0"),
