@@ -41,9 +41,9 @@ class Options(engine.Options):
 
 
 def schedule(progress: float, options: Options) -> float:
-    """Share of the peak learning rate, by the share of the run done: a linear rise, then a linear fall to 0."""
+    """Share of the peak learning rate, by the share of the run done: a linear rise from 0.01, a linear fall to 0."""
     if progress < options.warmup:
-        return progress / options.warmup
+        return 0.01 + 0.99 * progress / options.warmup
     return (1 - progress) / (1 - options.warmup) if options.decay else 1.0
 
 
