@@ -31,7 +31,7 @@ class Options(engine.Options):
     lr: float = 0.1  # peak learning rate of SGD (Nesterov momentum 0.9) or Adam
     muon_lr: float = 0.02  # peak learning rate of Muon
     muon_weight_decay: float = 0.05  # of its weights, decoupled
-    backbone_lr: float | None = None  # --lr of the network, which is then of the softmax alone
+    backbone_lr: float | None = None  # peak rate of the network; --lr is then the softmax's
     warmup: float = 0.05  # share of the run in which the learning rates rise linearly
     decay: bool = True  # let them fall linearly to 0 after that
     weight_decay: float = 5e-4  # of SGD's or Adam's weights
