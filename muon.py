@@ -1,7 +1,7 @@
 """Muon, an optimizer for weights that are matrices, here those of convolutions."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5: chosen by Jordan to be steep at 0
 
@@ -19,6 +19,13 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
         square = wide @ wide.mT
         wide = a * wide + (b * square + c * square @ square) @ wide
     return wide if x.shape[-2] <= x.shape[-1] else wide.mT
+
+
+def split_for_muon(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What is to be trained of a network: the convolutions after the first, whose inputs are colours; all the rest."""
+    trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+    hidden = {name: each for name, each in trained.items() if each.ndim == 4 and name != "conv1.weight"}
+    return list(hidden.values()), [each for name, each in trained.items() if name not in hidden]
 
 
 class Muon(torch.optim.Optimizer):

@@ -16,7 +16,7 @@ from torch import nn
 
 import engine
 import model
-from muon import Muon
+from muon import Muon, split_for_muon
 from run import Run
 from triplet import triplet_loss
 
@@ -49,15 +49,15 @@ def schedule(progress: float, options: Options) -> float:
 
 def make_optimizers(options: Options, net: nn.Module, head: nn.Module) -> dict[str, torch.optim.Optimizer]:
     """By name; each group of what is to be trained knows its peak learning rate."""
-    trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
     made: dict[str, torch.optim.Optimizer] = {}
-    if options.optimizer == "muon":  # not for the first convolution, whose inputs are colours
-        hidden = {name: each for name, each in trained.items() if each.ndim == 4 and name != "conv1.weight"}
-        trained = {name: each for name, each in trained.items() if name not in hidden}
-        groups = [{"params": list(hidden.values()), "peak": options.muon_lr}]
+    if options.optimizer == "muon":
+        hidden, trained = split_for_muon(net)
+        groups = [{"params": hidden, "peak": options.muon_lr}]
         made["muon"] = Muon(groups, options.muon_lr, weight_decay=options.muon_weight_decay)
+    else:
+        trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     peak = options.lr if options.backbone_lr is None else options.backbone_lr
-    groups = [{"params": list(trained.values()), "peak": peak}, {"params": list(head.parameters()), "peak": options.lr}]
+    groups = [{"params": trained, "peak": peak}, {"params": list(head.parameters()), "peak": options.lr}]
     if options.optimizer == "adam":
         made["optimizer"] = torch.optim.Adam(groups, options.lr, weight_decay=options.weight_decay)
     else:

@@ -18,9 +18,10 @@ from typing import Literal
 
 import torch
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 
 import engine
+from muon import Muon, split_for_muon
 from run import Run
 from triplet import triplet_loss
 
@@ -33,16 +34,31 @@ class Options(engine.Options):
     way: int = 10  # classes of a task
     images_per_class: int = 7  # images of each class in each inner step; in a domain's, as many of other classes too
     inner_steps: int = 4  # gradient steps on each task
-    lr: float = 1e-3  # of the inner Adam, whose moments start at 0 with each task
-    beta1: float = 0.0  # decay of its first moment; 0 turns it off
+    optimizer: Literal["muon", "adam"] = "muon"  # of the inner steps: Muon for convolutions, Adam for the rest; or Adam
+    lr: float = 1e-3  # of Adam, whose moments start at 0 with each task
+    muon_lr: float = 0.02  # of Muon, likewise
+    muon_weight_decay: float = 0.05  # of its weights, decoupled
+    beta1: float = 0.0  # decay of the first moment of either; 0 turns it off
     meta_batch: int = 1  # tasks whose adapted weights are averaged in a meta-iteration
     meta_step_size: float = 1.0  # share of the way to the adapted weights, falls linearly to 0
     validate_every: int = 250  # meta-iterations
 
 
-def adapt(run: Run, optimizer: torch.optim.Optimizer, options: Options) -> tuple[Tensor, Tensor]:
+def make_optimizers(options: Options, net: nn.Module) -> list[torch.optim.Optimizer]:
+    """Those of the inner steps; every weight that is to be trained has one."""
+    made: list[torch.optim.Optimizer] = []
+    if options.optimizer == "muon":
+        hidden, trained = split_for_muon(net)
+        made.append(Muon([{"params": hidden}], options.muon_lr, options.beta1, options.muon_weight_decay))
+    else:
+        trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    return [*made, torch.optim.Adam(trained, options.lr, betas=(options.beta1, 0.999), fused=True)]
+
+
+def adapt(run: Run, optimizers: list[torch.optim.Optimizer], options: Options) -> tuple[Tensor, Tensor]:
     """Train the network in place on one task; return the mean loss and the last embeddings (B, D)."""
-    optimizer.state.clear()
+    for optimizer in optimizers:
+        optimizer.state.clear()
     sampler, domain = run.train.sampler, options.task == "domain"
     task = sampler.task(1 if domain else options.way)
     anchors = len(task) * options.images_per_class  # images that are anchors and positives, in a batch of B
@@ -56,9 +72,11 @@ def adapt(run: Run, optimizer: torch.optim.Optimizer, options: Options) -> tuple
             embeddings = run.net(images)
         others = (embeddings[anchors:], labels[anchors:]) if domain else None  # negatives only
         loss = triplet_loss(embeddings[:anchors], labels[:anchors], others=others, **options.triplet)
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.detach())
     return torch.stack(losses).mean(), embeddings
 
@@ -76,22 +94,23 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     with engine.user_errors():
         engine.require(options, "iters", "inner_steps", "meta_batch", "validate_every", least=1)
-        engine.require(options, "lr", "meta_step_size")
+        engine.require(options, "lr", "muon_lr", "meta_step_size")
+        engine.require(options, "muon_weight_decay", least=0)
         engine.require(options, "way", "images_per_class", least=2)
         if not 0 <= options.beta1 < 1:
             raise ValueError(f"--beta1 must be in 0..1, below 1, got {options.beta1}")
         train = engine.training_data(options, engine.start(options))
         net = engine.network(options, train)
         run = Run(options, train, net, options.iters, options.validate_every, recalibrate=True)
+    optimizers = make_optimizers(options, net)
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, options.lr, betas=(options.beta1, 0.999), fused=True)
     weights = [parameter.detach().clone() for parameter in parameters]
     for progress in run.steps():
         adapted = []
         for _ in range(options.meta_batch):
             with torch.no_grad():
                 torch._foreach_copy_(parameters, weights)
-            loss, embeddings = adapt(run, optimizer, options)
+            loss, embeddings = adapt(run, optimizers, options)
             adapted.append([parameter.detach().clone() for parameter in parameters])
         size = options.meta_step_size * (1 - progress)
         meta_step(weights, adapted, size)

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_step.py --data cifar100 --json results/bench_step.json
 
-Turn by turn in one process: the bare network (forward, backward, SGD step on one fixed batch), a step of
-train_classic.py with its optimizer, and the inner steps of train_reptile.py with their share of the meta-step.
+Turn by turn in one process: a step of train_classic.py, a meta-iteration of train_reptile.py, and beside each the bare
+network: as many times forward, backward and a step of the same optimizers, on one fixed batch.
 """
 
 import json
@@ -36,17 +36,19 @@ class Options:
     json: str | None = None  # write the figures to this file
 
 
-def bare_step(train: engine.TrainingData, device: torch.device, batch: int, make_optimizer: Callable) -> Callable:
-    """The network alone, on one fixed batch of `batch` images."""
+def bare_step(train: engine.TrainingData, device: torch.device, batch: int, make_optimizers: Callable) -> Callable:
+    """The network and its optimizers alone, on one fixed batch of `batch` images."""
     net = model.build("resnet20").to(device)
-    optimizer = make_optimizer(net.parameters())
+    optimizers = make_optimizers(net)
     images, _ = train.batch(torch.arange(batch))
 
     def step() -> None:
         embeddings = net(images)
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         embeddings.square().mean().backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
 
     return step
 
@@ -72,7 +74,7 @@ def classic_step(train: engine.TrainingData, device: torch.device) -> tuple[Call
             optimizer.step()
 
     batch = options.batch_classes * options.images_per_class
-    return step, bare_step(train, device, batch, lambda parameters: torch.optim.SGD(parameters, 1e-3, momentum=0.9))
+    return step, bare_step(train, device, batch, lambda net: train_classic.make_optimizers(options, net, head).values())
 
 
 def reptile_step(train: engine.TrainingData, device: torch.device) -> tuple[Callable, Callable]:
@@ -80,8 +82,7 @@ def reptile_step(train: engine.TrainingData, device: torch.device) -> tuple[Call
     options = train_reptile.Options()
     net = model.build("resnet20").to(device)
     weights = [parameter.detach().clone() for parameter in net.parameters()]
-    keywords = dict(lr=options.lr, betas=(0.0, 0.999), fused=True)
-    optimizer = torch.optim.Adam(net.parameters(), **keywords)
+    optimizers = train_reptile.make_optimizers(options, net)
 
     @dataclass
     class Stand:  # what `adapt` takes of a run
@@ -94,12 +95,12 @@ def reptile_step(train: engine.TrainingData, device: torch.device) -> tuple[Call
     def iteration() -> None:
         with torch.no_grad():
             torch._foreach_copy_(list(net.parameters()), weights)
-        train_reptile.adapt(Stand(net, train), optimizer, options)
+        train_reptile.adapt(Stand(net, train), optimizers, options)
         adapted = [parameter.detach().clone() for parameter in net.parameters()]
         train_reptile.meta_step(weights, [adapted], 0.01)
 
     batch = options.way * options.images_per_class
-    bare = bare_step(train, device, batch, lambda parameters: torch.optim.Adam(parameters, **keywords))
+    bare = bare_step(train, device, batch, lambda net: train_reptile.make_optimizers(options, net))
     return iteration, lambda: [bare() for _ in range(options.inner_steps)]
 
 

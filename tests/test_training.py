@@ -202,9 +202,9 @@ def test_ctrl_c_in_a_shell_saves_and_says_how_to_go_on(npz, tmp_path):
 PUBLISHED_CLASSIC = "--backbone resnet56 --epochs 150 --optimizer adam --lr 0.001 --no-decay --warmup 0 "
 PUBLISHED_CLASSIC += "--weight-decay 0 --mining all --no-soft-margin --margin 0.3 --triplet-weight 1 --softmax-weight 0"
 PUBLISHED_REPTILE = (
-    "--backbone resnet56 --task domain --images-per-class 128 --iters 10000 --inner-steps 30 --lr 0.001 "
+    "--backbone resnet56 --task domain --images-per-class 128 --iters 10000 --inner-steps 30 --optimizer adam "
 )
-PUBLISHED_REPTILE += "--beta1 0.9 --meta-step-size 0.01 --mining all --no-soft-margin --margin 0.3"
+PUBLISHED_REPTILE += "--lr 0.001 --beta1 0.9 --meta-step-size 0.01 --mining all --no-soft-margin --margin 0.3"
 
 
 @pytest.mark.parametrize(
@@ -300,6 +300,16 @@ def test_without_tensorboard_one_message_says_how_to_get_it(train, tmp_path, cap
         train(train_reptile, REPTILE, out, "--overwrite", "--log-dir", str(tmp_path / "events"))
     assert stop.value.code == 2 and "pip install tensorboard" in capsys.readouterr().err
     assert (out / "log.csv").read_bytes() == before and (out / "last.pt").exists()
+
+
+def test_the_inner_optimizers_of_reptile():
+    net = model.build("resnet20", 4)
+    muon, adam = train_reptile.make_optimizers(train_reptile.Options(muon_lr=0.01, beta1=0.5), net)
+    (hidden,), (rest,) = muon.param_groups, adam.param_groups
+    assert (hidden["lr"], hidden["momentum"], rest["lr"], rest["betas"]) == (0.01, 0.5, 1e-3, (0.5, 0.999))
+    assert {id(p) for p in hidden["params"] + rest["params"]} == {id(p) for p in net.parameters()}
+    (adam,) = train_reptile.make_optimizers(train_reptile.Options(optimizer="adam"), net)
+    assert len(adam.param_groups[0]["params"]) == len(list(net.parameters()))
 
 
 def test_meta_step_interpolates_towards_the_mean():
