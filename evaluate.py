@@ -42,6 +42,7 @@ class Options:
     adapt_published: bool = False  # also score unseen classes after training 30 steps on each one's training images
     data: str | None = None  # cifar100, glyphs, an .npz file or a folder; by default what the checkpoint was trained on
     data_root: str = "data"  # folder for downloads and caches
+    image_size: int | None = None  # side to which pictures of a folder are scaled; by default as trained, or 32
     split: str | None = None  # by default the checkpoint's, or 90-10
     split_seed: int | None = None  # by default the checkpoint's
     backbone: str | None = None  # of a bare state dict
@@ -93,8 +94,9 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     backbone = options.backbone or trained.get("backbone")
     if source is None or backbone is None:
         raise ValueError(f"{path} is a bare state dict: give --backbone and --data (and --split) with it")
-    data = load_data(source, options.data_root, trained.get("image_size", 32))
+    data = load_data(source, options.data_root, options.image_size or trained.get("image_size", 32))
     net, as_trained = load_network(saved, path, backbone, options, data.train.images.shape[2])
+    as_trained = as_trained and options.image_size in (None, trained.get("image_size"))
     split = options.split or trained.get("split", "90-10")
     split_seed = options.split_seed if options.split_seed is not None else trained.get("split_seed")
     seen, unseen = datasets.split_classes(data.class_names, split, split_seed)
@@ -234,6 +236,8 @@ def check(options: Options) -> None:
     engine.require(options, "adapt_lr")
     if options.adapt_steps is not None:
         engine.require(options, "adapt_steps", least=1)
+    if options.image_size is not None:
+        engine.require(options, "image_size", least=8)
     if options.threshold != "auto":
         calibration.check_threshold(options.threshold)
     if options.json and not Path(options.json).absolute().parent.is_dir():

@@ -2,12 +2,13 @@
 
 import io
 import os
+import socket
 import sys
 import tarfile
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+PATIENCE = 60.0  # seconds without a byte after which a download is given up
 LISTED = 20  # unreadable pictures that are named one by one
 
 
@@ -79,12 +81,23 @@ def load(source: str, data_root: str | os.PathLike = "data", image_size: int = 3
 # ------------------------------------------------------------------------------------------------------------ CIFAR-100
 
 
+@contextmanager
+def patience(seconds: float):
+    """Gives up on connections that stay silent for so long; torchvision would wait forever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 def load_cifar100(root: Path) -> Data:
     """CIFAR-100 (Krizhevsky 2009) by torchvision's download: checked against its checksum, kept in `root`."""
     from torchvision.datasets import CIFAR100
 
     try:
-        with redirect_stdout(io.StringIO()):  # older torchvision prints on every start
+        with patience(PATIENCE), redirect_stdout(io.StringIO()):  # older torchvision prints on every start
             train, test = (CIFAR100(root, train=train, download=True) for train in (True, False))
     except (OSError, HTTPException, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
         why = f"{error}"  # URLError is an OSError

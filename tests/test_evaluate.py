@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 import engine
 import evaluate
@@ -80,6 +81,29 @@ def test_a_bare_state_dict_equals_its_checkpoint(folder, monkeypatch, tmp_path, 
     a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert a["seen"] == b["seen"] and a["unseen"] == b["unseen"] and a["threshold"] == b["threshold"]
     assert b["commit"] is None and "left out linear.weight" in capsys.readouterr().out
+
+
+def test_pictures_of_a_folder_are_scaled_as_wished(tmp_path):
+    for part in ("train", "test"):
+        arrays = tiny.arrays(classes=4, side=32)
+        for i, (pixels, label) in enumerate(zip(arrays[f"{part}_images"], arrays[f"{part}_labels"], strict=True)):
+            (tmp_path / part / f"{label}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / part / f"{label}" / f"{i}.png")
+    net = model.build("resnet20", 4)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    shared = dict(data=str(tmp_path), split="50-50", backbone="resnet20", width=4)
+    for size, side in ((None, 32), (16, 16)):
+        options = evaluate.Options((str(tmp_path / "net.pt"),), image_size=size, **shared)
+        loaded = evaluate.load(options.checkpoints[0], options, torch.device("cpu"))
+        assert loaded.data.test.images.shape == (24, 3, side, side)
+
+
+def test_a_threshold_goes_with_the_size_of_the_pictures(folder):
+    path = str(folder / "run" / "best.pt")
+    stored = engine.load_checkpoint(path)["threshold"]
+    for size, wanted in ((None, stored), (32, stored), (16, None)):
+        loaded = evaluate.load(path, evaluate.Options((path,), image_size=size), torch.device("cpu"))
+        assert loaded.calibration == wanted
 
 
 def test_averaging_over_mirror_images_can_be_left_out(folder, monkeypatch, tmp_path):
@@ -175,6 +199,7 @@ def test_without_unseen_classes(folder, monkeypatch, tmp_path):
         (["{pt}", "--split", "50-50"], "was trained on classes that --split 50-50 calls unseen"),
         (["{pt}", "--backbone", "resnet56"], "wrong --backbone or --width"),
         (["{pt}", "--json", "/no/such/folder/r.json"], "no such folder"),
+        (["{pt}", "--image-size", "4"], "--image-size must be at least 8, got 4"),
         (["{bare}"], "is a bare state dict: give --backbone and --data"),
         ([], "at least one checkpoint"),
     ],

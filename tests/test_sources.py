@@ -3,9 +3,11 @@
 import hashlib
 import io
 import pickle
+import socket
 import socketserver
 import tarfile
 import threading
+import time
 import zipfile
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
@@ -17,6 +19,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR100, ImageFolder
 
 import data
+import sources
 import tiny
 
 # ----------------------------------------------------------------------------------------------------------- npz files
@@ -140,10 +143,10 @@ def cifar_archive(folder: Path) -> Path:
 
 
 class Server:
-    """Serves a small CIFAR-100 from loopback; `cut` sends so many bytes of the archive and hangs up."""
+    """Serves a small CIFAR-100 from loopback. `cut` sends so many bytes of it and, after `stall` seconds, hangs up."""
 
     def __init__(self, archive: Path):
-        self.requested, self.cut = [], None
+        self.requested, self.cut, self.stall = [], None, 0.0
         outer = self
 
         class Handler(SimpleHTTPRequestHandler):
@@ -155,6 +158,7 @@ class Server:
 
             def copyfile(self, source, target):
                 target.write(source.read(outer.cut))
+                time.sleep(outer.stall)
 
         self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/{archive.name}"
@@ -208,6 +212,14 @@ def test_an_interrupted_download_is_refused_and_then_repeated(tmp_path, server, 
             data.load("cifar100", tmp_path / "root")
     server.cut = None
     assert torch.equal(data.load("cifar100", tmp_path / "root").train.images, pixels_of(archive))
+
+
+def test_a_silent_server_is_not_waited_for(tmp_path, server, monkeypatch):
+    server.cut, server.stall = 100, 3.0
+    monkeypatch.setattr(sources, "PATIENCE", 0.2)
+    with pytest.raises(ValueError, match="could not be had: .*timed out"):
+        data.load("cifar100", tmp_path / "root")
+    assert socket.getdefaulttimeout() is None
 
 
 def test_a_damaged_archive_is_downloaded_again(tmp_path, server, monkeypatch):
