@@ -312,6 +312,17 @@ def test_the_inner_optimizers_of_reptile():
     assert len(adam.param_groups[0]["params"]) == len(list(net.parameters()))
 
 
+def test_a_picture_of_runs(train, tmp_path):
+    out = train(train_classic, CLASSIC, tmp_path / "run", "--epochs", "2")
+    script = ROOT / "benchmarks" / "plot_runs.py"
+    for metric, code in (("triplet_accuracy", 0), ("new_triplet_accuracy", 1)):  # no validation classes
+        command = [sys.executable, script, out, "--metric", metric, "--against", "images", "--out", tmp_path / "a.png"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+    assert "log.csv has no new_triplet_accuracy" in done.stderr
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_meta_step_interpolates_towards_the_mean():
     weights = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
     adapted = [[torch.tensor([2.0, 0.0]), torch.tensor([[5.0]])], [torch.tensor([4.0, 2.0]), torch.tensor([[3.0]])]]
