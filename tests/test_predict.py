@@ -183,6 +183,19 @@ def test_export(folder, monkeypatch, tmp_path, capsys, form, pixels):
         assert torch.allclose(found.norm(dim=1), torch.ones(len(batch)), atol=1e-5)
 
 
+def test_export_needs_no_data_set(folder, monkeypatch, tmp_path, capsys):
+    saved = engine.load_checkpoint(folder / "best.pt")
+    saved["options"]["data"] = "nowhere.npz"
+    engine.save_checkpoint(tmp_path / "best.pt", saved)
+    run(monkeypatch, export, tmp_path / "best.pt", "--format", "torch")
+    assert "64 random images" in capsys.readouterr().out and (tmp_path / "best.pt2").exists()
+    run(monkeypatch, export, tmp_path / "best.pt", "--format", "torch", "--data", folder / "tiny.npz")
+    assert "test images" in capsys.readouterr().out
+    images = export.random_images(64, 32)
+    assert images.shape == (64, 3, 32, 32) and images.float().std((1, 2, 3)).min() > 20
+    assert torch.equal(images, export.random_images(64, 32))
+
+
 def test_a_wrong_export_is_not_written(folder, monkeypatch, tmp_path, capsys):
     original = export.to_torch
 
