@@ -96,11 +96,11 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         raise ValueError(f"{path} is a bare state dict: give --backbone and --data (and --split) with it")
     data = load_data(source, options.data_root, options.image_size or trained.get("image_size", 32))
     net, as_trained = load_network(saved, path, backbone, options, data.train.images.shape[2])
-    as_trained = as_trained and options.image_size in (None, trained.get("image_size"))
     split = options.split or trained.get("split", "90-10")
     split_seed = options.split_seed if options.split_seed is not None else trained.get("split_seed")
     seen, unseen = datasets.split_classes(data.class_names, split, split_seed)
     facts = saved["data"] if own else {}
+    as_trained = as_trained and data.train.images.shape[2] == facts.get("size")
     validation = facts.get("validation", [])
     if own and data.class_names == facts["classes"] and set(validation) < set(seen):
         seen = [label for label in seen if label not in validation]

@@ -98,11 +98,11 @@ def test_pictures_of_a_folder_are_scaled_as_wished(tmp_path):
         assert loaded.data.test.images.shape == (24, 3, side, side)
 
 
-def test_a_threshold_goes_with_the_size_of_the_pictures(folder):
-    path = str(folder / "run" / "best.pt")
+def test_a_threshold_goes_with_the_size_of_the_pictures(folder, tmp_path):
+    path, large = str(folder / "run" / "best.pt"), tiny.write_npz(tmp_path / "large.npz", classes=12, side=32)
     stored = engine.load_checkpoint(path)["threshold"]
-    for size, wanted in ((None, stored), (32, stored), (16, None)):
-        loaded = evaluate.load(path, evaluate.Options((path,), image_size=size), torch.device("cpu"))
+    for data, wanted in ((None, stored), (str(large), None)):
+        loaded = evaluate.load(path, evaluate.Options((path,), data=data), torch.device("cpu"))
         assert loaded.calibration == wanted
 
 
