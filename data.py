@@ -130,19 +130,19 @@ def hold_back(train: Images, per_class: int = HELD_BACK) -> tuple[Images, Images
 class Sampler:
     """Draws P classes x K images, with equal chances for each class and, within it, for each image."""
 
-    def __init__(self, labels: Tensor, generator: torch.Generator):
-        """`labels` (N,) on the CPU; `generator` makes the draws repeatable."""
+    def __init__(self, labels: Tensor, generator: torch.Generator, tasks: torch.Generator | None = None):
+        """`labels` (N,) on the CPU; `generator` makes the draws repeatable, those of classes, if given, `tasks`."""
         self.classes, self.counts = labels.unique(return_counts=True)
         order = torch.argsort(labels, stable=True)
         slots = torch.arange(int(self.counts.max()))
         starts = self.counts.cumsum(0) - self.counts
         self.table = order[(starts[:, None] + slots % self.counts[:, None])]  # (C, largest class), short rows repeat
         self.taken = slots >= self.counts[:, None]  # (C, largest class): a repeat, not an image of its own
-        self.generator = generator
+        self.generator, self.tasks = generator, tasks or generator
 
     def task(self, way: int) -> Tensor:
         """`way` different classes (fewer if there are fewer), as rows of the sampler's table: (way,)."""
-        return torch.randperm(len(self.classes), generator=self.generator)[:way]
+        return torch.randperm(len(self.classes), generator=self.tasks)[:way]
 
     def against(self, row: int, n: int) -> Tensor:
         """Indices (n,) of images of other classes than that in `row` of the table, which must not be the only one."""

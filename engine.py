@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import data as datasets
 import model
+import ranks
 
 VALIDATION = 100  # images of each validation class, the last for training
 
@@ -71,7 +72,8 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if ranks.local_rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -85,7 +87,9 @@ def require(options: Options, *names: str, least: float | None = None) -> None:
 
 
 def start(options: Options) -> torch.device:
-    """Check the options both trainings have, seed PyTorch, and pick the device. Raises ValueError.
+    """Check the options both trainings have, seed PyTorch, meet the other processes, and pick the device.
+
+    Raises ValueError.
 
     Freed memory stays with the process: each step frees and allocates the same activations, and glibc hands such large
     blocks back to the system, which clears them page by page at their next use, a tenth of the time of a step.
@@ -111,7 +115,7 @@ def start(options: Options) -> torch.device:
             mallopt = ctypes.CDLL("libc.so.6").mallopt
             mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to this size come from the heap
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at its end stays there
-    return pick_device(options.device)
+    return pick_device(ranks.join(options.device))
 
 
 def pick_device(name: str) -> torch.device:
@@ -205,7 +209,7 @@ class TrainingData:
     held_back: datasets.Images
     validation: datasets.Images | None  # of classes that are not trained on, none of them unseen
     sampler: datasets.Sampler
-    generator: torch.Generator  # of batches and augmentation
+    generator: torch.Generator  # of this process's images and their augmentation
     facts: dict  # name, source, size (pixels), classes, seen, validation, unseen, mean, std
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +221,8 @@ class TrainingData:
 
 def training_data(options: Options, device: torch.device) -> TrainingData:
     """Load the data, take the seen classes and hold back their last images. Raises ValueError or OSError."""
-    data = datasets.load(options.data, options.data_root, options.image_size)
+    with ranks.one_before_the_others():  # it downloads
+        data = datasets.load(options.data, options.data_root, options.image_size)
     seen, unseen = datasets.split_classes(data.class_names, options.split, options.split_seed)
     seen, withheld = datasets.withhold(data.class_names, options.split, seen, options.withhold)
     kept, held_back = datasets.hold_back(data.train.of(seen))
@@ -239,7 +244,11 @@ def training_data(options: Options, device: torch.device) -> TrainingData:
         "std": std,
     }
     generator = torch.Generator().manual_seed(options.seed)
-    sampler = datasets.Sampler(kept.labels, generator)
+    tasks = generator
+    if ranks.world() > 1:
+        tasks = torch.Generator().manual_seed(options.seed)  # the same ones in all processes
+        generator.manual_seed(int(torch.randint(2**62, (ranks.rank() + 1,), generator=generator)[-1]))
+    sampler = datasets.Sampler(kept.labels, generator, tasks)
     print(
         f"{data.name}: {len(kept)} training images of {len(seen)} seen classes, {len(held_back)} more held back; "
         f"{len(unseen)} classes unseen" + (f"; validation on {len(withheld)} others" if withheld else "")

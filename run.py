@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+import os
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from tqdm import tqdm
 import calibration
 import metrics
 import model
+import ranks
 from data import Images
 from engine import (
     Options,
@@ -40,7 +42,8 @@ class Run:
     """One training in its folder: last.pt, best.pt, log.csv, the progress bar, resuming, and reasons to stop.
 
     last.pt holds the whole state of the training, best.pt the weights that did best on the held-back images; both hold
-    what evaluation needs: weights, options, data facts, centre and calibrated threshold.
+    what evaluation needs: weights, options, data facts, centre and calibrated threshold. The first of several processes
+    (ranks.py) validates and writes.
     """
 
     LOG_EVERY = 20  # steps between rows of log.csv and checks of the loss
@@ -62,7 +65,8 @@ class Run:
         `parts` are what resuming needs beside the network. Raises ValueError, OSError or UserError.
         """
         self.options, self.train, self.net, self.total, self.validate_every = options, train, net, total, validate_every
-        self.recalibrate, self.parts = recalibrate, parts
+        self.recalibrate = recalibrate or ranks.world() > 1  # each process has statistics of its own images
+        self.parts = parts
         self.step = self.images = self.collapsed = 0
         self.seconds = 0.0  # spent training, over all resumptions
         self.commit = git_commit()
@@ -88,13 +92,14 @@ class Run:
         elif last.exists() and not self.options.overwrite:
             ways = "--resume continues it, --overwrite replaces it, --out goes elsewhere"
             raise UserError(f"{self.folder} holds a run: {ways}")
-        self.tensorboard = tensorboard_writer(self.options.log_dir, self.step)
+        first, path = ranks.rank() == 0, self.folder / "log.csv"
+        self.tensorboard = tensorboard_writer(self.options.log_dir if first else None, self.step)
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = []
-        if self.options.resume and (self.folder / "log.csv").exists():
-            with open(self.folder / "log.csv", newline="") as file:
+        if self.options.resume and first and path.exists():
+            with open(path, newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
-        self.log_file = open(self.folder / "log.csv", "w", newline="")
+        self.log_file = open(path if first else os.devnull, "w", newline="")
         self.log = csv.DictWriter(self.log_file, FIELDS)
         self.log.writeheader()
         self.log.writerows(rows)
@@ -113,7 +118,11 @@ class Run:
         self.net.load_state_dict(state["net"])
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
-        self.train.generator.set_state(state["generator"])
+        generators = torch.atleast_2d(state["generator"])
+        if len(generators) != ranks.world():
+            raise UserError(f"{self.folder} was trained by {len(generators)} processes; resume it with as many")
+        self.train.sampler.tasks.set_state(state.get("tasks", generators[0].clone()))
+        self.train.generator.set_state(generators[ranks.rank()].clone())  # PyTorch reads a view from the wrong place
         torch.set_rng_state(state["rng"])
         self.step, self.images, self.seconds, self.best = (state[k] for k in ("step", "images", "seconds", "best"))
 
@@ -128,33 +137,43 @@ class Run:
         interrupts: list[int] = []
         before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
         total = self.total if self.options.minutes is None else None
-        bar = tqdm(total=total, initial=self.step, desc=self.folder.name, dynamic_ncols=True, smoothing=0.05)
+        bar = tqdm(
+            total=total,
+            initial=self.step,
+            desc=self.folder.name,
+            dynamic_ncols=True,
+            smoothing=0.05,
+            disable=ranks.rank() > 0,
+        )
         started, images_before = time.monotonic(), self.images
         seconds_before = self.seconds
         try:
             while self.progress < 1:
                 yield self.progress
                 self.step += 1
-                self.seconds = seconds_before + time.monotonic() - started
+                seconds = seconds_before + time.monotonic() - started
+                self.seconds, interrupted = ranks.from_first(seconds, bool(interrupts))
                 bar.update()
-                due = self.step % self.validate_every == 0 or self.progress == 1 or bool(interrupts)
+                due = self.step % self.validate_every == 0 or self.progress == 1 or interrupted
                 if due or self.step % self.LOG_EVERY == 0:
                     row = self.check()
                     rate = (self.images - images_before) / (time.monotonic() - started)
                     bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:.0f} images/s")
                     if due:
+                        self.generators = ranks.gather(self.train.generator.get_state()[None])
+                    if due and ranks.rank() == 0:
                         row |= self.validate()
                         bar.write(f"step {self.step}: held-back images {describe(row)}")
                         self.save()
                     self.write_log(row)
-                if interrupts:
+                if interrupted:
                     bar.close()
                     done = f"step {self.step}, {100 * self.progress:.0f} % of the run"
-                    print(f"stopped at {done}, saved; go on with --resume", file=sys.stderr)
+                    say(f"stopped at {done}, saved; go on with --resume")
                     sys.exit(130)
         except Stopped as error:
             bar.close()
-            print(f"stopped at step {self.step}: {error}", file=sys.stderr)
+            say(f"stopped at step {self.step}: {error}")
             sys.exit(1)
         finally:
             signal.signal(signal.SIGINT, before)
@@ -171,12 +190,14 @@ class Run:
 
     def check(self) -> dict:
         """The mean loss since the last check. Raises Stopped if it is not finite or the embeddings collapsed."""
-        loss = float(torch.stack(self.losses).mean())
+        z = nn.functional.normalize(self.embeddings.float())
+        spread = 1 - z.mean(0).square().sum()  # mean of 1 - cosine over all pairs
+        means = torch.stack((torch.stack(self.losses).mean(), spread))
         self.losses.clear()
+        ranks.average([means])
+        loss, spread = means.tolist()
         if not math.isfinite(loss):
             raise Stopped(f"the loss is {loss}; try a lower --lr, or --precision float32")
-        z = nn.functional.normalize(self.embeddings.float())
-        spread = 1 - float(z.mean(0).square().sum())  # mean of 1 - cosine over all pairs
         self.collapsed = self.collapsed + 1 if spread < 1e-4 else 0
         if self.collapsed >= 5:
             raise Stopped(
@@ -239,7 +260,8 @@ class Run:
     def save(self) -> None:
         """Write last.pt: inference state and everything that resuming needs."""
         training = {name: part.state_dict() for name, part in self.parts.items()}
-        training |= {"net": self.net.state_dict(), "generator": self.train.generator.get_state()}
+        training |= {"net": self.net.state_dict(), "generator": self.generators}
+        training["tasks"] = self.train.sampler.tasks.get_state()
         training |= {"rng": torch.get_rng_state(), "best": self.best}
         training |= {"step": self.step, "images": self.images, "seconds": self.seconds}
         save_checkpoint(self.folder / "last.pt", self.inference_state() | {"training": training})
@@ -261,6 +283,12 @@ def tensorboard_writer(folder: str | None, step: int):
     except ImportError as error:
         raise UserError("--log-dir needs TensorBoard: pip install tensorboard") from error
     return SummaryWriter(folder, purge_step=step + 1 if step else None)
+
+
+def say(text: str) -> None:
+    """Print a last word, once."""
+    if ranks.rank() == 0:
+        print(text, file=sys.stderr)
 
 
 def describe(row: dict) -> str:

@@ -12,10 +12,11 @@ from typing import Literal
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 import engine
 import model
+import ranks
 from muon import Muon, split_for_muon
 from run import Run
 from triplet import triplet_loss
@@ -25,7 +26,7 @@ from triplet import triplet_loss
 class Options(engine.Options):
     out: str = "runs/classic"  # folder of the run
     epochs: float = 12.0  # passes over the seen classes' training images, without --minutes
-    batch_classes: int = 32  # P, classes in a batch
+    batch_classes: int = 32  # P, classes in a batch, shared out among the processes
     images_per_class: int = 4  # K, images of each class in a batch
     optimizer: Literal["muon", "sgd", "adam"] = "muon"  # Muon for convolutions, SGD for the rest; or one for all
     lr: float = 0.1  # peak learning rate of SGD (Nesterov momentum 0.9) or Adam
@@ -66,6 +67,10 @@ def make_optimizers(options: Options, net: nn.Module, head: nn.Module) -> dict[s
     return made
 
 
+def gradients(module: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+
+
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     with engine.user_errors():
@@ -84,6 +89,8 @@ def main() -> None:
         device = engine.start(options)
         train = engine.training_data(options, device)
         net = engine.network(options, train)
+        if min(options.batch_classes, len(train.facts["seen"])) % ranks.world():
+            raise ValueError(f"--batch-classes must be a multiple of {ranks.world()}, the number of processes")
         seen = torch.tensor(train.facts["seen"], device=device)
         head = model.NormalisedSoftmax(len(seen), net.dimension, options.softmax_scale).to(device)
         optimizers = make_optimizers(options, net, head)
@@ -95,10 +102,11 @@ def main() -> None:
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-        index = train.sampler.batch(train.sampler.task(options.batch_classes), options.images_per_class)
-        images, labels = train.batch(index)
+        classes = ranks.share(train.sampler.task(options.batch_classes))
+        images, labels = train.batch(train.sampler.batch(classes, options.images_per_class))
         with run.autocast():
             embeddings = net(images)
+        embeddings, labels = ranks.gather(embeddings), ranks.gather(labels)
         loss = embeddings.new_zeros((), dtype=torch.float32)
         if options.triplet_weight:
             loss = loss + options.triplet_weight * triplet_loss(embeddings, labels, **options.triplet)
@@ -107,6 +115,8 @@ def main() -> None:
         for optimizer in optimizers.values():
             optimizer.zero_grad()
         loss.backward()
+        ranks.add(gradients(net))  # each process has those of its own images
+        ranks.average(gradients(head))  # all have the whole
         for optimizer in optimizers.values():
             optimizer.step()
         run.record(loss, embeddings, len(labels), options.lr * rate)

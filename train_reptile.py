@@ -21,6 +21,7 @@ import tyro
 from torch import Tensor, nn
 
 import engine
+import ranks
 from muon import Muon, split_for_muon
 from run import Run
 from triplet import triplet_loss
@@ -39,7 +40,7 @@ class Options(engine.Options):
     muon_lr: float = 0.02  # of Muon, likewise
     muon_weight_decay: float = 0.05  # of its weights, decoupled
     beta1: float = 0.0  # decay of the first moment of either; 0 turns it off
-    meta_batch: int = 1  # tasks whose adapted weights are averaged in a meta-iteration
+    meta_batch: int = 1  # tasks whose adapted weights are averaged in a meta-iteration, shared out among processes
     meta_step_size: float = 1.0  # share of the way to the adapted weights, falls linearly to 0
     validate_every: int = 250  # meta-iterations
 
@@ -55,12 +56,11 @@ def make_optimizers(options: Options, net: nn.Module) -> list[torch.optim.Optimi
     return [*made, torch.optim.Adam(trained, options.lr, betas=(options.beta1, 0.999), fused=True)]
 
 
-def adapt(run: Run, optimizers: list[torch.optim.Optimizer], options: Options) -> tuple[Tensor, Tensor]:
-    """Train the network in place on one task; return the mean loss and the last embeddings (B, D)."""
+def adapt(run: Run, optimizers: list[torch.optim.Optimizer], task: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Train the network in place on a task, rows of the sampler's table; return mean loss and last embeddings."""
     for optimizer in optimizers:
         optimizer.state.clear()
     sampler, domain = run.train.sampler, options.task == "domain"
-    task = sampler.task(1 if domain else options.way)
     anchors = len(task) * options.images_per_class  # images that are anchors and positives, in a batch of B
     losses = []
     for _ in range(options.inner_steps):
@@ -86,8 +86,11 @@ def meta_step(weights: list[Tensor], adapted: list[list[Tensor]], size: float) -
     """weights += size * mean_t(adapted_t - weights), in place (arXiv:1803.02999, algorithm 2)."""
     for task in adapted:
         torch._foreach_add_(task, weights, alpha=-1)
-    for task in adapted:
-        torch._foreach_add_(weights, task, alpha=size / len(adapted))
+    move, *others = adapted
+    for task in others:
+        torch._foreach_add_(move, task)
+    ranks.average(move)
+    torch._foreach_add_(weights, move, alpha=size / len(adapted))
 
 
 def main() -> None:
@@ -99,18 +102,23 @@ def main() -> None:
         engine.require(options, "way", "images_per_class", least=2)
         if not 0 <= options.beta1 < 1:
             raise ValueError(f"--beta1 must be in 0..1, below 1, got {options.beta1}")
-        train = engine.training_data(options, engine.start(options))
+        device = engine.start(options)
+        if options.meta_batch % ranks.world():
+            raise ValueError(f"--meta-batch must be a multiple of {ranks.world()}, the number of processes")
+        train = engine.training_data(options, device)
         net = engine.network(options, train)
         run = Run(options, train, net, options.iters, options.validate_every, recalibrate=True)
+    way = 1 if options.task == "domain" else options.way
     optimizers = make_optimizers(options, net)
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
     weights = [parameter.detach().clone() for parameter in parameters]
     for progress in run.steps():
         adapted = []
-        for _ in range(options.meta_batch):
+        tasks = torch.stack([train.sampler.task(way) for _ in range(options.meta_batch)])
+        for task in ranks.share(tasks):
             with torch.no_grad():
                 torch._foreach_copy_(parameters, weights)
-            loss, embeddings = adapt(run, optimizers, options)
+            loss, embeddings = adapt(run, optimizers, task, options)
             adapted.append([parameter.detach().clone() for parameter in parameters])
         size = options.meta_step_size * (1 - progress)
         meta_step(weights, adapted, size)

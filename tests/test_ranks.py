@@ -1,0 +1,131 @@
+"""Several processes, started as torchrun does, on the CPU: the same step as one process makes, runs, resuming."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_training import CLASSIC, REPTILE, same
+
+import engine
+import tiny
+
+ROOT = Path(__file__).parent.parent
+
+STEP = """
+import torch, ranks, train_reptile
+from triplet import triplet_loss
+
+assert ranks.join("auto") == "auto" and ranks.world() == 2
+torch.manual_seed(0)
+whole, labels = torch.randn(12, 5, dtype=torch.float64), torch.arange(6).repeat_interleave(2)
+net = torch.nn.Linear(5, 4).double()
+expected = torch.autograd.grad(triplet_loss(net(whole), labels, mining="all"), list(net.parameters()))
+own = net(ranks.share(whole))
+assert len(own) == 6
+loss = triplet_loss(ranks.gather(own), ranks.gather(ranks.share(labels)), mining="all")
+loss.backward()
+gradients = [parameter.grad for parameter in net.parameters()]
+assert not torch.allclose(gradients[0], expected[0])  # half of it, so far
+ranks.add(gradients)
+assert all(torch.allclose(a, b, rtol=0, atol=1e-14) for a, b in zip(gradients, expected))
+
+for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.uint8):
+    gathered = ranks.gather(torch.full((2, 3), ranks.rank() + 5, dtype=dtype))
+    assert gathered.dtype == dtype and gathered[:, 0].tolist() == [5, 5, 6, 6]
+assert ranks.from_first(ranks.rank() + 0.25, 7) == [0.25, 7]
+
+weights = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
+tasks = [[2.0, 0.0, 5.0], [4.0, 2.0, 3.0], [0.0, 0.0, 0.0], [6.0, 6.0, 4.0]]
+own = [[torch.tensor(task[:2]), torch.tensor([task[2:]])] for task in tasks[2 * ranks.rank() :][:2]]
+train_reptile.meta_step(weights, own, 0.5)
+assert weights[0].tolist() == [2.0, 2.0] and weights[1].tolist() == [[3.0]]
+"""
+
+RUN = """
+import importlib, signal, sys
+import torch, ranks
+
+name, interrupt_at = sys.argv[1], int(sys.argv[2])
+script = importlib.import_module(name)
+sys.argv = [name + ".py", *sys.argv[3:]]
+original, Run, calls, runs = script.triplet_loss, script.Run, [], []
+
+def counting(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == interrupt_at and ranks.rank() == 0:
+        signal.raise_signal(signal.SIGINT)
+    return original(*args, **kwargs)
+
+script.triplet_loss = counting
+script.Run = lambda *args, **kwargs: runs.append(Run(*args, **kwargs)) or runs[-1]
+script.main()
+for parameter in runs[0].net.parameters():  # the same on both
+    assert len(ranks.gather(parameter.detach()[None]).unique(dim=0)) == 1
+states = ranks.gather(runs[0].train.generator.get_state()[None])
+assert not torch.equal(*states) and len(runs[0].losses) == 0
+"""
+
+
+def launch(tmp_path: Path, code: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run the code in two processes."""
+    (tmp_path / "worker.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command += [str(tmp_path / "worker.py"), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_two_processes_make_the_step_of_one(tmp_path):
+    done = launch(tmp_path, STEP)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"), [("train_classic", CLASSIC), ("train_reptile", [*REPTILE, "--meta-batch", "2"])]
+)
+def test_two_processes_train_one_network(tmp_path, script, arguments):
+    npz = tiny.write_npz(tmp_path / "tiny.npz")
+    options = ["--data", npz, *arguments, *(["--iters", "24"] if script == "train_reptile" else [])]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = launch(tmp_path, RUN, script, 0, "--out", whole, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("training images of 6 seen classes") == 1
+    with open(whole / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[-1]["triplet_accuracy"]) > 80  # 50 is chance
+
+    done = launch(tmp_path, RUN, script, 20, "--out", parts, *options)
+    assert done.returncode != 0 and done.stderr.count("go on with --resume") == 1
+    stopped = engine.load_checkpoint(parts / "last.pt")
+    done = launch(tmp_path, RUN, script, 0, "--out", parts, *options, "--resume")
+    assert done.returncode == 0, done.stderr
+    ends = [engine.load_checkpoint(out / "last.pt") for out in (whole, parts)]
+    assert 0 < stopped["step"] < ends[0]["step"]
+    for end in ends:  # the stop was one validation more, which may be the best
+        end["training"].pop("best")
+    assert same(*ends)
+    assert len(ends[0]["training"]["generator"]) == 2
+    alone = subprocess.run(
+        [sys.executable, f"{script}.py", "--out", str(parts), *map(str, options), "--resume"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert alone.returncode == 2 and "was trained by 2 processes" in alone.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("train_classic", [*CLASSIC, "--batch-classes", "3"], "--batch-classes must be a multiple of 2"),
+        ("train_reptile", REPTILE, "--meta-batch must be a multiple of 2"),
+    ],
+)
+def test_work_that_cannot_be_shared_out_is_refused_once(tmp_path, script, arguments, message):
+    npz = tiny.write_npz(tmp_path / "tiny.npz")
+    done = launch(tmp_path, RUN, script, 0, "--out", tmp_path / "run", "--data", npz, *arguments)
+    assert done.returncode != 0 and done.stderr.count(message) == 1
+    assert not (tmp_path / "run").exists() and "Traceback" not in done.stderr.split("error: ")[1].split("\n")[0]
