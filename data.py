@@ -18,6 +18,7 @@ __all__ = [
     "augment",
     "channel_statistics",
     "few_shot_images",
+    "for_choosing",
     "hold_back",
     "load",
     "split_classes",
@@ -100,6 +101,15 @@ def withhold(class_names: list[str], split: str, seen: list[int], share: float) 
     if not 2 <= n <= len(seen) - 2:
         raise ValueError(f"--withhold {share} of {len(seen)} seen classes is {n}; 2 or more must stay on each side")
     return seen[:-n], seen[-n:]
+
+
+def for_choosing(data: Data, seen: list[int], validation: list[int]) -> Data:
+    """A data set to choose recipes by: in place of its test images, training images that no network was trained on.
+
+    These are the held-back images of the seen classes and all images of the validation classes.
+    """
+    test = hold_back(data.train.of(seen))[1] + data.train.of(validation)
+    return Data(data.name, data.train, test, data.class_names)
 
 
 def few_shot_images(data: Data, classes: list[int], split: str) -> Images:

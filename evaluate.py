@@ -4,7 +4,8 @@
     python evaluate.py resnet56.th --backbone resnet56 --data cifar100 --split 90-10 --threshold 0.2
 
 The second form reads a bare state dict of the CIFAR ResNet family. Test images only, without augmentation; seen and
-unseen classes apart. metrics.py defines the figures.
+unseen classes apart. metrics.py defines the figures. To choose among recipes, `--on validation` measures held-back
+images instead, and validation classes in place of the unseen ones.
 """
 
 import functools
@@ -32,6 +33,7 @@ from measure import Side
 @dataclass(frozen=True)
 class Options:
     checkpoints: tyro.conf.Positional[tuple[str, ...]]  # files of train_*.py, or state dicts of CIFAR ResNets
+    on: Literal["test", "validation"] = "test"  # validation: held-back images, and the validation classes (--withhold)
     threshold: str = "auto"  # auto (calibrated on held-back training images) or a similarity in -1..1
     criterion: str = "balanced"  # of auto: balanced (accuracy), eer, or far:RATE, a rate of false accepts (far:0.01)
     store: bool = False  # write the calibrated threshold into the checkpoint: predict.py and export.py use it
@@ -108,6 +110,13 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         raise ValueError(
             f"{path} was trained on classes that --split {split} calls unseen; leave --split and --split-seed out"
         )
+    if options.on == "validation":
+        if not validation or data.class_names != facts["classes"]:
+            raise ValueError(
+                f"--on validation: {path} has no validation classes in this data; train with --withhold 0.1"
+            )
+        seen, unseen, split = facts["seen"], validation, f"{split}, validation classes"
+        data = datasets.for_choosing(data, seen, validation)
     same_classes = own and data.class_names == facts["classes"] and seen == facts["seen"]
     if own:
         mean, std = facts["mean"], facts["std"]
@@ -240,6 +249,8 @@ def check(options: Options) -> None:
         engine.require(options, "image_size", least=8)
     if options.threshold != "auto":
         calibration.check_threshold(options.threshold)
+    if options.on == "validation" and options.adapt_published:
+        raise ValueError("--adapt-published trains on the images that --on validation measures; give one of them")
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise ValueError(f"--json: no such folder: {Path(options.json).parent}")
     if options.report and Path(options.report).exists() and not Path(options.report).is_dir():

@@ -1,14 +1,17 @@
 """evaluate.py end to end: its report, checkpoints of both kinds, thresholds, refusals."""
 
+import csv
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import engine
 import evaluate
+import metrics
 import model
 import tiny
 
@@ -54,6 +57,34 @@ def test_report(folder, monkeypatch, capsys, tmp_path):
     for text in ("class 11", "all 3, 1-shot", f"{report['seen']['auc']:.1f}", "always answering"):
         assert text in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
+
+
+def test_recipes_are_chosen_without_test_images_and_unseen_classes(folder, monkeypatch, tmp_path, capsys):
+    """Held-back images give what the training's log says; blank test images and unseen classes change nothing."""
+    npz, out = folder / "tiny.npz", tmp_path / "run"
+    tiny.train_classic(npz, out, "--withhold", "0.34")
+    with open(out / "log.csv", newline="") as file:
+        log = list(csv.DictReader(file))[-1]
+    arrays = dict(np.load(npz))
+    arrays["test_images"][:] = 0
+    arrays["train_images"][arrays["train_labels"] >= 9] = 0  # unseen
+    np.savez(tmp_path / "blank.npz", **arrays)
+    target = tmp_path / "report.json"
+    run(monkeypatch, out / "last.pt", "--data", tmp_path / "blank.npz", "--on", "validation", "--json", target)
+    report = json.loads(target.read_text())
+    assert report["split"] == "75-25, validation classes"
+    assert [row["label"] for row in report["per_class"]] == [6, 7, 8]
+    assert report["seen"]["triplet_accuracy"] == pytest.approx(float(log["triplet_accuracy"]), abs=1e-3)
+    loaded = evaluate.load(str(out / "last.pt"), evaluate.Options((), data=str(npz)), torch.device("cpu"))
+    new = loaded.data.train.of([6, 7, 8])
+    assert report["unseen"]["triplet_accuracy"] == float(metrics.triplet_accuracy(loaded.embed(new), new.labels))
+    for arguments, message in (
+        ([folder / "run" / "best.pt", "--on", "validation"], "train with --withhold 0.1"),
+        ([out / "last.pt", "--on", "validation", "--adapt-published"], "--adapt-published trains on the images"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, *arguments)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_threshold(folder, monkeypatch, tmp_path):

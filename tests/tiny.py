@@ -25,12 +25,12 @@ def write_npz(path: Path, **sizes: int) -> Path:
     return path
 
 
-def train_classic(npz: Path, out: Path) -> None:
+def train_classic(npz: Path, out: Path, *more: str) -> None:
     """A moment's classic training on a data set of 12 classes, 9 of them seen, into the folder `out`."""
     import train_classic
 
     arguments = f"--data {npz} --out {out} --split 75-25 --width 4 --epochs 6 --batch-classes 6 --precision float32"
-    before, sys.argv = sys.argv, ["train_classic.py", *arguments.split(), "--device", "cpu"]
+    before, sys.argv = sys.argv, ["train_classic.py", *arguments.split(), "--device", "cpu", *more]
     try:
         train_classic.main()
     finally:
