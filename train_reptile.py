@@ -32,8 +32,8 @@ class Options(engine.Options):
     out: str = "runs/reptile"  # folder of the run
     iters: int = 10_000  # meta-iterations, without --minutes
     task: Literal["classes", "domain"] = "classes"  # some classes among each other, or one against all others
-    way: int = 10  # classes of a task
-    images_per_class: int = 7  # images of each class in each inner step; in a domain's, as many of other classes too
+    way: int = 12  # classes of a task
+    images_per_class: int = 4  # images of each class in each inner step; in a domain's, as many of other classes too
     inner_steps: int = 4  # gradient steps on each task
     optimizer: Literal["muon", "adam"] = "muon"  # of the inner steps: Muon for convolutions, Adam for the rest; or Adam
     lr: float = 1e-3  # of Adam, whose moments start at 0 with each task
