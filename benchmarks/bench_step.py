@@ -95,7 +95,7 @@ def reptile_step(train: engine.TrainingData, device: torch.device) -> tuple[Call
     def iteration() -> None:
         with torch.no_grad():
             torch._foreach_copy_(list(net.parameters()), weights)
-        train_reptile.adapt(Stand(net, train), optimizers, options)
+        train_reptile.adapt(Stand(net, train), optimizers, train.sampler.task(options.way), options)
         adapted = [parameter.detach().clone() for parameter in net.parameters()]
         train_reptile.meta_step(weights, [adapted], 0.01)
 

@@ -4,7 +4,7 @@
 #     bash benchmarks/reptile_ladder.sh cifar100
 #
 # Trains on all seen classes but the last nine, which are measured on the way; keeps every change. Writes the runs into
-# runs/ladder and draws docs/reptile-ladder.png. About 25 minutes on two cores.
+# runs/ladder and draws docs/reptile-ladder.png.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:-cifar100} images=${2:-46080} # of each run
