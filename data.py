@@ -181,9 +181,10 @@ def augment(images: Tensor, index: Tensor, generator: torch.Generator) -> Tensor
     x = shifted(width, len(index), generator)
     flip = torch.rand(len(index), 1, generator=generator) < 0.5
     x = torch.where(flip, x.flip(1), x)
+    index, y, x = (each.to(images.device) for each in (index, y, x))  # small, so that a GPU need not be waited for
     pixel = (index[:, None, None] * height + y[:, :, None]) * width + x[:, None, :]  # (B, H, W)
     pixels = images.permute(0, 2, 3, 1).reshape(-1, channels)  # a view: channels are last in memory
-    batch = pixels.index_select(0, pixel.flatten().to(images.device))
+    batch = pixels.index_select(0, pixel.flatten())
     return batch.view(len(index), height, width, channels).permute(0, 3, 1, 2)
 
 

@@ -48,6 +48,7 @@ class Options:
     temperature: float = 0.1  # of the soft margin
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the network's arithmetic; auto: bfloat16 where fast
+    compile: bool = False  # compile the network for training: steps are faster, the first waits for the compiler
     minutes: float | None = None  # train for so long; the schedules then follow the clock, and no two runs are alike
     seed: int = 0  # of weights, batches and augmentation
     deterministic: bool = False  # only operations that give the same bits again, on a GPU too

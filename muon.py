@@ -7,7 +7,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5: chosen by Jordan to 
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Push all singular values of matrices (..., rows, columns) towards 1; they end between about 0.7 and 1.2.
+    """Push all singular values of matrices (N, rows, columns) towards 1; they end between about 0.7 and 1.2.
 
     Newton-Schulz iterations of a fifth-degree polynomial, which need products only (Jordan et al. 2024, "Muon: an
     optimizer for hidden layers in neural networks").
@@ -17,7 +17,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     wide = x if x.shape[-2] <= x.shape[-1] else x.mT
     for _ in range(steps):
         square = wide @ wide.mT
-        wide = a * wide + (b * square + c * square @ square) @ wide
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        wide = torch.baddbmm(wide, factor, wide, beta=a)
     return wide if x.shape[-2] <= x.shape[-1] else wide.mT
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -73,6 +73,10 @@ class Run:
         self.best = {"auc": -1.0}
         self.losses: list[Tensor] = []
         self.dtype = pick_precision(options.precision, self.device)
+        self.embed_batch: Callable[[Tensor], Tensor] = net
+        if options.compile:
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # CUDA graphs: many small kernels
+            self.embed_batch = torch.compile(net, mode=mode, dynamic=False)
         self.folder = Path(options.out)
         self.open_folder()
 
@@ -80,9 +84,10 @@ class Run:
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
 
-    def autocast(self) -> torch.autocast:
-        """The context in which the network computes in the chosen precision."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D) of normalised images (B, 3, H, W), in the chosen precision."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.embed_batch(images)
 
     def open_folder(self) -> None:
         """Make the run's folder, or resume what is in it. Raises ValueError, OSError or UserError."""

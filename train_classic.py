@@ -104,8 +104,7 @@ def main() -> None:
                 group["lr"] = group["peak"] * rate
         classes = ranks.share(train.sampler.task(options.batch_classes))
         images, labels = train.batch(train.sampler.batch(classes, options.images_per_class))
-        with run.autocast():
-            embeddings = net(images)
+        embeddings = run.forward(images)
         embeddings, labels = ranks.gather(embeddings), ranks.gather(labels)
         loss = embeddings.new_zeros((), dtype=torch.float32)
         if options.triplet_weight:

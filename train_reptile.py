@@ -68,8 +68,7 @@ def adapt(run: Run, optimizers: list[torch.optim.Optimizer], task: Tensor, optio
         if domain:
             index = torch.cat((index, sampler.against(int(task), options.images_per_class)))
         images, labels = run.train.batch(index)
-        with run.autocast():
-            embeddings = run.net(images)
+        embeddings = run.forward(images)
         others = (embeddings[anchors:], labels[anchors:]) if domain else None  # negatives only
         loss = triplet_loss(embeddings[:anchors], labels[:anchors], others=others, **options.triplet)
         for optimizer in optimizers:

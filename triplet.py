@@ -423,13 +423,12 @@ def torch_mine(x: Tensor, positives: Tensor, negatives: Tensor, settings: Settin
         x = x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
         squares = x.square().sum(1)
         order = squares[:rows, None] + squares - 2 * (x[:rows] @ x.T)
-    infinity = torch.tensor(torch.inf, dtype=x.dtype, device=x.device)
-    hardest, positive = torch.where(positives, order, -infinity).max(1, keepdim=True)
-    nearest = torch.where(negatives, order, infinity)
+    hardest, positive = torch.where(positives, order, -torch.inf).max(1, keepdim=True)
+    nearest = torch.where(negatives, order, torch.inf)
     if settings.mining == "semihard":
         farther = negatives & (order > hardest)
-        beyond = torch.where(farther, order, infinity)
-        farthest = torch.where(negatives, order, -infinity).argmax(1)
+        beyond = torch.where(farther, order, torch.inf)
+        farthest = torch.where(negatives, order, -torch.inf).argmax(1)
         negative = torch.where(farther.any(1), beyond.argmin(1), farthest)
     else:
         negative = nearest.argmin(1)

@@ -3,17 +3,21 @@
     python benchmarks/bench_triplet_cuda.py                         # the whole table: a few minutes
     python benchmarks/bench_triplet_cuda.py --json results/gpu.json
 
-Times are of forward + backward between CUDA events, the median of turns in which every contender runs once. Inputs
-rotate through more memory than the second-level cache holds. The floor beside them is what the flops of the search
-(B^2 D: every pair once) take at the rate of the device's best float32 matrix product.
+Times are of forward + backward between CUDA events, the median of turns in which every contender runs once. Of calls:
+inputs rotate through more memory than the second-level cache holds, and what the host takes to launch kernels counts.
+Of replays, where a CUDA graph can capture the contender: the kernels alone, on the same input each time. The floor
+beside them is what the flops of the search (B^2 D: every pair once) take at the rate of the device's best float32
+matrix product.
 """
 
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -107,13 +111,43 @@ def measure(found: dict[str, tuple[Loss, bool]], batches: list[Tensor], labels: 
     for name in found:  # warm-up
         for x in batches[:3]:
             once(name, x)
-    times: dict[str, list[float]] = {name: [] for name in found}
-    started, turn = time.perf_counter(), 0
-    while turn < 5 or time.perf_counter() - started < seconds * len(found):
-        for name, taken in times.items():
-            taken.append(once(name, batches[turn % len(batches)]))
-        turn += 1
-    return {name: median(taken) for name, taken in times.items()}
+    turns = {name: itertools.cycle(batches) for name in found}
+    return medians({name: lambda name=name: once(name, next(turns[name])) for name in found}, seconds)
+
+
+def measure_replays(
+    found: dict[str, tuple[Loss, bool]], x: Tensor, labels: Tensor, mining: str, seconds: float
+) -> dict:
+    """Median milliseconds of one of 10 replays of forward + backward in a row, by name."""
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    for name, (loss, tf32) in found.items():
+        if name == "pml" or (name != "native" and mining == "all"):
+            continue  # waits for the device to know how many triplets there are
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            torch.autograd.grad(loss(x, labels), x)
+
+    def once(graph: torch.cuda.CUDAGraph) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(10):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 10
+
+    return medians({name: partial(once, graph) for name, graph in graphs.items()}, seconds)
+
+
+def medians(contenders: dict[str, Callable[[], float]], seconds: float) -> dict[str, float]:
+    """The median result of each, called in turn."""
+    results: dict[str, list[float]] = {name: [] for name in contenders}
+    started = time.perf_counter()
+    while len(results["native"]) < 5 or time.perf_counter() - started < seconds * len(contenders):
+        for name, found in results.items():
+            found.append(contenders[name]())
+    return {name: median(found) for name, found in results.items()}
 
 
 def check(found: dict[str, tuple[Loss, bool]], x: Tensor, labels: Tensor, distance: str, mining: str) -> None:
@@ -159,11 +193,14 @@ def main() -> None:
         batches, labels = inputs(rows, width, kind)
         check(found, batches[0], labels, distance, mining)
         times = measure(found, batches, labels, options.seconds)
+        replays = measure_replays(found, batches[0], labels, mining, options.seconds)
         floor = rows**2 * width / rate / 1e9  # milliseconds
-        report["rows"].append({"case": case, "milliseconds": times, "floor": floor})
-        cells = [f"{name} {taken / times['native']:.1f}x" for name, taken in times.items() if name != "native"]
-        print(f"{rows:6d} x {width:<4d}{kind:9}{distance:10}{mining:9}", end="")
-        print("  ".join([f"native {times['native']:9.3f} ms", f"floor {floor:.3f} ms", *cells]), flush=True)
+        report["rows"].append({"case": case, "calls": times, "replays": replays, "floor": floor})  # milliseconds
+        print(f"{rows:6d} x {width:<4d}{kind:9}{distance:10}{mining:9} floor {floor:.3f} ms", end="")
+        for what, taken in (("call", times), ("replay", replays)):
+            cells = [f"{name} {value / taken['native']:.1f}x" for name, value in taken.items() if name != "native"]
+            print(f"   {what} {taken['native']:.3f} ms", *cells, sep="  ", end="")
+        print(flush=True)
     if options.json:
         partial = Path(f"{options.json}.{os.getpid()}")
         partial.write_text(json.dumps(report, indent=1) + "\n")

@@ -259,7 +259,27 @@ def test_a_domain_is_one_class_against_all_others(train, tmp_path, monkeypatch):
     assert engine.load_checkpoint(out / "best.pt")["validation"]["triplet_accuracy"] > 80
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
+def test_a_compiled_network_learns_the_same(train, tmp_path, monkeypatch, script, arguments, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    arguments = [*arguments, "--device", device, "--precision", "float32"]
+    compile, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda net, **how: compiled.append(net) or compile(net, **how))
+    first_losses = []  # those of later steps drift apart
+    for more in ([], ["--compile"]):
+        out = train(script, arguments, tmp_path / str(len(more)), *more)
+        with open(out / "log.csv", newline="") as file:
+            first_losses.append(float(next(csv.DictReader(file))["loss"]))
+        assert engine.load_checkpoint(out / "best.pt")["validation"]["triplet_accuracy"] > 80
+    assert first_losses[1] == pytest.approx(first_losses[0], rel=0.02) and len(compiled) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
 def test_deterministic_runs_agree_bit_for_bit(train, tmp_path, monkeypatch, script, arguments, device):
     if device == "cuda" and not torch.cuda.is_available():
