@@ -17,6 +17,7 @@ __all__ = [
     "Sampler",
     "augment",
     "channel_statistics",
+    "cut_out",
     "few_shot_images",
     "for_choosing",
     "hold_back",
@@ -154,6 +155,11 @@ class Sampler:
         """`way` different classes (fewer if there are fewer), as rows of the sampler's table: (way,)."""
         return torch.randperm(len(self.classes), generator=self.tasks)[:way]
 
+    def turns(self, n: int, chance: float) -> Tensor:
+        """Quarters of a circle (n,) by which each of `n` classes is turned: 0, or with that `chance` 1, 2 or 3."""
+        turned = torch.rand(n, generator=self.generator) < chance
+        return torch.where(turned, torch.randint(1, 4, (n,), generator=self.generator), 0)
+
     def against(self, row: int, n: int) -> Tensor:
         """Indices (n,) of images of other classes than that in `row` of the table, which must not be the only one."""
         others = torch.randint(len(self.classes) - 1, (n,), generator=self.generator)
@@ -171,21 +177,41 @@ class Sampler:
         return self.table[rows].gather(1, draw).flatten()
 
 
-def augment(images: Tensor, index: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, index: Tensor, generator: torch.Generator, turns: Tensor | None = None) -> Tensor:
     """Gather images[index] with a random crop (reflection, by up to an eighth of the side) and a random flip.
 
     `images` (N, 3, H, W) uint8, `index` (B,) int64 on the CPU -> (B, 3, H, W) uint8; both stored channels last.
+    `turns` (B,) int64 also turns square images counter-clockwise, by so many quarters of a circle.
     """
     _, channels, height, width = images.shape
     y = shifted(height, len(index), generator)
     x = shifted(width, len(index), generator)
     flip = torch.rand(len(index), 1, generator=generator) < 0.5
     x = torch.where(flip, x.flip(1), x)
+    if turns is not None:
+        quarters = turns[:, None] % 4
+        y = torch.where(quarters >= 2, y.flip(1), y)
+        x = torch.where((quarters == 1) | (quarters == 2), x.flip(1), x)
     index, y, x = (each.to(images.device) for each in (index, y, x))  # small, so that a GPU need not be waited for
     pixel = (index[:, None, None] * height + y[:, :, None]) * width + x[:, None, :]  # (B, H, W)
+    if turns is not None:
+        odd = (turns % 2 == 1).to(images.device)[:, None, None]
+        pixel = torch.where(odd, pixel.mT, pixel)
     pixels = images.permute(0, 2, 3, 1).reshape(-1, channels)  # a view: channels are last in memory
     batch = pixels.index_select(0, pixel.flatten())
     return batch.view(len(index), height, width, channels).permute(0, 3, 1, 2)
+
+
+def cut_out(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Images (B, 3, H, W) with 0 in a square around a random pixel of each, its side a `share` of the image's.
+
+    Cutout (DeVries and Taylor 2017, arXiv:1708.04552); the square may reach over the border.
+    """
+    hit = []
+    for side in images.shape[2:]:
+        middle = torch.randint(side, (len(images), 1), generator=generator).to(images.device)
+        hit.append((2 * (torch.arange(side, device=images.device) - middle) + 1).abs() <= share * side)
+    return images.masked_fill(hit[0][:, None, :, None] & hit[1][:, None, None, :], 0)
 
 
 def shifted(side: int, n: int, generator: torch.Generator) -> Tensor:

@@ -40,6 +40,7 @@ class Options:
     freeze: int = 0  # first stages that keep their weights: 1 is the first convolution, each further one a layer
     stem: Literal["auto", "small", "full"] = "auto"  # of resnet18: 3x3 or, with pooling, 7x7 convolution
     enlarge: int = 0  # resnet18 makes images so many times larger; 0: to about 128 pixels for the full stem
+    cutout: float = 0.0  # side of the square that is blanked in each training image, as a share of the image's
     mirror: bool = True  # when not training, average the embeddings of an image and its mirror image: twice the time
     distance: Literal["cosine", "euclidean", "sqeuclidean"] = "cosine"  # between embeddings
     mining: Literal["hard", "semihard", "all"] = "all"  # which triplets of a batch count
@@ -96,7 +97,7 @@ def start(options: Options) -> torch.device:
     blocks back to the system, which clears them page by page at their next use, a tenth of the time of a step.
     """
     require(options, "temperature", *(["minutes"] if options.minutes is not None else []))
-    require(options, "margin", "seed", "enlarge", "withhold", least=0)
+    require(options, "margin", "seed", "enlarge", "withhold", "cutout", least=0)
     require(options, "image_size", least=8)
     if options.seed >= 2**63:
         raise ValueError(f"--seed must be below 2**63, got {options.seed}")
@@ -211,12 +212,15 @@ class TrainingData:
     validation: datasets.Images | None  # of classes that are not trained on, none of them unseen
     sampler: datasets.Sampler
     generator: torch.Generator  # of this process's images and their augmentation
+    cutout: float  # share of an image's side
     facts: dict  # name, source, size (pixels), classes, seen, validation, unseen, mean, std
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Augmented, normalised images (B, 3, H, W) float32 and labels (B,) of an index (B,)."""
-        pixels = datasets.augment(self.kept.images, index, self.generator)
+    def batch(self, index: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Augmented, normalised images (B, 3, H, W) float32 and labels (B,) of an index (B,); `turns` as in `augment`."""
+        pixels = datasets.augment(self.kept.images, index, self.generator, turns)
         images = model.normalise_pixels(pixels, self.facts["mean"], self.facts["std"])
+        if self.cutout:
+            images = datasets.cut_out(images, self.cutout, self.generator)
         return images, self.kept.labels[index.to(self.kept.labels.device)]
 
 
@@ -254,7 +258,7 @@ def training_data(options: Options, device: torch.device) -> TrainingData:
         f"{data.name}: {len(kept)} training images of {len(seen)} seen classes, {len(held_back)} more held back; "
         f"{len(unseen)} classes unseen" + (f"; validation on {len(withheld)} others" if withheld else "")
     )
-    return TrainingData(kept.to(device), held_back, validation, sampler, generator, facts)
+    return TrainingData(kept.to(device), held_back, validation, sampler, generator, options.cutout, facts)
 
 
 def network(options: Options, train: TrainingData) -> model.Embedder:

@@ -140,7 +140,7 @@ def native_extension() -> Extension:
         sources_of("*.cpp"),
         depends=sources_of("*.h") + sources_of("*.inc"),
         include_dirs=["csrc"],
-        extra_compile_args={"cxx": ["-O3", "-fno-math-errno", *WARNINGS, TARGET, *sanitize]},
+        extra_compile_args={"cxx": ["-O3", "-fno-math-errno", "-fvisibility=hidden", *WARNINGS, TARGET, *sanitize]},
         extra_link_args=sanitize,
         py_limited_api=True,
     )

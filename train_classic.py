@@ -25,8 +25,10 @@ from triplet import triplet_loss
 @dataclass(frozen=True)
 class Options(engine.Options):
     out: str = "runs/classic"  # folder of the run
-    epochs: float = 12.0  # passes over the seen classes' training images, without --minutes
-    batch_classes: int = 32  # P, classes in a batch, shared out among the processes
+    width: int = 32  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
+    epochs: float = 40.0  # passes over the seen classes' training images, without --minutes
+    validate_every: float = 5.0  # epochs
+    batch_classes: int = 64  # P, classes in a batch, shared out among the processes
     images_per_class: int = 4  # K, images of each class in a batch
     optimizer: Literal["muon", "sgd", "adam"] = "muon"  # Muon for convolutions, SGD for the rest; or one for all
     lr: float = 0.1  # peak learning rate of SGD (Nesterov momentum 0.9) or Adam
@@ -39,6 +41,8 @@ class Options(engine.Options):
     triplet_weight: float = 3.0  # of the triplet loss; 0 leaves it out
     softmax_weight: float = 1.0  # of the normalised softmax over the seen classes; 0 leaves it out
     softmax_scale: float = 16.0  # factor of its cosines
+    rotate: float = 0.25  # chance that a class of a batch is shown turned by 90, 180 or 270 degrees, a class of its own
+    cutout: float = 0.375  # side of the square that is blanked in each training image, as a share of the image's
 
 
 def schedule(progress: float, options: Options) -> float:
@@ -74,8 +78,8 @@ def gradients(module: nn.Module) -> list[Tensor]:
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     with engine.user_errors():
-        engine.require(options, "epochs", "lr", "muon_lr", "softmax_scale")
-        engine.require(options, "warmup", "triplet_weight", "softmax_weight", least=0)
+        engine.require(options, "epochs", "lr", "muon_lr", "softmax_scale", "validate_every")
+        engine.require(options, "warmup", "triplet_weight", "softmax_weight", "rotate", least=0)
         engine.require(options, "weight_decay", "muon_weight_decay", least=0)
         engine.require(options, "batch_classes", "images_per_class", least=2)
         if options.warmup >= 1:
@@ -86,31 +90,40 @@ def main() -> None:
                 raise ValueError("--backbone-lr is for --optimizer sgd or adam")
         if not (options.triplet_weight or options.softmax_weight):
             raise ValueError("--triplet-weight and --softmax-weight are both 0: there is nothing to learn from")
+        if options.rotate > 1:
+            raise ValueError(f"--rotate is a chance, at most 1, got {options.rotate}")
         device = engine.start(options)
         train = engine.training_data(options, device)
+        if options.rotate and train.kept.images.shape[2] != train.kept.images.shape[3]:
+            raise ValueError(f"--rotate needs square images, got {tuple(train.kept.images.shape[2:])}; give --rotate 0")
         net = engine.network(options, train)
         if min(options.batch_classes, len(train.facts["seen"])) % ranks.world():
             raise ValueError(f"--batch-classes must be a multiple of {ranks.world()}, the number of processes")
         seen = torch.tensor(train.facts["seen"], device=device)
-        head = model.NormalisedSoftmax(len(seen), net.dimension, options.softmax_scale).to(device)
+        shown = 4 * len(seen) if options.rotate else len(seen)  # classes and turned classes
+        head = model.NormalisedSoftmax(shown, net.dimension, options.softmax_scale).to(device)
         optimizers = make_optimizers(options, net, head)
         steps_per_epoch = len(train.kept) / (options.batch_classes * options.images_per_class)
         total = max(1, round(options.epochs * steps_per_epoch))
-        run = Run(options, train, net, total, max(1, round(steps_per_epoch)), head=head, **optimizers)
+        validate_every = max(1, round(options.validate_every * steps_per_epoch))
+        run = Run(options, train, net, total, validate_every, head=head, **optimizers)
     for progress in run.steps():
         rate = schedule(progress, options)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
         classes = ranks.share(train.sampler.task(options.batch_classes))
-        images, labels = train.batch(train.sampler.batch(classes, options.images_per_class))
+        index = train.sampler.batch(classes, options.images_per_class)
+        turns = train.sampler.turns(len(classes), options.rotate).repeat_interleave(options.images_per_class)
+        images, labels = train.batch(index, turns if options.rotate else None)
+        labels = torch.searchsorted(seen, labels) + len(seen) * turns.to(device)  # each way to turn a class is another
         embeddings = run.forward(images)
         embeddings, labels = ranks.gather(embeddings), ranks.gather(labels)
         loss = embeddings.new_zeros((), dtype=torch.float32)
         if options.triplet_weight:
             loss = loss + options.triplet_weight * triplet_loss(embeddings, labels, **options.triplet)
         if options.softmax_weight:
-            loss = loss + options.softmax_weight * head(embeddings, torch.searchsorted(seen, labels))
+            loss = loss + options.softmax_weight * head(embeddings, labels)
         for optimizer in optimizers.values():
             optimizer.zero_grad()
         loss.backward()

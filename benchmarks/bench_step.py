@@ -58,15 +58,17 @@ def classic_step(train: engine.TrainingData, device: torch.device) -> tuple[Call
     options = replace(train_classic.Options(), lr=1e-3, muon_lr=1e-4)
     net = model.build("resnet20").to(device)
     seen = torch.tensor(train.facts["seen"], device=device)
-    head = model.NormalisedSoftmax(len(seen), net.dimension, options.softmax_scale).to(device)
+    head = model.NormalisedSoftmax(4 * len(seen), net.dimension, options.softmax_scale).to(device)
     optimizers = train_classic.make_optimizers(options, net, head).values()
 
     def step() -> None:
         index = train.sampler.batch(train.sampler.task(options.batch_classes), options.images_per_class)
-        images, labels = train.batch(index)
+        turns = train.sampler.turns(options.batch_classes, options.rotate).repeat_interleave(options.images_per_class)
+        images, labels = train.batch(index, turns)
+        labels = torch.searchsorted(seen, labels) + len(seen) * turns.to(device)
         embeddings = net(images)
         loss = options.triplet_weight * triplet_loss(embeddings, labels, **options.triplet)
-        loss = loss + options.softmax_weight * head(embeddings, torch.searchsorted(seen, labels))
+        loss = loss + options.softmax_weight * head(embeddings, labels)
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()

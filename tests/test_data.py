@@ -161,6 +161,34 @@ def test_augmentation_is_a_shifted_reflected_flipped_copy():
     assert len(seen) > 20  # of 50 ways
 
 
+@pytest.mark.parametrize("quarters", range(4))
+def test_a_turned_image_is_the_augmented_one_turned(quarters):
+    images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    index = torch.tensor([4, 0, 2, 2, 1, 3] * 10)
+    upright = data.augment(images, index, torch.Generator().manual_seed(0))
+    turns = torch.where(torch.arange(60) % 2 == 0, quarters, 0)
+    out = data.augment(images, index, torch.Generator().manual_seed(0), turns)
+    assert torch.equal(out[1::2], upright[1::2])
+    assert torch.equal(out[::2], torch.rot90(upright, quarters, (2, 3))[::2])
+
+
+def test_classes_are_turned_as_often_as_wanted():
+    sampler = data.Sampler(torch.tensor([0, 0]), torch.Generator().manual_seed(0))
+    counts = torch.bincount(sampler.turns(30_000, 0.3), minlength=4)
+    assert (counts - torch.tensor([21_000, 3000, 3000, 3000])).abs().max() < 400 and not sampler.turns(99, 0).any()
+
+
+@pytest.mark.parametrize(("share", "sides"), [(0.375, {3, 4, 5, 6}), (0.25, {2, 3, 4}), (3.0, {16})])
+def test_a_square_is_cut_out_of_each_image(share, sides):
+    images = torch.rand(200, 3, 16, 16) + 1
+    out = data.cut_out(images, share, torch.Generator().manual_seed(0))
+    lost = out == 0
+    assert torch.equal(out[~lost], images[~lost]) and (lost == lost[:, :1]).all()
+    rows, columns = lost[:, 0].any(2), lost[:, 0].any(1)
+    assert torch.equal(lost[:, 0], rows[:, :, None] & columns[:, None, :])  # a rectangle: a square, or what is inside
+    assert {*rows.sum(1).tolist(), *columns.sum(1).tolist()} == sides
+
+
 def test_channel_statistics():
     images = torch.randint(0, 256, (7, 3, 5, 4), dtype=torch.uint8)
     mean, std = data.channel_statistics(images)
