@@ -216,7 +216,7 @@ class TrainingData:
     facts: dict  # name, source, size (pixels), classes, seen, validation, unseen, mean, std
 
     def batch(self, index: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Augmented, normalised images (B, 3, H, W) float32 and labels (B,) of an index (B,); `turns` as in `augment`."""
+        """Augmented, normalised images (B, 3, H, W) float32 and labels (B,) of an index (B,), and of turns (B,)."""
         pixels = datasets.augment(self.kept.images, index, self.generator, turns)
         images = model.normalise_pixels(pixels, self.facts["mean"], self.facts["std"])
         if self.cutout:
