@@ -103,7 +103,8 @@ def main() -> None:
         shown = 4 * len(seen) if options.rotate else len(seen)  # classes and turned classes
         head = model.NormalisedSoftmax(shown, net.dimension, options.softmax_scale).to(device)
         optimizers = make_optimizers(options, net, head)
-        steps_per_epoch = len(train.kept) / (options.batch_classes * options.images_per_class)
+        batch = min(options.batch_classes, len(seen)) * options.images_per_class
+        steps_per_epoch = len(train.kept) / batch
         total = max(1, round(options.epochs * steps_per_epoch))
         validate_every = max(1, round(options.validate_every * steps_per_epoch))
         run = Run(options, train, net, total, validate_every, head=head, **optimizers)

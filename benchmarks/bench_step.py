@@ -36,9 +36,11 @@ class Options:
     json: str | None = None  # write the figures to this file
 
 
-def bare_step(train: engine.TrainingData, device: torch.device, batch: int, make_optimizers: Callable) -> Callable:
+def bare_step(
+    train: engine.TrainingData, device: torch.device, width: int, batch: int, make_optimizers: Callable
+) -> Callable:
     """The network and its optimizers alone, on one fixed batch of `batch` images."""
-    net = model.build("resnet20").to(device)
+    net = model.build("resnet20", width).to(device)
     optimizers = make_optimizers(net)
     images, _ = train.batch(torch.arange(batch))
 
@@ -56,7 +58,8 @@ def bare_step(train: engine.TrainingData, device: torch.device, batch: int, make
 def classic_step(train: engine.TrainingData, device: torch.device) -> tuple[Callable, Callable]:
     """(whole step, bare step) of train_classic.py with its defaults, but for low learning rates."""
     options = replace(train_classic.Options(), lr=1e-3, muon_lr=1e-4)
-    net = model.build("resnet20").to(device)
+    train = replace(train, cutout=options.cutout)
+    net = model.build("resnet20", options.width).to(device)
     seen = torch.tensor(train.facts["seen"], device=device)
     head = model.NormalisedSoftmax(4 * len(seen), net.dimension, options.softmax_scale).to(device)
     optimizers = train_classic.make_optimizers(options, net, head).values()
@@ -76,13 +79,15 @@ def classic_step(train: engine.TrainingData, device: torch.device) -> tuple[Call
             optimizer.step()
 
     batch = options.batch_classes * options.images_per_class
-    return step, bare_step(train, device, batch, lambda net: train_classic.make_optimizers(options, net, head).values())
+    return step, bare_step(
+        train, device, options.width, batch, lambda net: train_classic.make_optimizers(options, net, head).values()
+    )
 
 
 def reptile_step(train: engine.TrainingData, device: torch.device) -> tuple[Callable, Callable]:
     """(meta-iteration, as many bare steps) of train_reptile.py with its defaults."""
     options = train_reptile.Options()
-    net = model.build("resnet20").to(device)
+    net = model.build("resnet20", options.width).to(device)
     weights = [parameter.detach().clone() for parameter in net.parameters()]
     optimizers = train_reptile.make_optimizers(options, net)
 
@@ -102,7 +107,7 @@ def reptile_step(train: engine.TrainingData, device: torch.device) -> tuple[Call
         train_reptile.meta_step(weights, [adapted], 0.01)
 
     batch = options.way * options.images_per_class
-    bare = bare_step(train, device, batch, lambda net: train_reptile.make_optimizers(options, net))
+    bare = bare_step(train, device, options.width, batch, lambda net: train_reptile.make_optimizers(options, net))
     return iteration, lambda: [bare() for _ in range(options.inner_steps)]
 
 
