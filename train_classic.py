@@ -27,7 +27,7 @@ class Options(engine.Options):
     out: str = "runs/classic"  # folder of the run
     width: int = 32  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
     epochs: float = 40.0  # passes over the seen classes' training images, without --minutes
-    validate_every: float = 5.0  # epochs
+    validate_every: float = 5.0  # epochs between validations
     batch_classes: int = 64  # P, classes in a batch, shared out among the processes
     images_per_class: int = 4  # K, images of each class in a batch
     optimizer: Literal["muon", "sgd", "adam"] = "muon"  # Muon for convolutions, SGD for the rest; or one for all

@@ -65,8 +65,9 @@ def classic_step(train: engine.TrainingData, device: torch.device) -> tuple[Call
     optimizers = train_classic.make_optimizers(options, net, head).values()
 
     def step() -> None:
-        index = train.sampler.batch(train.sampler.task(options.batch_classes), options.images_per_class)
-        turns = train.sampler.turns(options.batch_classes, options.rotate).repeat_interleave(options.images_per_class)
+        classes = train.sampler.task(options.batch_classes)
+        index = train.sampler.batch(classes, options.images_per_class)
+        turns = train.sampler.turns(len(classes), options.rotate).repeat_interleave(options.images_per_class)
         images, labels = train.batch(index, turns)
         labels = torch.searchsorted(seen, labels) + len(seen) * turns.to(device)
         embeddings = net(images)

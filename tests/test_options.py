@@ -4,6 +4,7 @@ import dataclasses
 import re
 import sys
 
+import numpy as np
 import pytest
 
 import evaluate
@@ -76,6 +77,7 @@ BOTH = [
     ("--device cuda:99", "'cuda:99' cannot be used here"),
     ("--precision half", "half"),
     ("--minutes 0", "--minutes must be above 0, got 0"),
+    ("--cutout -1", "--cutout must be at least 0, got -1"),
     ("--minutes nan", "--minutes must be above 0, got nan"),
     ("--seed -1", "--seed must be at least 0, got -1"),
     (f"--seed {2**64}", "--seed must be below"),
@@ -95,6 +97,10 @@ BOTH = [
 CLASSIC = [
     ("--epochs 0", "--epochs must be above 0"),
     ("--epochs inf", "--epochs must be above 0"),
+    ("--validate-every 0", "--validate-every must be above 0"),
+    ("--rotate -0.1", "--rotate must be at least 0"),
+    ("--rotate 1.5", "--rotate is a chance, at most 1, got 1.5"),
+    ("--rotate nan", "--rotate must be at least 0"),
     ("--batch-classes 1", "--batch-classes must be at least 2"),
     ("--backbone-lr 0", "--backbone-lr must be above 0"),
     ("--backbone-lr 1e-3", "--backbone-lr is for --optimizer sgd or adam"),
@@ -145,6 +151,16 @@ def test_a_wrong_value_gives_one_message(monkeypatch, capsys, tmp_path, places, 
     assert not (tmp_path / "run").exists()
     if errors.startswith("error: "):
         assert errors.count("error") == 1 + message.count("error") and len(errors) < 600
+
+
+def test_images_that_are_not_square_are_not_turned(monkeypatch, capsys, tmp_path):
+    made = tiny.arrays()
+    made |= {f"{part}_images": made[f"{part}_images"][:, :12] for part in ("train", "test")}
+    np.savez(tmp_path / "wide.npz", **made)
+    arguments = ("--data", tmp_path / "wide.npz", "--out", tmp_path / "run", "--device", "cpu")
+    status, _, errors = call(monkeypatch, capsys, train_classic, *arguments)
+    assert status == 2 and "--rotate needs square images, got (12, 16); give --rotate 0" in errors
+    assert not (tmp_path / "run").exists()
 
 
 def test_too_few_images_are_refused(monkeypatch, capsys, tmp_path):
