@@ -71,6 +71,18 @@ def make_optimizers(options: Options, net: nn.Module, head: nn.Module) -> dict[s
     return made
 
 
+def draw(train: engine.TrainingData, seen: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """This process's part of a batch: images, and classes by their place in `seen` (C,), C more for each way to turn.
+
+    (B, 3, H, W) float32 and (B,) int64, K images of each class after those of another.
+    """
+    classes = ranks.share(train.sampler.task(options.batch_classes))
+    index = train.sampler.batch(classes, options.images_per_class)
+    turns = train.sampler.turns(len(classes), options.rotate).repeat_interleave(options.images_per_class)
+    images, labels = train.batch(index, turns if options.rotate else None)
+    return images, torch.searchsorted(seen, labels) + len(seen) * turns.to(seen.device)
+
+
 def gradients(module: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
 
@@ -113,11 +125,7 @@ def main() -> None:
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-        classes = ranks.share(train.sampler.task(options.batch_classes))
-        index = train.sampler.batch(classes, options.images_per_class)
-        turns = train.sampler.turns(len(classes), options.rotate).repeat_interleave(options.images_per_class)
-        images, labels = train.batch(index, turns if options.rotate else None)
-        labels = torch.searchsorted(seen, labels) + len(seen) * turns.to(device)  # each way to turn a class is another
+        images, labels = draw(train, seen, options)
         embeddings = run.forward(images)
         embeddings, labels = ranks.gather(embeddings), ranks.gather(labels)
         loss = embeddings.new_zeros((), dtype=torch.float32)

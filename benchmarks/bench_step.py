@@ -65,11 +65,7 @@ def classic_step(train: engine.TrainingData, device: torch.device) -> tuple[Call
     optimizers = train_classic.make_optimizers(options, net, head).values()
 
     def step() -> None:
-        classes = train.sampler.task(options.batch_classes)
-        index = train.sampler.batch(classes, options.images_per_class)
-        turns = train.sampler.turns(len(classes), options.rotate).repeat_interleave(options.images_per_class)
-        images, labels = train.batch(index, turns)
-        labels = torch.searchsorted(seen, labels) + len(seen) * turns.to(device)
+        images, labels = train_classic.draw(train, seen, options)
         embeddings = net(images)
         loss = options.triplet_weight * triplet_loss(embeddings, labels, **options.triplet)
         loss = loss + options.softmax_weight * head(embeddings, labels)

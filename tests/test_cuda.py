@@ -33,17 +33,20 @@ def test_agrees_with_the_torch_implementation(kind, mining, dtype):
         exact = mine(x.double(), labels, distance=kind, mining=mining, others=wide, impl="torch")
         alike = (found.positive == exact.positive) & (found.negative == exact.negative)
         assert alike.double().mean() > (1 if dtype == torch.float64 else 0.99) - 1e-9
-    results = []
-    for a, far, impl in ((x, others, "native"), (x.double(), wide, "torch")):
-        leaf = a.detach().requires_grad_()
-        losses = triplet_loss(
-            leaf, labels, distance=kind, mining=mining, reduction="none", others=far, impl=impl
-        ).double()
-        results.append((losses, torch.autograd.grad(losses[alike].mean(), leaf)[0].double()))
-    (losses, grad), (exact, exact_grad) = results
     close = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 3e-3}[dtype]
-    assert torch.isclose(losses.mean(), exact.mean(), rtol=min(close, 1e-4))
-    assert (grad - exact_grad).norm() <= 3 * close * exact_grad.norm()
+
+    def both(reduction):
+        """Losses and gradients by the native op, and by plain PyTorch in float64."""
+        for a, far, impl in ((x, others, "native"), (x.double(), wide, "torch")):
+            leaf = a.detach().requires_grad_()
+            loss = triplet_loss(leaf, labels, distance=kind, mining=mining, reduction=reduction, others=far, impl=impl)
+            compared = loss if reduction == "mean" else loss[alike].mean()
+            yield loss.double(), torch.autograd.grad(compared, leaf)[0].double()
+
+    for reduction in ("none", "mean") if alike.all() else ("none",):
+        (loss, grad), (exact, exact_grad) = both(reduction)
+        assert torch.isclose(loss.mean(), exact.mean(), rtol=min(close, 1e-4))
+        assert (grad - exact_grad).norm() <= 3 * close * exact_grad.norm()
 
 
 def test_the_same_bits_on_every_run():

@@ -276,7 +276,8 @@ def test_a_compiled_network_learns_the_same(train, tmp_path, monkeypatch, script
         with open(out / "log.csv", newline="") as file:
             first_losses.append(float(next(csv.DictReader(file))["loss"]))
         assert engine.load_checkpoint(out / "best.pt")["validation"]["triplet_accuracy"] > 80
-    assert first_losses[1] == pytest.approx(first_losses[0], rel=0.05) and len(compiled) == 1
+    close = 0.02 if device == "cpu" else 0.05  # convolutions in TF32
+    assert first_losses[1] == pytest.approx(first_losses[0], rel=close) and len(compiled) == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
