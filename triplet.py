@@ -1,7 +1,8 @@
 """The triplet loss with mining in the batch: `triplet_loss` and `mine`.
 
 Two implementations keep one contract, written down in `triplet_loss`: the native op (csrc/), which fuses distances,
-mining and loss and holds no (B, B) matrix, and plain PyTorch, which is the easier one to read and runs everywhere.
+mining and loss and holds no (B, B) matrix, and plain PyTorch (triplet_torch.py), which is the easier one to read and
+runs everywhere. This module checks the arguments and calls one of them.
 """
 
 import functools
@@ -10,9 +11,10 @@ import logging
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+import triplet_torch
+from triplet_torch import Settings
 
 log = logging.getLogger("triplet")
 
@@ -34,28 +36,6 @@ class Mined(NamedTuple):
 
 
 Codes = tuple[int, int, bool, float, float, int]  # `Settings` for the native op
-
-
-class Settings(NamedTuple):
-    """How a loss is computed, by name."""
-
-    distance: str
-    mining: str
-    soft_margin: bool
-    margin: float
-    temperature: float
-    reduction: str
-
-    def codes(self) -> Codes:
-        """The same for the native op."""
-        return (
-            DISTANCES.index(self.distance),
-            MININGS.index(self.mining),
-            self.soft_margin,
-            self.margin,
-            self.temperature,
-            REDUCTIONS.index(self.reduction),
-        )
 
 
 def triplet_loss(
@@ -111,10 +91,7 @@ def triplet_loss(
     settings, codes = find(distance, mining, bool(soft_margin), float(margin), float(temperature), reduction, impl)
     if check(embeddings, labels, others, impl):
         return native_loss(embeddings, labels, others, codes)
-    losses, count = torch_losses(embeddings, labels, others, settings)
-    if reduction == "mean":
-        return losses.sum() / count.sum().clamp(min=1)
-    return losses.sum() if reduction == "sum" else losses
+    return triplet_torch.loss(embeddings, labels, others, settings)
 
 
 def mine(
@@ -135,7 +112,7 @@ def mine(
     with torch.no_grad():
         if native:
             return Mined(*torch.ops.oneshot.triplet_forward(*tensors(embeddings, labels, others), *codes)[2:])
-        return torch_mine(*prepare(embeddings, labels, others, settings), settings)[0]
+        return Mined(*triplet_torch.mine(embeddings, labels, others, settings))
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -156,7 +133,14 @@ def resolve(*options) -> tuple[Settings, Codes]:
         raise ValueError(f"temperature must be above 0, got {settings.temperature}")
     if settings.margin != settings.margin:
         raise ValueError("margin must be a number, got nan")
-    return settings, settings.codes()
+    return settings, codes_of(settings)
+
+
+def codes_of(settings: Settings) -> Codes:
+    """The settings as the native op takes them."""
+    numbers = DISTANCES.index(settings.distance), MININGS.index(settings.mining)
+    reduction = REDUCTIONS.index(settings.reduction)
+    return *numbers, settings.soft_margin, settings.margin, settings.temperature, reduction
 
 
 resolve_once = functools.lru_cache(maxsize=256)(resolve)  # torch.compile warns of it
@@ -348,123 +332,3 @@ def fake_backward(grad, embeddings, labels, other_embeddings, other_labels, *unu
 def fake_loss_and_gradient(embeddings, labels, other_embeddings, other_labels, *codes):
     loss = fake_forward(embeddings, labels, other_embeddings, other_labels, *codes)[0]
     return loss, *fake_backward(None, embeddings, labels, other_embeddings, other_labels)
-
-
-# -------------------------------------------------------------------------------------------------------------- PyTorch
-
-
-def prepare(
-    embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates (B + M, D) in the type of the arithmetic, normalised for cosine, and two masks (B, B + M): who is
-    whose positive, who is whose negative. A non-finite value anywhere makes all candidates NaN."""
-    rows = len(embeddings)
-    if others is not None:
-        embeddings, labels = torch.cat((embeddings, others[0])), torch.cat((labels.long(), others[1].long()))
-    x = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
-    finite = x.detach().isfinite().all()
-    x = x * torch.where(finite, 1.0, torch.nan).to(x.dtype)
-    if settings.distance == "cosine":
-        least = 1e-12
-        if x.dtype == torch.float64:  # squares overflow from 1e154
-            largest = x.detach().abs().amax(1, keepdim=True).clamp(min=least)
-            x, least = x / largest, least / largest
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)  # float32 would overflow from 1e18
-        x = torch.where(norm == 0, 0, x / norm.clamp(min=least)).to(x.dtype)
-    same = labels[:rows, None] == labels
-    itself = torch.arange(len(x), device=x.device) == torch.arange(rows, device=x.device)[:, None]
-    return x, same & ~itself, ~same
-
-
-def torch_losses(
-    embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """The loss of each anchor (B,) and how many anchors or triplets it stands for in the mean (B,)."""
-    with torch.autocast(embeddings.device.type, enabled=False):
-        x, positives, negatives = prepare(embeddings, labels, others, settings)
-        if settings.mining == "all":
-            losses, count = losses_of_all(x, positives, negatives, settings)
-        else:
-            (positive, negative), takes_part = torch_mine(x, positives, negatives, settings)
-            anchor = x[: len(positives)]
-            gap = separation(anchor, x[positive.clamp(min=0)], settings.distance) - separation(
-                anchor, x[negative.clamp(min=0)], settings.distance
-            )
-            losses, count = torch.where(takes_part, cost(gap, settings), 0), takes_part.long()
-        return losses + 0 * x.detach().sum(), count  # NaN also where no anchor takes part
-
-
-def separation(a: Tensor, b: Tensor, distance: str) -> Tensor:
-    """Distances (B,) of paired rows (B, D), by differences where there are any."""
-    if distance == "cosine":
-        return 1 - (a * b).sum(1)
-    squared = (a - b).square().sum(1)
-    if distance == "sqeuclidean":
-        return squared
-    apart = squared > 0
-    return torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
-
-
-def cost(gap: Tensor, settings: Settings) -> Tensor:
-    """The loss of triplets with these d_ap - d_an."""
-    if settings.soft_margin:
-        return F.softplus(gap / settings.temperature, threshold=40)
-    return F.relu(gap + settings.margin)
-
-
-@torch.no_grad()
-def torch_mine(x: Tensor, positives: Tensor, negatives: Tensor, settings: Settings) -> tuple[Mined, Tensor]:
-    """The mined rows, and which anchors take part (B,). Needs only the order of the distances, not themselves."""
-    rows = len(positives)
-    if settings.distance == "cosine":
-        order = -(x[:rows] @ x.T)
-    else:  # |a|^2 + |b|^2 - 2ab cancels unless the rows are centred; scaled, it cannot overflow
-        x = x - x.mean(0)
-        x = x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
-        squares = x.square().sum(1)
-        order = squares[:rows, None] + squares - 2 * (x[:rows] @ x.T)
-    hardest, positive = torch.where(positives, order, -torch.inf).max(1, keepdim=True)
-    nearest = torch.where(negatives, order, torch.inf)
-    if settings.mining == "semihard":
-        farther = negatives & (order > hardest)
-        beyond = torch.where(farther, order, torch.inf)
-        farthest = torch.where(negatives, order, -torch.inf).argmax(1)
-        negative = torch.where(farther.any(1), beyond.argmin(1), farthest)
-    else:
-        negative = nearest.argmin(1)
-    takes_part = positives.any(1) & negatives.any(1)
-    return Mined(torch.where(takes_part, positive[:, 0], -1), torch.where(takes_part, negative, -1)), takes_part
-
-
-def losses_of_all(x: Tensor, positives: Tensor, negatives: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Summed loss (B,) of all triplets of each anchor, and how many of them count in the mean (B,)."""
-    rows = len(positives)
-    if settings.distance == "cosine":
-        distances = 1 - x[:rows] @ x.T
-    else:
-        distances = torch.cdist(x[:rows], x, compute_mode="donot_use_mm_for_euclid_dist")
-        distances = distances.square() if settings.distance == "sqeuclidean" else distances
-
-    def of_pairs(distances: Tensor, anchor: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and count of the triplets of each pair (anchor, positive): (pairs,) each."""
-        gap = distances[anchor, positive][:, None] - distances[anchor]
-        losses = torch.where(negatives[anchor], cost(gap, settings), 0)
-        return losses.sum(1), (losses > 0).sum(1)
-
-    if torch.compiler.is_compiling():  # no shapes that depend on data
-        gap = distances[:, :, None] - distances[:, None, :]
-        losses = torch.where(positives[:, :, None] & negatives[:, None, :], cost(gap, settings), 0)
-        summed, count = losses.sum((1, 2)), (losses > 0).sum((1, 2))
-    else:
-        summed, count = distances.new_zeros(rows), torch.zeros(rows, dtype=torch.int64, device=x.device)
-        anchors, partners = positives.nonzero(as_tuple=True)
-        at_once = max(1, 2**24 // max(1, x.shape[0]))  # pairs whose triplets are held at a time
-        for anchor, positive in zip(anchors.split(at_once), partners.split(at_once), strict=True):
-            if len(anchors) > at_once:  # recompute in the backward pass, to hold one part only
-                losses, counts = checkpoint(of_pairs, distances, anchor, positive, use_reentrant=False)
-            else:
-                losses, counts = of_pairs(distances, anchor, positive)
-            summed, count = summed.index_add(0, anchor, losses), count.index_add(0, anchor, counts)
-    if settings.soft_margin:
-        count = positives.sum(1) * negatives.sum(1)
-    return summed, count

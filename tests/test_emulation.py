@@ -17,6 +17,7 @@ from test_triplet import MININGS, RESOLUTION, TYPES, batch, check_mined
 import oracle
 import setup as build
 import triplet
+import triplet_torch
 from triplet import DISTANCES, Settings
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +96,7 @@ def run(emulation, case: Case, weights: torch.Tensor | None = None) -> dict:
     kind = str(case.x.dtype).removeprefix("torch.")
     arrays = guarded(case)
     vectors = case.x.shape[1] % 4 == 0
-    codes = case.settings().codes()
+    codes = triplet.codes_of(case.settings())
     arguments = (kind, *arrays, vectors, codes)
     loss, losses, count, positive, negative = emulation.forward(
         *arguments, case.processors, case.tensor_cores, case.seed
@@ -155,13 +156,12 @@ def hold_against_torch(emulation, case: Case) -> None:
     found = run(emulation, case, weights)
     x = case.rows().requires_grad_()
     others = (x[len(case.x) :], case.others[1]) if case.others else None
-    losses, count = triplet.torch_losses(x[: len(case.x)], case.labels, others, case.settings())
+    losses, count = triplet_torch.losses_and_counts(x[: len(case.x)], case.labels, others, case.settings())
     if case.mining != "all":
         with torch.no_grad():
-            prepared = triplet.prepare(x[: len(case.x)], case.labels, others, case.settings())
-            mined = triplet.torch_mine(*prepared, case.settings())[0]
-        assert found["positive"].tolist() == mined.positive.tolist()
-        assert found["negative"].tolist() == mined.negative.tolist()
+            positive, negative = triplet_torch.mine(x[: len(case.x)], case.labels, others, case.settings())
+        assert found["positive"].tolist() == positive.tolist()
+        assert found["negative"].tolist() == negative.tolist()
     close = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 2e-3}[case.x.dtype]
     losses_close = min(close, 1e-4)
     assert np.allclose(found["losses"], losses.detach().numpy(), rtol=losses_close, atol=losses_close)

@@ -110,7 +110,7 @@ def test_the_compiler_must_work(tmp_path, monkeypatch):
 
 def run_setup(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
     """`setup.py COMMAND` in a copy of what it needs, with no compiler on PATH."""
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "triplet.py"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "triplet.py", "triplet_torch.py"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     (folder / "bin").mkdir()

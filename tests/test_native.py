@@ -40,7 +40,7 @@ def test_gradients_at_once_are_those_of_the_backward_op(kind, mining):
     results = []
     for function in (triplet.Native, triplet.NativeAtOnce):
         leaves = [x.clone().requires_grad_(), others[0].clone().requires_grad_()]
-        loss = function.apply(leaves[0], labels, leaves[1], others[1], settings.codes())
+        loss = function.apply(leaves[0], labels, leaves[1], others[1], triplet.codes_of(settings))
         results.append((loss.detach(), *torch.autograd.grad(loss * -3, leaves)))
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
