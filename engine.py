@@ -40,7 +40,8 @@ class Options:
     freeze: int = 0  # first stages that keep their weights: 1 is the first convolution, each further one a layer
     stem: Literal["auto", "small", "full"] = "auto"  # of resnet18: 3x3 or, with pooling, 7x7 convolution
     enlarge: int = 0  # resnet18 makes images so many times larger; 0: to about 128 pixels for the full stem
-    cutout: float = 0.0  # side of the square that is blanked in each training image, as a share of the image's
+    cutout: float = 0.375  # side of the square that is blanked in each training image, as a share of the image's
+    rotate: float = 0.25  # chance that a class of a batch is shown turned by 90, 180 or 270 degrees, a class of its own
     mirror: bool = True  # when not training, average the embeddings of an image and its mirror image: twice the time
     distance: Literal["cosine", "euclidean", "sqeuclidean"] = "cosine"  # between embeddings
     mining: Literal["hard", "semihard", "all"] = "all"  # which triplets of a batch count
@@ -97,8 +98,10 @@ def start(options: Options) -> torch.device:
     blocks back to the system, which clears them page by page at their next use, a tenth of the time of a step.
     """
     require(options, "temperature", *(["minutes"] if options.minutes is not None else []))
-    require(options, "margin", "seed", "enlarge", "withhold", "cutout", least=0)
+    require(options, "margin", "seed", "enlarge", "withhold", "cutout", "rotate", least=0)
     require(options, "image_size", least=8)
+    if options.rotate > 1:
+        raise ValueError(f"--rotate is a chance, at most 1, got {options.rotate}")
     if options.seed >= 2**63:
         raise ValueError(f"--seed must be below 2**63, got {options.seed}")
     if options.pretrained and options.backbone != "resnet18":
@@ -213,10 +216,17 @@ class TrainingData:
     sampler: datasets.Sampler
     generator: torch.Generator  # of this process's images and their augmentation
     cutout: float  # share of an image's side
+    rotate: float  # chance that a class is shown turned
     facts: dict  # name, source, size (pixels), classes, seen, validation, unseen, mean, std
+
+    def turns(self, n: int) -> Tensor:
+        """Quarters of a circle (n,) by which each of n classes is turned."""
+        return self.sampler.turns(n, self.rotate)
 
     def batch(self, index: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Augmented, normalised images (B, 3, H, W) float32 and labels (B,) of an index (B,), and of turns (B,)."""
+        if not self.rotate:
+            turns = None
         pixels = datasets.augment(self.kept.images, index, self.generator, turns)
         images = model.normalise_pixels(pixels, self.facts["mean"], self.facts["std"])
         if self.cutout:
@@ -228,6 +238,9 @@ def training_data(options: Options, device: torch.device) -> TrainingData:
     """Load the data, take the seen classes and hold back their last images. Raises ValueError or OSError."""
     with ranks.one_before_the_others():  # it downloads
         data = datasets.load(options.data, options.data_root, options.image_size)
+    height, width = data.train.images.shape[2:]
+    if options.rotate and height != width:
+        raise ValueError(f"--rotate needs square images, got {(height, width)}; give --rotate 0")
     seen, unseen = datasets.split_classes(data.class_names, options.split, options.split_seed)
     seen, withheld = datasets.withhold(data.class_names, options.split, seen, options.withhold)
     kept, held_back = datasets.hold_back(data.train.of(seen))
@@ -258,7 +271,9 @@ def training_data(options: Options, device: torch.device) -> TrainingData:
         f"{data.name}: {len(kept)} training images of {len(seen)} seen classes, {len(held_back)} more held back; "
         f"{len(unseen)} classes unseen" + (f"; validation on {len(withheld)} others" if withheld else "")
     )
-    return TrainingData(kept.to(device), held_back, validation, sampler, generator, options.cutout, facts)
+    return TrainingData(
+        kept.to(device), held_back, validation, sampler, generator, options.cutout, options.rotate, facts
+    )
 
 
 def network(options: Options, train: TrainingData) -> model.Embedder:

@@ -41,8 +41,6 @@ class Options(engine.Options):
     triplet_weight: float = 3.0  # of the triplet loss; 0 leaves it out
     softmax_weight: float = 1.0  # of the normalised softmax over the seen classes; 0 leaves it out
     softmax_scale: float = 16.0  # factor of its cosines
-    rotate: float = 0.25  # chance that a class of a batch is shown turned by 90, 180 or 270 degrees, a class of its own
-    cutout: float = 0.375  # side of the square that is blanked in each training image, as a share of the image's
 
 
 def schedule(progress: float, options: Options) -> float:
@@ -78,8 +76,8 @@ def draw(train: engine.TrainingData, seen: Tensor, options: Options) -> tuple[Te
     """
     classes = ranks.share(train.sampler.task(options.batch_classes))
     index = train.sampler.batch(classes, options.images_per_class)
-    turns = train.sampler.turns(len(classes), options.rotate).repeat_interleave(options.images_per_class)
-    images, labels = train.batch(index, turns if options.rotate else None)
+    turns = train.turns(len(classes)).repeat_interleave(options.images_per_class)
+    images, labels = train.batch(index, turns)
     return images, torch.searchsorted(seen, labels) + len(seen) * turns.to(seen.device)
 
 
@@ -91,7 +89,7 @@ def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     with engine.user_errors():
         engine.require(options, "epochs", "lr", "muon_lr", "softmax_scale", "validate_every")
-        engine.require(options, "warmup", "triplet_weight", "softmax_weight", "rotate", least=0)
+        engine.require(options, "warmup", "triplet_weight", "softmax_weight", least=0)
         engine.require(options, "weight_decay", "muon_weight_decay", least=0)
         engine.require(options, "batch_classes", "images_per_class", least=2)
         if options.warmup >= 1:
@@ -102,12 +100,8 @@ def main() -> None:
                 raise ValueError("--backbone-lr is for --optimizer sgd or adam")
         if not (options.triplet_weight or options.softmax_weight):
             raise ValueError("--triplet-weight and --softmax-weight are both 0: there is nothing to learn from")
-        if options.rotate > 1:
-            raise ValueError(f"--rotate is a chance, at most 1, got {options.rotate}")
         device = engine.start(options)
         train = engine.training_data(options, device)
-        if options.rotate and train.kept.images.shape[2] != train.kept.images.shape[3]:
-            raise ValueError(f"--rotate needs square images, got {tuple(train.kept.images.shape[2:])}; give --rotate 0")
         net = engine.network(options, train)
         if min(options.batch_classes, len(train.facts["seen"])) % ranks.world():
             raise ValueError(f"--batch-classes must be a multiple of {ranks.world()}, the number of processes")

@@ -3,11 +3,12 @@
     python train_reptile.py --iters 10000                   # CIFAR-100, 90 seen and 10 unseen classes
     python train_reptile.py --data glyphs --iters 300       # no download
 
-A task is a few of the seen classes. Its inner steps train the network on P x K batches of them, augmented and mined
-afresh at each step; the weights kept so far then move a part of the way to the adapted ones. With `--task domain` it is
-one class, the source of anchors and positives, against images of all other seen classes. Only parameters are
-interpolated. Batch norm's running statistics are of no use on the way (each forward pass of training uses its batch's
-own) and are measured anew, with the interpolated weights, on training images whenever the network is validated.
+A task is a few of the seen classes, each of them upright or turned. Its inner steps train the network on P x K batches
+of them, augmented and mined afresh at each step; the weights kept so far then move a part of the way to the adapted
+ones. With `--task domain` it is one class, the source of anchors and positives, against images of all other seen
+classes. Only parameters are interpolated. Batch norm's running statistics are of no use on the way (each forward pass
+of training uses its batch's own) and are measured anew, with the interpolated weights, on training images whenever the
+network is validated.
 
 Writes best.pt, last.pt and log.csv into --out; `python evaluate.py runs/reptile/best.pt --threshold auto` gives the
 figures. Ctrl-C saves; --resume goes on.
@@ -61,13 +62,14 @@ def adapt(run: Run, optimizers: list[torch.optim.Optimizer], task: Tensor, optio
     for optimizer in optimizers:
         optimizer.state.clear()
     sampler, domain = run.train.sampler, options.task == "domain"
+    turns = run.train.turns(len(task)).repeat_interleave(options.images_per_class)
     anchors = len(task) * options.images_per_class  # images that are anchors and positives, in a batch of B
     losses = []
     for _ in range(options.inner_steps):
         index = sampler.batch(task, options.images_per_class)
         if domain:
             index = torch.cat((index, sampler.against(int(task), options.images_per_class)))
-        images, labels = run.train.batch(index)
+        images, labels = run.train.batch(index, turns)
         embeddings = run.forward(images)
         others = (embeddings[anchors:], labels[anchors:]) if domain else None  # negatives only
         loss = triplet_loss(embeddings[:anchors], labels[:anchors], others=others, **options.triplet)
@@ -101,6 +103,8 @@ def main() -> None:
         engine.require(options, "way", "images_per_class", least=2)
         if not 0 <= options.beta1 < 1:
             raise ValueError(f"--beta1 must be in 0..1, below 1, got {options.beta1}")
+        if options.rotate and options.task == "domain":
+            raise ValueError("--task domain tells one class from all others, whichever way up; give --rotate 0 with it")
         device = engine.start(options)
         if options.meta_batch % ranks.world():
             raise ValueError(f"--meta-batch must be a multiple of {ranks.world()}, the number of processes")

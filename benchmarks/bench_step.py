@@ -58,7 +58,6 @@ def bare_step(
 def classic_step(train: engine.TrainingData, device: torch.device) -> tuple[Callable, Callable]:
     """(whole step, bare step) of train_classic.py with its defaults, but for low learning rates."""
     options = replace(train_classic.Options(), lr=1e-3, muon_lr=1e-4)
-    train = replace(train, cutout=options.cutout)
     net = model.build("resnet20", options.width).to(device)
     seen = torch.tensor(train.facts["seen"], device=device)
     head = model.NormalisedSoftmax(4 * len(seen), net.dimension, options.softmax_scale).to(device)

@@ -199,12 +199,15 @@ def test_ctrl_c_in_a_shell_saves_and_says_how_to_go_on(npz, tmp_path):
     assert engine.load_checkpoint(tmp_path / "run" / "last.pt")["step"] > 0
 
 
-PUBLISHED_CLASSIC = "--backbone resnet56 --epochs 150 --optimizer adam --lr 0.001 --no-decay --warmup 0 "
+PUBLISHED_CLASSIC = (
+    "--backbone resnet56 --rotate 0 --cutout 0 --epochs 150 --optimizer adam --lr 0.001 --no-decay --warmup 0 "
+)
 PUBLISHED_CLASSIC += "--weight-decay 0 --mining all --no-soft-margin --margin 0.3 --triplet-weight 1 --softmax-weight 0"
 PUBLISHED_REPTILE = (
-    "--backbone resnet56 --task domain --images-per-class 128 --iters 10000 --inner-steps 30 --optimizer adam "
+    "--backbone resnet56 --rotate 0 --cutout 0 --task domain --images-per-class 128 --iters 10000 --inner-steps 30 "
 )
-PUBLISHED_REPTILE += "--lr 0.001 --beta1 0.9 --meta-step-size 0.01 --mining all --no-soft-margin --margin 0.3"
+PUBLISHED_REPTILE += "--optimizer adam --lr 0.001 --beta1 0.9 --meta-step-size 0.01 "
+PUBLISHED_REPTILE += "--mining all --no-soft-margin --margin 0.3"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +250,7 @@ def test_a_domain_is_one_class_against_all_others(train, tmp_path, monkeypatch):
         return original(embeddings, labels, *args, others=others, **kwargs)
 
     monkeypatch.setattr(train_reptile, "triplet_loss", recording)
-    out = train(train_reptile, [*REPTILE, "--task", "domain", "--iters", "60"], tmp_path / "run")
+    out = train(train_reptile, [*REPTILE, "--rotate", "0", "--task", "domain", "--iters", "60"], tmp_path / "run")
     own = torch.stack([labels for labels, _ in batches])
     others = torch.stack([labels for _, labels in batches])
     assert own.shape == others.shape == (180, 4)
@@ -257,6 +260,22 @@ def test_a_domain_is_one_class_against_all_others(train, tmp_path, monkeypatch):
     tasks = own.view(60, 3, 4)
     assert (tasks == tasks[:, :1]).all() and set(own.flatten().tolist()) == set(range(6))
     assert engine.load_checkpoint(out / "best.pt")["validation"]["triplet_accuracy"] > 80
+
+
+def test_the_classes_of_a_task_stay_upright_or_turned(train, tmp_path, monkeypatch):
+    """Each is turned anew with each task, not with each step, and is one class among the others."""
+    original, turned = engine.TrainingData.batch, []
+
+    def recording(self, index, turns):
+        turned.append(turns)
+        return original(self, index, turns)
+
+    monkeypatch.setattr(engine.TrainingData, "batch", recording)
+    train(train_reptile, [*REPTILE, "--rotate", "0.5", "--iters", "40"], tmp_path / "run")
+    tasks = torch.stack(turned).view(40, 3, 3, 4)  # task, step, class, image
+    assert (tasks == tasks[:, :1, :, :1]).all()
+    upright = (tasks[:, 0, :, 0] == 0).float().mean()
+    assert 0.35 < upright < 0.65 and set(tasks.flatten().tolist()) == {0, 1, 2, 3}
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
