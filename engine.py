@@ -34,7 +34,7 @@ class Options:
     split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
     withhold: float = 0.0  # share of the seen classes, the last, not trained on: figures for them choose among recipes
     backbone: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet18"] = "resnet20"  # kind of network
-    width: int = 16  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
+    width: int = 32  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
     pretrained: bool = False  # start resnet18 from torchvision's ImageNet weights (downloaded)
     weights: str | None = None  # start from this file: a state dict, or a checkpoint of a run
     freeze: int = 0  # first stages that keep their weights: 1 is the first convolution, each further one a layer

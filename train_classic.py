@@ -25,7 +25,6 @@ from triplet import triplet_loss
 @dataclass(frozen=True)
 class Options(engine.Options):
     out: str = "runs/classic"  # folder of the run
-    width: int = 32  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
     epochs: float = 40.0  # passes over the seen classes' training images, without --minutes
     validate_every: float = 5.0  # epochs between validations
     batch_classes: int = 64  # P, classes in a batch, shared out among the processes

@@ -33,9 +33,9 @@ class Options(engine.Options):
     out: str = "runs/reptile"  # folder of the run
     iters: int = 10_000  # meta-iterations, without --minutes
     task: Literal["classes", "domain"] = "classes"  # some classes among each other, or one against all others
-    way: int = 12  # classes of a task
-    images_per_class: int = 4  # images of each class in each inner step; in a domain's, as many of other classes too
-    inner_steps: int = 4  # gradient steps on each task
+    way: int = 16  # classes of a task
+    images_per_class: int = 8  # images of each class in each inner step; in a domain's, as many of other classes too
+    inner_steps: int = 2  # gradient steps on each task
     optimizer: Literal["muon", "adam"] = "muon"  # of the inner steps: Muon for convolutions, Adam for the rest; or Adam
     lr: float = 1e-3  # of Adam, whose moments start at 0 with each task
     muon_lr: float = 0.02  # of Muon, likewise
@@ -43,7 +43,7 @@ class Options(engine.Options):
     beta1: float = 0.0  # decay of the first moment of either; 0 turns it off
     meta_batch: int = 1  # tasks whose adapted weights are averaged in a meta-iteration, shared out among processes
     meta_step_size: float = 1.0  # share of the way to the adapted weights, falls linearly to 0
-    validate_every: int = 250  # meta-iterations
+    validate_every: int = 500  # meta-iterations
 
 
 def make_optimizers(options: Options, net: nn.Module) -> list[torch.optim.Optimizer]:
