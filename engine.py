@@ -226,7 +226,7 @@ class TrainingData:
     def batch(self, index: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Augmented, normalised images (B, 3, H, W) float32 and labels (B,) of an index (B,), and of turns (B,)."""
         if not self.rotate:
-            turns = None
+            turns = None  # all are upright
         pixels = datasets.augment(self.kept.images, index, self.generator, turns)
         images = model.normalise_pixels(pixels, self.facts["mean"], self.facts["std"])
         if self.cutout:

@@ -98,7 +98,7 @@ def cost(gap: Tensor, settings: Settings) -> Tensor:
 
 @torch.no_grad()
 def mined_rows(x: Tensor, positives: Tensor, negatives: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The same from what `prepare` made. Needs only the order of the distances, not themselves."""
+    """`mine` from what `prepare` made. Needs only the order of the distances, not themselves."""
     rows = len(positives)
     if settings.distance == "cosine":
         order = -(x[:rows] @ x.T)

@@ -13,8 +13,8 @@ settings=()
 run() { # name, images of a meta-iteration, what changes
   settings+=("${@:3}")
   local iters=$((images / $2))
-  python train_reptile.py --data "$data" --withhold 0.1 --width 16 --rotate 0 --cutout 0 --iters $iters --validate-every $(((iters + 5) / 6)) \
-    --out "runs/ladder/$1" --overwrite "${settings[@]}"
+  python train_reptile.py --data "$data" --withhold 0.1 --width 16 --rotate 0 --cutout 0 \
+    --iters $iters --validate-every $(((iters + 5) / 6)) --out "runs/ladder/$1" --overwrite "${settings[@]}"
 }
 
 run "published settings" $((30 * 256)) --task domain --images-per-class 128 --inner-steps 30 --optimizer adam \
