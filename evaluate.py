@@ -40,8 +40,8 @@ class Options:
     json: str | None = None  # write the report to this file
     report: str | None = None  # write a page with tables and figures, and the figures, into this folder
     adapt_steps: int | None = None  # also score episodes after so many steps on augmented views of the support images
-    adapt_lr: float = 3e-4  # of these steps' Adam
     adapt_published: bool = False  # also score unseen classes after training 30 steps on each one's training images
+    adapt_lr: float = 3e-4  # of Adam in these steps; 0.001 in the published ones
     data: str | None = None  # cifar100, glyphs, an .npz file or a folder; by default what the checkpoint was trained on
     data_root: str = "data"  # folder for downloads and caches
     image_size: int | None = None  # side to which pictures of a folder are scaled; by default as trained, or 32
@@ -230,10 +230,8 @@ def adapted(loaded: Loaded, threshold: dict, options: Options) -> dict:
         settings = pixels, loaded.center, loaded.triplet, options.adapt_steps, options.adapt_lr
         found["support"] = adapt.SupportAdaptation(loaded.net, *settings).report(loaded.pictures, adapt.EPISODES)
     if options.adapt_published:
-        classes = loaded.seen, loaded.unseen
-        found["published"] = adapt.published_variant(
-            loaded.net, loaded.data, *classes, pixels, threshold["value"], loaded.center
-        )
+        classes, settings = (loaded.seen, loaded.unseen), (threshold["value"], options.adapt_lr, loaded.center)
+        found["published"] = adapt.published_variant(loaded.net, loaded.data, *classes, pixels, *settings)
     return found
 
 

@@ -175,7 +175,7 @@ def test_the_loss_is_over_triplets_of_the_class_against_the_rest(known):
 def test_without_steps_the_figures_are_those_of_the_network(known, monkeypatch):
     loaded, net, seen, unseen, _ = known
     monkeypatch.setattr(adapt, "STEPS", 0)
-    report = adapt.published_variant(net, loaded, seen, unseen, PIXELS, threshold=0.9)
+    report = adapt.published_variant(net, loaded, seen, unseen, PIXELS, threshold=0.9, lr=1e-3)
     test = loaded.test.of(unseen)
     z = model.embed(net, test.images, *PIXELS).double().numpy()
     z /= np.linalg.norm(z, axis=1, keepdims=True)
@@ -205,7 +205,7 @@ def test_nothing_but_the_class_and_the_seen_ones_is_learned_from(known, monkeypa
     embed, embeddings = model.embed, []
     monkeypatch.setattr(model, "embed", lambda *args: embeddings.append(embed(*args)) or embeddings[-1])
     for each in (loaded, loaded, changed):
-        adapt.published_variant(net, each, seen, unseen, PIXELS, 0.9)
+        adapt.published_variant(net, each, seen, unseen, PIXELS, 0.9, 1e-3)
     first, second, third = embeddings[:3], embeddings[3:6], embeddings[6:]
     assert all(map(torch.equal, first, second))
     assert torch.equal(first[0], third[0]) and not torch.equal(first[1], third[1])
@@ -236,7 +236,8 @@ def test_evaluation_reports_both(known, monkeypatch, tmp_path, capsys):
     adapted = both["unseen"].pop("adapted")
     assert plain["unseen"].pop("adapted") == {"support": None, "published": None} and plain["unseen"] == both["unseen"]
     published, support = adapted["published"], adapted["support"]
-    assert [row["label"] for row in published["per_class"]] == [3, 4, 5, 6, 7] and "10 steps" in published["variant"]
+    assert [row["label"] for row in published["per_class"]] == [3, 4, 5, 6, 7]
+    assert "10 steps (learning rate 0.002)" in published["variant"]
     assert published["triplet_accuracy"] > both["unseen"]["triplet_accuracy"]
     assert (support["steps"], support["lr"], support["episodes"]) == (2, 0.002, 20)
     assert support["few_shot"].keys() == {"5w1s", "5w5s", "10w1s"}
