@@ -283,10 +283,8 @@ class NativeAtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, embeddings, labels, other_embeddings, other_labels, codes):
-        with torch._C._AutoDispatchBelowAutograd():
-            loss, ctx.own, ctx.others = torch.ops.oneshot.triplet_loss_and_gradient.default(
-                embeddings, labels, other_embeddings, other_labels, *codes
-            )
+        arguments = embeddings, labels, other_embeddings, other_labels, *codes
+        loss, ctx.own, ctx.others = torch.ops.oneshot.triplet_loss_and_gradient.default(*arguments)
         return loss
 
     @staticmethod
@@ -331,4 +329,5 @@ def fake_backward(grad, embeddings, labels, other_embeddings, other_labels, *unu
 
 def fake_loss_and_gradient(embeddings, labels, other_embeddings, other_labels, *codes):
     loss = fake_forward(embeddings, labels, other_embeddings, other_labels, *codes)[0]
-    return loss, *fake_backward(None, embeddings, labels, other_embeddings, other_labels)
+    grad_others = None if other_embeddings is None else torch.empty_like(other_embeddings)
+    return loss, torch.empty_like(embeddings), grad_others

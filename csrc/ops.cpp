@@ -15,9 +15,9 @@ STABLE_TORCH_LIBRARY(oneshot, m) {
       "Tensor? other_labels, Tensor count, Tensor positive, Tensor negative, "
       "int distance, int mining, bool soft_margin, float margin, float temperature, int reduction) "
       "-> (Tensor grad_embeddings, Tensor grad_others)");
-  // both at once, for a loss that is reduced: its gradient for an upstream gradient of 1, grad_others as above
+  // both at once, for a loss that is reduced: its gradient for an upstream gradient of 1; no grad_others without them
   m.def(
       "triplet_loss_and_gradient(Tensor embeddings, Tensor labels, Tensor? other_embeddings, Tensor? other_labels, "
       "int distance, int mining, bool soft_margin, float margin, float temperature, int reduction) "
-      "-> (Tensor loss, Tensor grad_embeddings, Tensor grad_others)");
+      "-> (Tensor loss, Tensor grad_embeddings, Tensor? grad_others)");
 }

@@ -183,20 +183,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, Tensor lab
   return {loss, count, positive, negative};
 }
 
-std::tuple<Tensor, Tensor, Tensor> loss_and_gradient(Tensor embeddings, Tensor labels, MaybeTensor other_embeddings,
-                                                     MaybeTensor other_labels, int64_t distance, int64_t mining,
-                                                     bool soft_margin, double margin, double temperature,
-                                                     int64_t reduction) {
+std::tuple<Tensor, Tensor, MaybeTensor> loss_and_gradient(Tensor embeddings, Tensor labels,
+                                                          MaybeTensor other_embeddings, MaybeTensor other_labels,
+                                                          int64_t distance, int64_t mining, bool soft_margin,
+                                                          double margin, double temperature, int64_t reduction) {
   const Settings settings = make_settings(distance, mining, soft_margin, margin, temperature, reduction);
   require(settings.reduction != Reduction::none, "a loss that is not reduced has no one gradient");
-  Tensor loss, grad_own, grad_others;
+  Tensor loss, grad_own;
+  MaybeTensor grad_others;
   by_type(embeddings, [&](auto in, auto t) {
     using In = decltype(in);
     using T = decltype(t);
     const OwningBatch<In> batch(embeddings, labels, other_embeddings, other_labels);
     loss = scalar(loss_type(embeddings));
     grad_own = gradient_of(embeddings);
-    grad_others = gradient_of_others(embeddings, other_embeddings);
+    if (other_embeddings) grad_others = gradient_of(*other_embeddings);
     std::unique_ptr<T[]> losses(new T[batch.rows]);
     std::unique_ptr<int64_t[]> mined(new int64_t[2 * batch.rows]);
     Result<In, T> result{losses.get(),
@@ -204,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> loss_and_gradient(Tensor embeddings, Tensor l
                          mined.get() + batch.rows,
                          0,
                          grad_own.mutable_data_ptr<In>(),
-                         other_embeddings ? grad_others.mutable_data_ptr<In>() : nullptr};
+                         grad_others ? grad_others->mutable_data_ptr<In>() : nullptr};
     run_forward(batch, settings, result, loss.mutable_data_ptr<T>());
   });
   return {loss, grad_own, grad_others};
