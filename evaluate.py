@@ -41,7 +41,7 @@ class Options:
     report: str | None = None  # write a page with tables and figures, and the figures, into this folder
     adapt_steps: int | None = None  # also score episodes after so many steps on augmented views of the support images
     adapt_published: bool = False  # also score unseen classes after training 30 steps on each one's training images
-    adapt_lr: float = 3e-4  # of Adam in these steps; 0.001 in the published ones
+    adapt_lr: float = 3e-4  # of Adam in the steps of either; as published: 0.001
     data: str | None = None  # cifar100, glyphs, an .npz file or a folder; by default what the checkpoint was trained on
     data_root: str = "data"  # folder for downloads and caches
     image_size: int | None = None  # side to which pictures of a folder are scaled; by default as trained, or 32

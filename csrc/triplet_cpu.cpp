@@ -155,10 +155,6 @@ Tensor gradient_of(const Tensor& embeddings) {
   return allocate(embeddings.scalar_type(), 2, sizes);
 }
 
-Tensor gradient_of_others(const Tensor& embeddings, const MaybeTensor& others) {  // empty where there are none
-  return others ? gradient_of(*others) : vector(embeddings.scalar_type(), 0);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, Tensor labels, MaybeTensor other_embeddings,
                                                    MaybeTensor other_labels, int64_t distance, int64_t mining,
                                                    bool soft_margin, double margin, double temperature,
@@ -222,7 +218,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor embeddings, Tensor label
     using T = decltype(t);
     const OwningBatch<In> batch(embeddings, labels, other_embeddings, other_labels);
     grad_own = gradient_of(embeddings);
-    grad_others = gradient_of_others(embeddings, other_embeddings);
+    grad_others = other_embeddings ? gradient_of(*other_embeddings) : vector(embeddings.scalar_type(), 0);
     In* own = grad_own.mutable_data_ptr<In>();
     In* others = other_embeddings ? grad_others.mutable_data_ptr<In>() : nullptr;
     const int64_t total = *count.const_data_ptr<int64_t>();
