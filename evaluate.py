@@ -142,10 +142,13 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
 
 
 def training_facts(saved: dict) -> dict:
-    """Steps, images, seconds and threads of a checkpoint's training, and its options, but for names of files."""
+    """Steps, images, seconds and threads of a checkpoint's training, and its options but for folders and machines."""
     lengths = {name: saved.get(name) for name in ("step", "images", "seconds", "threads")}
-    places = {"data", "data_root", "out", "weights", "log_dir", "device", "resume", "overwrite"}
-    return lengths | {"options": {name: value for name, value in saved["options"].items() if name not in places}}
+    places = {"data", "data_root", "out", "log_dir", "device", "resume", "overwrite"}
+    options = {name: value for name, value in saved["options"].items() if name not in places}
+    if options.get("weights"):
+        options["weights"] = Path(options["weights"]).name
+    return lengths | {"options": options}
 
 
 def load_network(saved: dict, path: str, backbone: str, options: Options, side: int) -> tuple[model.Embedder, bool]:

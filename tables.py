@@ -47,7 +47,9 @@ def with_interval(value: float, interval: tuple[float, float] | None) -> str:
 
 def show(report: dict) -> None:
     """Print a report."""
-    print(f"\n{report['checkpoint']}: {report['data']}, split {report['split']} (seen-unseen)")
+    given = (report["training"] or {"options": {}})["options"].get("weights")
+    start = f", trained on from the weights in {given}" if given else ""
+    print(f"\n{report['checkpoint']}: {report['data']}, split {report['split']} (seen-unseen){start}")
     print(f"{threshold_text(report['threshold'])}\nfigures in percent, (..) 95 % by resampling classes\n")
     rows = []
     for name in ("seen", "unseen"):

@@ -59,6 +59,15 @@ def test_report(folder, monkeypatch, capsys, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
 
 
+def test_a_report_tells_from_whose_weights_a_training_started(folder, monkeypatch, capsys, tmp_path):
+    saved = torch.load(folder / "run" / "best.pt", weights_only=True)
+    saved["options"]["weights"] = str(folder / "given.pt")
+    torch.save(saved, tmp_path / "best.pt")
+    run(monkeypatch, tmp_path / "best.pt", "--threshold", "0.5", "--json", tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["training"]["options"]["weights"] == "given.pt"
+    assert "trained on from the weights in given.pt\n" in capsys.readouterr().out
+
+
 def test_recipes_are_chosen_without_test_images_and_unseen_classes(folder, monkeypatch, tmp_path, capsys):
     """Held-back images give what the training's log says; blank test images and unseen classes change nothing."""
     npz, out = folder / "tiny.npz", tmp_path / "run"
