@@ -142,7 +142,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
 
 
 def training_facts(saved: dict) -> dict:
-    """Steps, images, seconds and threads of a checkpoint's training, and its options but for folders and machines."""
+    """Steps, images, seconds and threads of a checkpoint's training, and its options but for where it was."""
     lengths = {name: saved.get(name) for name in ("step", "images", "seconds", "threads")}
     places = {"data", "data_root", "out", "log_dir", "device", "resume", "overwrite"}
     options = {name: value for name, value in saved["options"].items() if name not in places}

@@ -18,6 +18,7 @@ from tables import (
     adapted_rows,
     adapted_text,
     few_shot_row,
+    start_text,
     threshold_text,
     with_interval,
 )
@@ -189,7 +190,7 @@ def page(report: dict, drawn: dict[str, tuple[dict, str, str]]) -> str:
     commit = f", commit {report['commit']}" if report["commit"] else ""
     parts = [
         f"<header><p class=kicker>One-Shot evaluation</p><h1>{html.escape(title)}</h1>",
-        f"<p>{html.escape(str(report['checkpoint']) + commit)}</p>",
+        f"<p>{html.escape(str(report['checkpoint']) + start_text(report) + commit)}</p>",
         f"<p>{html.escape(threshold_text(report['threshold']).replace(chr(10), ' '))}.</p></header>",
         cards(report),
         section("Pairs and triplets", side_table(report), threshold_table(report)),

@@ -47,9 +47,7 @@ def with_interval(value: float, interval: tuple[float, float] | None) -> str:
 
 def show(report: dict) -> None:
     """Print a report."""
-    given = (report["training"] or {"options": {}})["options"].get("weights")
-    start = f", trained on from the weights in {given}" if given else ""
-    print(f"\n{report['checkpoint']}: {report['data']}, split {report['split']} (seen-unseen){start}")
+    print(f"\n{report['checkpoint']}: {report['data']}, split {report['split']} (seen-unseen){start_text(report)}")
     print(f"{threshold_text(report['threshold'])}\nfigures in percent, (..) 95 % by resampling classes\n")
     rows = []
     for name in ("seen", "unseen"):
@@ -74,6 +72,13 @@ def show(report: dict) -> None:
     show_known(report)
     rows = [[row["label"], row["name"], row["triplet_accuracy"], row["pair_accuracy"]] for row in report["per_class"]]
     print("\n" + table(["label", "unseen class", "triplets", "pairs"], rows))
+
+
+def start_text(report: dict) -> str:
+    """Whose weights the training began with, to follow a name; empty if none, or if that is not known."""
+    options = (report["training"] or {}).get("options", {})
+    given = "ImageNet" if options.get("pretrained") else options.get("weights")
+    return f", trained on from the weights of {given}" if given else ""
 
 
 def threshold_text(threshold: dict) -> str:

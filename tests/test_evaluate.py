@@ -59,13 +59,19 @@ def test_report(folder, monkeypatch, capsys, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
 
 
-def test_a_report_tells_from_whose_weights_a_training_started(folder, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("option", "given", "kept", "told"),
+    [("weights", "far/given.pt", "given.pt", "given.pt"), ("pretrained", True, True, "ImageNet")],
+)
+def test_a_report_tells_whose_weights_came_first(folder, monkeypatch, capsys, tmp_path, option, given, kept, told):
     saved = torch.load(folder / "run" / "best.pt", weights_only=True)
-    saved["options"]["weights"] = str(folder / "given.pt")
+    saved["options"][option] = given
     torch.save(saved, tmp_path / "best.pt")
-    run(monkeypatch, tmp_path / "best.pt", "--threshold", "0.5", "--json", tmp_path / "report.json")
-    assert json.loads((tmp_path / "report.json").read_text())["training"]["options"]["weights"] == "given.pt"
-    assert "trained on from the weights in given.pt\n" in capsys.readouterr().out
+    files = "--json", tmp_path / "report.json", "--report", tmp_path / "page"
+    run(monkeypatch, tmp_path / "best.pt", "--threshold", "0.5", *files)
+    assert json.loads((tmp_path / "report.json").read_text())["training"]["options"][option] == kept
+    text = f", trained on from the weights of {told}"
+    assert text + "\n" in capsys.readouterr().out and text in (tmp_path / "page" / "index.html").read_text()
 
 
 def test_recipes_are_chosen_without_test_images_and_unseen_classes(folder, monkeypatch, tmp_path, capsys):

@@ -39,6 +39,7 @@ def make(folder, unseen_classes):
     threshold = {"mode": "auto", "criterion": "balanced", "value": 0.5, "false_accept": 12.0, "false_reject": 9.0}
     threshold |= {"logistic": [9.0, -4.0], "calibrated_on": "60 held-back training images of 6 seen classes"}
     facts = {"checkpoint": "runs/" + "x" * 80 + "/best.pt", "commit": "0123456789ab", "data": "own", "split": "60-40"}
+    facts["training"] = None
     thresholds = {"auto balanced": 0.5, "auto eer": 0.52, "fixed 0.2": 0.2}
     made = measure.evaluation_report(facts, threshold, thresholds, measured, names)
     if unseen_classes:
@@ -95,7 +96,7 @@ def test_without_pairs_there_is_still_a_page(tmp_path):
     assert measure.measure(images, torch.eye(2), 0.5) is None
     measured, names = sides(3)
     measured["unseen"] = None
-    facts = {"checkpoint": "a.pt", "commit": None, "data": "own", "split": "60-40"}
+    facts = {"checkpoint": "a.pt", "commit": None, "data": "own", "split": "60-40", "training": None}
     threshold = {"mode": "fixed", "value": 0.5, "criterion": None}
     made = measure.evaluation_report(facts, threshold, {}, measured, names)
     assert report.write(tmp_path, made, measured, names).exists()
