@@ -107,7 +107,7 @@ def test_no_square_matrix_is_held():
     assert torch.cuda.max_memory_allocated() - before < 64 << 20
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second GPU")
 def test_tensors_on_a_device_that_is_not_current():
     x, labels, _ = batch(300, dtype=torch.float32)
     rows = [mine(x.to(d), labels.to(d), impl="native") for d in ("cuda:0", "cuda:1")]
