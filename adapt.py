@@ -1,13 +1,13 @@
 """Adapting a trained network before it is scored.
 
 `SupportAdaptation` is one-shot adaptation, what Reptile trains for: the last block of the network is trained for a few
-steps on augmented views of an episode's support images, with the triplet loss of its training, and the queries are then
-classified, each alone. Batch norm keeps its running statistics.
+steps on augmented views of an episode's support images, with the triplet loss of its training, and then classifies the
+queries, each alone. Batch norm keeps its running statistics.
 
-`published_variant` is the published evaluation of Reptile: the whole network is trained for 30 steps on the training
-images of one unseen class, and scored on the pairs and triplets of that class; then it is put back and the next class
-comes. This is not one-shot recognition: 500 labelled images of the class are used. evaluate.py reports it in a row of
-its own, for comparison with the published figures. The published learning rate is 0.001.
+`published_variant` is the published evaluation of Reptile: for each unseen class a copy of the whole network is trained
+for 30 steps on the class's training images, and scored on the pairs and triplets of that class. This is not one-shot
+recognition: 500 labelled images of the class are used. evaluate.py reports it in a row of its own, for comparison with
+the published figures. The published learning rate is 0.001.
 """
 
 import copy
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-import measure
 import metrics
 import model
 from data import Data, Images, augment
@@ -51,24 +51,22 @@ def adapt(net: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int, lr: f
 class SupportAdaptation:
     """How a network is adapted to the support images of an episode: its last block alone, the rest is frozen.
 
-    What the frozen part makes of an image, and of each augmented view, is computed once for all episodes.
+    The output of the frozen part, for each image and each augmented view, is computed once for all episodes.
     """
 
     net: model.Embedder
-    pixels: tuple[list[float], list[float]]  # mean and standard deviation of the channels, on the scale 0..1
-    center: Tensor | None  # (D,), subtracted from embeddings that are compared
     loss: dict  # keyword arguments of triplet_loss
     steps: int
     lr: float
 
     @torch.no_grad()
     def block_inputs(self, images: Tensor, batch: int = 250) -> Tensor:
-        """What the last block is given for (N, 3, H, W) uint8 images: (N, C, H', W'), on the network's device."""
+        """The last block's inputs for (N, 3, H, W) uint8 images: (N, C, H', W'), on the network's device."""
         net, kept = copy.deepcopy(self.net).eval(), []
         last_block(net).register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
         device = next(net.parameters()).device
         for part in images.split(batch):
-            net.embed(model.normalise_pixels(part.to(device), *self.pixels))
+            net.embed(net.normalise(part.to(device)))
         return torch.cat(kept)
 
     def answers(self, pictures: Images, episodes: Tensor, shot: int, seed: int = 0) -> Tensor:
@@ -97,16 +95,16 @@ class SupportAdaptation:
     def embed(self, block: nn.Module, inputs: Tensor) -> Tensor:
         """Normalised embeddings (N, D) of the block's `inputs` (N, M, C, H', W'), the mean of M views of each image."""
         embeddings = block(inputs.flatten(0, 1)).mean((2, 3)).unflatten(0, inputs.shape[:2]).mean(1)
-        return metrics.normalise(embeddings.cpu(), self.center)
+        return F.normalize(embeddings.cpu())
 
     def report(self, pictures: Images, episodes: int, seed: int = 0) -> dict:
         """Few-shot accuracy in percent without adaptation (zero_steps) and with it, on the same episodes.
 
         With halves of 95 % intervals, and the paired difference in points with its interval, (low, high). Settings of
-        measure.EPISODES that there are too few images or classes for are null; that of all classes is left out.
+        metrics.FEW_SHOT with too few images or classes are null; that of all classes is left out.
         """
         few_shot = {}
-        for name, (way, shot) in measure.EPISODES.items():
+        for name, (way, shot) in metrics.FEW_SHOT.items():
             if way is None:
                 continue
             drawn = [images for _, images in metrics.draw_episodes(pictures.labels, way, shot, episodes=episodes)]
@@ -158,17 +156,12 @@ def gain(before: Tensor, after: Tensor) -> dict:
 # ------------------------------------------------------------------------------------------------- published variant
 
 
-def domain_loss(
-    net: model.Embedder, own: Images, rest: Images, pixels: tuple[list[float], list[float]], generator: torch.Generator
-) -> Tensor:
-    """The hinge of the triplets of BATCH random images of one class, `own`, with BATCH images of others as negatives.
-
-    `pixels`: mean and standard deviation of the channels, on the scale 0..1.
-    """
+def domain_loss(net: model.Embedder, own: Images, rest: Images, generator: torch.Generator) -> Tensor:
+    """The hinge loss of the triplets of BATCH random images of one class, `own`, and BATCH negatives from `rest`."""
     anchors = own.images[torch.randperm(len(own), generator=generator)[:BATCH]]
     others = rest.images[torch.randint(len(rest), (BATCH,), generator=generator)]
     device = next(net.parameters()).device
-    embeddings = net.embed(model.normalise_pixels(torch.cat((anchors, others)).to(device), *pixels))
+    embeddings = net.embed(net.normalise(torch.cat((anchors, others)).to(device)))
     label = (torch.arange(len(embeddings), device=device) >= len(anchors)).long()
     own_part, other_part = slice(len(anchors)), slice(len(anchors), None)
     negatives = embeddings[other_part], label[other_part]
@@ -176,29 +169,21 @@ def domain_loss(
 
 
 def published_variant(
-    net: nn.Module,
-    data: Data,
-    seen: list[int],
-    unseen: list[int],
-    pixels: tuple[list[float], list[float]],
-    threshold: float,
-    lr: float,
-    center: Tensor | None = None,
-    seed: int = 0,
+    net: model.Embedder, data: Data, seen: list[int], unseen: list[int], threshold: float, lr: float, seed: int = 0
 ) -> dict:
     """Triplet and pair accuracy of each unseen class, the network adapted to it, and their means; in percent.
 
     Negatives of the adaptation are training images of the `seen` classes. Scored are the pairs of the unseen classes'
     test images that the class takes part in, and the triplets that have it as the anchor class. Intervals are by
-    resampling the classes. `pixels` as in `domain_loss`, `lr` of Adam. The same seed gives the same bits.
+    resampling the classes. `lr` is Adam's. The same seed gives the same bits.
     """
     generator = torch.Generator().manual_seed(seed)
     rest, test = data.train.of(seen), data.test.of(unseen)
     rows = []
     for place, label in enumerate(sorted(unseen)):
-        loss = partial(domain_loss, own=data.train.of([label]), rest=rest, pixels=pixels, generator=generator)
+        loss = partial(domain_loss, own=data.train.of([label]), rest=rest, generator=generator)
         adapted = adapt(net, loss, STEPS, lr)
-        z = metrics.normalise(model.embed(adapted, test.images, *pixels), center)
+        z = F.normalize(model.embed(adapted, test.images))
         triplets = metrics.triplet_table(z, test.labels).per_class()[place]
         pairs = metrics.pair_table(z, test.labels, threshold).per_class()[place]
         rows.append({"label": label, "triplet_accuracy": float(triplets), "pair_accuracy": float(pairs)})

@@ -1,32 +1,21 @@
-"""Images in memory: class splits, held-back images, P x K batches and augmentation. sources.py reads the images.
+"""Images in memory: class splits, held-back images, P x K batches, augmentation, and the data of a training.
 
 A data set is one uint8 tensor; a batch is a tensor of indices into it; cropping and flipping happen while the batch is
-gathered. There are no worker processes and no Python code that runs once per image.
+gathered. There are no worker processes and no Python code that runs once per image. sources.py reads the images.
 """
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sources import Data, Images, load
+import distributed
+from sources import Data, Images, load  # noqa: F401 (data.load is how the scripts read a data set)
 
-__all__ = [
-    "Data",
-    "Images",
-    "Sampler",
-    "augment",
-    "channel_statistics",
-    "cut_out",
-    "few_shot_images",
-    "for_choosing",
-    "hold_back",
-    "load",
-    "split_classes",
-    "withhold",
-]
-
-HELD_BACK = 25  # last training images of each seen class, never trained on: they calibrate and select (per class)
+HELD_BACK = 25  # images of each seen class, its last training images, for the threshold and the best checkpoint
+VALIDATION = 100  # images of each validation class: its last training images
 
 # Validation and test classes of the standard few-shot splits of CIFAR-100; the others are for training.
 STANDARD_SPLITS = {
@@ -43,6 +32,18 @@ STANDARD_SPLITS = {
         "baby boy girl man woman",
     ),
 }
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    data: str = "cifar100"  # cifar100 (downloaded), glyphs (drawn here), an .npz file, or a folder of class folders
+    data_root: str = "data"  # folder for downloads and caches
+    image_size: int = 32  # side in pixels to which the pictures of a folder are scaled
+    split: str = "90-10"  # seen and unseen shares of the classes, or cifar-fs, cifar-fs+val, fc100, fc100+val
+    split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
+    withhold: float = 0.0  # fraction of the seen classes (the last ones) kept for validation, to compare recipes
+    cutout: float = 0.375  # side of the square blanked in each training image, as a fraction of the image's side
+    rotate: float = 0.25  # probability that a class is shown rotated by 90, 180 or 270 degrees, as a class of its own
 
 
 # --------------------------------------------------------------------------------------------------------------- splits
@@ -85,15 +86,15 @@ def standard_classes(class_names: list[str], name: str, part: int) -> list[int]:
     missing = [each for each in wanted if each not in class_names]
     if len(class_names) != 100 or missing:
         lacking = f", but {', '.join(missing[:5])} is missing" if missing else ""
-        raise ValueError(f"split {name} is of the 100 classes of CIFAR-100; these are {len(class_names)}{lacking}")
+        raise ValueError(f"split {name} is for the 100 classes of CIFAR-100; there are {len(class_names)}{lacking}")
     return sorted(map(class_names.index, wanted))
 
 
 def withhold(class_names: list[str], split: str, seen: list[int], share: float) -> tuple[list[int], list[int]]:
-    """Seen classes less the validation classes, and these: labels, on which recipes are compared. Raises ValueError.
+    """(seen classes without the validation classes, validation classes), as labels. Raises ValueError.
 
-    Validation classes are the last `share` of the seen classes, if that is not 0, else those that a standard split
-    names for it, else none.
+    Recipes are compared on the validation classes: the last `share` of the seen classes, or for a share of 0 those that
+    a standard split names, if any.
     """
     if share == 0:
         own = split in STANDARD_SPLITS
@@ -105,10 +106,8 @@ def withhold(class_names: list[str], split: str, seen: list[int], share: float) 
 
 
 def for_choosing(data: Data, seen: list[int], validation: list[int]) -> Data:
-    """A data set to choose recipes by: in place of its test images, training images that no network was trained on.
-
-    These are the held-back images of the seen classes and all images of the validation classes.
-    """
+    """A data set to choose recipes by: its test images are replaced by training images that no network was trained on,
+    the held-back images of the seen classes and all images of the validation classes."""
     test = hold_back(data.train.of(seen))[1] + data.train.of(validation)
     return Data(data.name, data.train, test, data.class_names)
 
@@ -120,9 +119,9 @@ def few_shot_images(data: Data, classes: list[int], split: str) -> Images:
 
 
 def hold_back(train: Images, per_class: int = HELD_BACK) -> tuple[Images, Images]:
-    """(kept, held back): the last `per_class` images of each class, at most a quarter of it, are never trained on.
+    """(kept, held back): the last `per_class` images of each class are held back, never trained on.
 
-    A class of 4 to 11 images holds 2 back, a pair; a smaller class none.
+    That is at most a quarter of the class; 2, a pair, of a class of 4 to 11 images, and none of a smaller one.
     """
     by_class = torch.argsort(train.labels, stable=True)
     counts = torch.bincount(train.labels)
@@ -156,7 +155,7 @@ class Sampler:
         return torch.randperm(len(self.classes), generator=self.tasks)[:way]
 
     def turns(self, n: int, chance: float) -> Tensor:
-        """Quarters of a circle (n,) by which each of `n` classes is turned: 0, or with that `chance` 1, 2 or 3."""
+        """Quarters of a circle (n,) to rotate each of `n` classes by: 1, 2 or 3 with probability `chance`, else 0."""
         turned = torch.rand(n, generator=self.generator) < chance
         return torch.where(turned, torch.randint(1, 4, (n,), generator=self.generator), 0)
 
@@ -178,10 +177,10 @@ class Sampler:
 
 
 def augment(images: Tensor, index: Tensor, generator: torch.Generator, turns: Tensor | None = None) -> Tensor:
-    """Gather images[index] with a random crop (reflection, by up to an eighth of the side) and a random flip.
+    """Gather images[index] with a random crop (reflected, shifted by up to an eighth of the side) and a random flip.
 
     `images` (N, 3, H, W) uint8, `index` (B,) int64 on the CPU -> (B, 3, H, W) uint8; both stored channels last.
-    `turns` (B,) int64 also turns square images counter-clockwise, by so many quarters of a circle.
+    `turns` (B,) int64: quarters of a circle by which square images are rotated as well, counter-clockwise.
     """
     _, channels, height, width = images.shape
     y = shifted(height, len(index), generator)
@@ -192,7 +191,7 @@ def augment(images: Tensor, index: Tensor, generator: torch.Generator, turns: Te
         quarters = turns[:, None] % 4
         y = torch.where(quarters >= 2, y.flip(1), y)
         x = torch.where((quarters == 1) | (quarters == 2), x.flip(1), x)
-    index, y, x = (each.to(images.device) for each in (index, y, x))  # small, so that a GPU need not be waited for
+    index, y, x = (each.to(images.device) for each in (index, y, x))  # small: no wait for a GPU
     pixel = (index[:, None, None] * height + y[:, :, None]) * width + x[:, None, :]  # (B, H, W)
     if turns is not None:
         odd = (turns % 2 == 1).to(images.device)[:, None, None]
@@ -231,3 +230,81 @@ def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
         mean.append(float(share @ levels))
         std.append(max(float(share @ (levels - mean[-1]).square()) ** 0.5, 1e-3))  # a constant channel stays finite
     return mean, std
+
+
+# ---------------------------------------------------------------------------------------------------------- a training
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The seen classes' images, on the device, and what a checkpoint needs to know of the data."""
+
+    kept: Images
+    held_back: Images
+    validation: Images | None  # images of classes that are not trained on, none of them unseen
+    sampler: Sampler
+    generator: torch.Generator  # of this process's images and their augmentation
+    cutout: float  # fraction of an image's side
+    rotate: float  # probability that a class is shown rotated
+    pixel_statistics: tuple[list[float], list[float]]  # mean and standard deviation of the kept images' channels
+    facts: dict  # name, source, classes, seen, validation, unseen
+
+    @property
+    def size(self) -> int:
+        """Side of the images in pixels."""
+        return self.kept.images.shape[2]
+
+    def turns(self, n: int) -> Tensor:
+        """Quarters of a circle (n,) by which each of n classes is rotated."""
+        return self.sampler.turns(n, self.rotate)
+
+    def batch(self, normalise: Callable, index: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Augmented images (B, 3, H, W) float32 and labels (B,) of an index (B,).
+
+        `normalise` is the network's; `turns` (B,) are quarters of a circle by which each image is rotated.
+        """
+        if not self.rotate:
+            turns = None  # all are upright
+        images = normalise(augment(self.kept.images, index, self.generator, turns))
+        if self.cutout:
+            images = cut_out(images, self.cutout, self.generator)
+        return images, self.kept.labels[index.to(self.kept.labels.device)]
+
+
+def load_for_training(options: DataOptions, seed: int, device: torch.device) -> TrainingData:
+    """Load the data, take the seen classes and hold back their last images. Raises ValueError or OSError."""
+    with distributed.first_process_first():  # it downloads
+        loaded = load(options.data, options.data_root, options.image_size)
+    height, width = loaded.train.images.shape[2:]
+    if options.rotate and height != width:
+        raise ValueError(f"--rotate needs square images, got {(height, width)}; give --rotate 0")
+    seen, unseen = split_classes(loaded.class_names, options.split, options.split_seed)
+    seen, withheld = withhold(loaded.class_names, options.split, seen, options.withhold)
+    kept, held_back = hold_back(loaded.train.of(seen))
+    validation = hold_back(loaded.train.of(withheld), VALIDATION)[1] if withheld else None
+    if int(torch.bincount(kept.labels)[seen].min()) < 2:
+        raise ValueError("a seen class has fewer than 2 training images: triplets need an anchor and a positive")
+    if len(held_back.labels.unique()) < 2:
+        raise ValueError("two seen classes need 4 training images or more: some are held back to set the threshold")
+    facts = {"name": loaded.name, "source": options.data, "classes": loaded.class_names}
+    facts |= {"seen": seen, "validation": withheld, "unseen": unseen}
+    generator = torch.Generator().manual_seed(seed)
+    tasks = generator
+    if distributed.world() > 1:
+        tasks = torch.Generator().manual_seed(seed)  # all processes draw the same tasks
+        generator.manual_seed(int(torch.randint(2**62, (distributed.rank() + 1,), generator=generator)[-1]))
+    print(
+        f"{loaded.name}: {len(kept)} training images of {len(seen)} seen classes, {len(held_back)} more held back; "
+        f"{len(unseen)} classes unseen" + (f"; validation on {len(withheld)} others" if withheld else "")
+    )
+    return TrainingData(
+        kept=kept.to(device),
+        held_back=held_back,
+        validation=validation,
+        sampler=Sampler(kept.labels, generator, tasks),
+        generator=generator,
+        cutout=options.cutout,
+        rotate=options.rotate,
+        pixel_statistics=channel_statistics(kept.images),
+        facts=facts,
+    )

@@ -1,56 +1,82 @@
-"""What checkpoints are worth: exact pair and triplet figures, few-shot accuracy, all with a calibrated threshold.
+"""Evaluate checkpoints: exact pair and triplet accuracy, few-shot accuracy, and a calibrated threshold.
 
     python evaluate.py runs/classic/best.pt --threshold auto --json report.json --report page
     python evaluate.py resnet56.th --backbone resnet56 --data cifar100 --split 90-10 --threshold 0.2
 
-The second form reads a bare state dict of the CIFAR ResNet family. Test images only, without augmentation; seen and
-unseen classes apart. metrics.py defines the figures. To choose among recipes, `--on validation` measures held-back
-images instead, and validation classes in place of the unseen ones.
+The second form reads a bare state dict of the CIFAR ResNet family; --pixel-mean and --pixel-std give the statistics it
+was trained with. Measured are the test images of seen and of unseen classes, without augmentation; metrics.py defines
+the figures. To choose among recipes, `--on validation` measures held-back images instead, and validation classes in
+place of the unseen ones.
 """
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import normalize
 
 import adapt
-import calibration
-import data as datasets
-import engine
-import measure
+import cli
+import data
 import metrics
 import model
-import report as report_page
-import tables
-from measure import Side
+import report
+import training
+from metrics import SHARES, Side
+
+PUBLISHED_THRESHOLDS = {"classic": 0.2, "Reptile": 0.7}  # fixed by hand
 
 
 @dataclass(frozen=True)
-class Options:
+class NetworkOptions:
     checkpoints: tyro.conf.Positional[tuple[str, ...]]  # files of train_*.py, or state dicts of CIFAR ResNets
-    on: Literal["test", "validation"] = "test"  # validation: held-back images, and the validation classes (--withhold)
-    threshold: str = "auto"  # auto (calibrated on held-back training images) or a similarity in -1..1
-    criterion: str = "balanced"  # of auto: balanced (accuracy), eer, or far:RATE, a rate of false accepts (far:0.01)
-    store: bool = False  # write the calibrated threshold into the checkpoint: predict.py and export.py use it
-    json: str | None = None  # write the report to this file
-    report: str | None = None  # write a page with tables and figures, and the figures, into this folder
-    adapt_steps: int | None = None  # also score episodes after so many steps on augmented views of the support images
-    adapt_published: bool = False  # also score unseen classes after training 30 steps on each one's training images
-    adapt_lr: float = 3e-4  # of Adam in the steps of either; as published: 0.001
-    data: str | None = None  # cifar100, glyphs, an .npz file or a folder; by default what the checkpoint was trained on
-    data_root: str = "data"  # folder for downloads and caches
-    image_size: int | None = None  # side to which pictures of a folder are scaled; by default as trained, or 32
-    split: str | None = None  # by default the checkpoint's, or 90-10
-    split_seed: int | None = None  # by default the checkpoint's
-    backbone: str | None = None  # of a bare state dict
-    width: int | None = None  # of a bare state dict, 16 by default
+    backbone: str | None = None  # network of a bare state dict
+    width: int | None = None  # width of a bare state dict's network, 16 by default
+    pixel_mean: tuple[float, float, float] | None = None  # channel means (0..1) that a state dict was trained with
+    pixel_std: tuple[float, float, float] | None = None  # its standard deviations; default: those of the training data
     mirror: Literal["auto", "yes", "no"] = "auto"  # average embeddings of image and mirror image; auto: as trained
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    data: str | None = None  # cifar100, glyphs, an .npz file or a folder; default: what the checkpoint was trained on
+    data_root: str = "data"  # folder for downloads and caches
+    image_size: int | None = None  # side to which pictures of a folder are scaled; default: as in training, or 32
+    split: str | None = None  # seen and unseen classes; default: the checkpoint's, or 90-10
+    split_seed: int | None = None  # draw the unseen classes at random; default: the checkpoint's
+    on: Literal["test", "validation"] = "test"  # validation: held-back images and the validation classes (--withhold)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThresholdOptions:
+    threshold: str = "auto"  # auto (calibrated on held-back training images) or a similarity in -1..1
+    criterion: str = "balanced"  # how auto chooses: balanced (accuracy), eer, or far:RATE, false accepts (far:0.01)
+    store: bool = False  # write the calibrated threshold into the checkpoint: predict.py and export.py use it
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptationOptions:
+    adapt_steps: int | None = None  # also score episodes after this many steps on augmented views of the support images
+    adapt_published: bool = False  # also score unseen classes after training 30 steps on each one's training images
+    adapt_lr: float = 3e-4  # learning rate of Adam in either; as published: 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    json: str | None = None  # write the report to this file
+    report: str | None = None  # write a page with tables and figures, and the figures, into this folder
+
+
+@dataclass(frozen=True)
+class Options(NetworkOptions, DataOptions, ThresholdOptions, AdaptationOptions, OutputOptions):
+    pass
 
 
 @dataclass(frozen=True)
@@ -58,91 +84,79 @@ class Loaded:
     """A network and all that its evaluation needs."""
 
     path: str
-    net: nn.Module
-    data: datasets.Data
+    net: model.Embedder
+    data: data.Data
     seen: list[int]
     unseen: list[int]
     split: str
-    mean: list[float]
-    std: list[float]
-    center: Tensor | None
     commit: str | None
     training: dict | None  # how long it was trained, and with which options
     calibration: dict | None  # the checkpoint's threshold, where it goes with these classes
-    triplet: dict  # keyword arguments of the loss it was trained with; of a bare state dict, the default ones
+    triplet: dict  # keyword arguments of the loss it was trained with, the defaults for a bare state dict
 
     @property
-    def pictures(self) -> datasets.Images:
+    def pictures(self) -> data.Images:
         """Images of unseen classes that episodes are drawn from."""
-        return datasets.few_shot_images(self.data, self.unseen, self.split)
+        return data.few_shot_images(self.data, self.unseen, self.split)
 
-    def embed(self, images: datasets.Images) -> Tensor:
-        """Normalised embeddings (N, D)."""
-        return metrics.normalise(model.embed(self.net, images.images, self.mean, self.std), self.center)
-
-
-# ------------------------------------------------------------------------------------------------------------ loading
+    def embed(self, images: data.Images) -> Tensor:
+        """Embeddings of length 1, (N, D)."""
+        return normalize(model.embed(self.net, images.images))
 
 
-load_data = functools.cache(datasets.load)  # for several checkpoints, once
+# ------------------------------------------------------------------------------------------------------------- loading
+
+
+load_data = functools.cache(data.load)  # once for several checkpoints
 
 
 def load(path: str, options: Options, device: torch.device) -> Loaded:
     """A checkpoint of the training scripts, or a bare state dict. Raises ValueError or OSError."""
-    saved = engine.load_checkpoint(path)
-    own = {"model", "options", "data"} <= saved.keys()
-    trained = saved["options"] if own else {}
-    source = options.data or trained.get("data")
-    backbone = options.backbone or trained.get("backbone")
+    saved = model.load_checkpoint(path)
+    ours = model.is_ours(saved)
+    trained, facts = (saved["options"], saved["data"]) if ours else ({}, {})
+    source, backbone = options.data or trained.get("data"), options.backbone or trained.get("backbone")
     if source is None or backbone is None:
         raise ValueError(f"{path} is a bare state dict: give --backbone and --data (and --split) with it")
-    data = load_data(source, options.data_root, options.image_size or trained.get("image_size", 32))
-    net, as_trained = load_network(saved, path, backbone, options, data.train.images.shape[2])
+    if ours and options.pixel_mean is not None:
+        raise ValueError(f"{path} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
+    loaded = load_data(source, options.data_root, options.image_size or trained.get("image_size", 32))
     split = options.split or trained.get("split", "90-10")
     split_seed = options.split_seed if options.split_seed is not None else trained.get("split_seed")
-    seen, unseen = datasets.split_classes(data.class_names, split, split_seed)
-    facts = saved["data"] if own else {}
-    as_trained = as_trained and data.train.images.shape[2] == facts.get("size")
+    seen, unseen = data.split_classes(loaded.class_names, split, split_seed)
+    same_names = ours and loaded.class_names == facts["classes"]
     validation = facts.get("validation", [])
-    if own and data.class_names == facts["classes"] and set(validation) < set(seen):
+    if same_names and set(validation) < set(seen):
         seen = [label for label in seen if label not in validation]
-    if own and data.class_names == facts["classes"] and set(facts["seen"]) & set(unseen):
+    if same_names and set(facts["seen"]) & set(unseen):
         raise ValueError(
             f"{path} was trained on classes that --split {split} calls unseen; leave --split and --split-seed out"
         )
     if options.on == "validation":
-        if not validation or data.class_names != facts["classes"]:
+        if not validation or not same_names:
             raise ValueError(
                 f"--on validation: {path} has no validation classes in this data; train with --withhold 0.1"
             )
         seen, unseen, split = facts["seen"], validation, f"{split}, validation classes"
-        data = datasets.for_choosing(data, seen, validation)
-    same_classes = own and data.class_names == facts["classes"] and seen == facts["seen"]
-    if own:
-        mean, std = facts["mean"], facts["std"]
-    elif backbone == "resnet18":
-        mean, std = model.IMAGENET
-    else:
-        mean, std = datasets.channel_statistics(datasets.hold_back(data.train.of(seen))[0].images)
+        loaded = data.for_choosing(loaded, seen, validation)
+    kept = data.hold_back(loaded.train.of(seen))[0].images
+    net, as_trained = load_network(saved, path, backbone, options, kept)
     return Loaded(
-        path,
-        net.to(device),
-        data,
-        seen,
-        unseen,
-        split if split_seed is None else f"{split}, seed {split_seed}",
-        mean,
-        std,
-        saved.get("center") if own else None,
-        saved.get("commit") if own else None,
-        training_facts(saved) if own else None,
-        saved["threshold"] if same_classes and as_trained else None,
-        {name: trained.get(name, default) for name, default in engine.Options().triplet.items()},
+        path=path,
+        net=net.to(device),
+        data=loaded,
+        seen=seen,
+        unseen=unseen,
+        split=split if split_seed is None else f"{split}, seed {split_seed}",
+        commit=saved.get("commit") if ours else None,
+        training=training_facts(saved) if ours else None,
+        calibration=saved["threshold"] if same_names and seen == facts["seen"] and as_trained else None,
+        triplet={name: trained.get(name, default) for name, default in training.LossOptions().triplet.items()},
     )
 
 
 def training_facts(saved: dict) -> dict:
-    """Steps, images, seconds and threads of a checkpoint's training, and its options but for where it was."""
+    """Steps, images, seconds and threads of a checkpoint's training, and its options except those that name places."""
     lengths = {name: saved.get(name) for name in ("step", "images", "seconds", "threads")}
     places = {"data", "data_root", "out", "log_dir", "device", "resume", "overwrite"}
     options = {name: value for name, value in saved["options"].items() if name not in places}
@@ -151,39 +165,48 @@ def training_facts(saved: dict) -> dict:
     return lengths | {"options": options}
 
 
-def load_network(saved: dict, path: str, backbone: str, options: Options, side: int) -> tuple[model.Embedder, bool]:
-    """The network of `path`, and whether it averages over mirror images or not as it was trained to.
+def load_network(saved: dict, path: str, backbone: str, options: Options, kept: Tensor) -> tuple[model.Embedder, bool]:
+    """The network of `path`, and whether its images have the size and it averages over mirror images as in training.
 
-    `side`: of the images, in pixels. Raises ValueError.
+    `kept` (N, 3, H, W) uint8: the training images, whose pixel statistics a bare state dict gets by default. Raises
+    ValueError.
     """
-    state = model.bare_state(saved, path)
-    network = saved.get("network") if options.backbone is None and options.width is None else None
-    width = options.width or saved.get("options", {}).get("width", 16)
-    network = network or model.fit(backbone, width, side, state)
-    trained = network.get("mirror", False)
+    state, size = model.bare_state(saved, path), kept.shape[2]
+    own = model.settings_of(saved) if model.is_ours(saved) else {}
+    settings = own
+    if "backbone" not in own or options.backbone is not None or options.width is not None:
+        settings = model.fit(backbone, options.width or saved.get("options", {}).get("width", 16), size, state)
+    if own:
+        mean, std = own["mean"], own["std"]
+    elif options.pixel_mean is not None:
+        mean, std = options.pixel_mean, options.pixel_std
+    else:
+        mean, std = model.IMAGENET if backbone == "resnet18" else data.channel_statistics(kept)
+    trained = settings.get("mirror", False)
     mirror = trained if options.mirror == "auto" else options.mirror == "yes"
-    net = model.build(**network | {"mirror": mirror})
+    net = model.build(**settings | {"mirror": mirror, "size": size, "mean": mean, "std": std})
     ignored = model.load_weights(net, state)
     if ignored:
         print(f"{path}: left out {', '.join(ignored)}")
-    return net, mirror == trained
+    return net, mirror == trained and size == own.get("size")
 
 
 def pick_thresholds(loaded: Loaded, options: Options) -> tuple[dict, dict[str, float]]:
     """The threshold in force, and others to show beside it, by name. Raises ValueError.
 
-    In force is the given number, the checkpoint's own threshold where it has one by this criterion, or one calibrated
-    now on the training images held back.
+    In force is the given number, the checkpoint's own threshold if it has one by this criterion, or one calibrated now
+    on the held-back training images.
     """
-    held_back = datasets.hold_back(loaded.data.train.of(loaded.seen))[1]
+    held_back = data.hold_back(loaded.data.train.of(loaded.seen))[1]
     z = loaded.embed(held_back)
     criteria = dict.fromkeys(["balanced", "eer", "far:0.01", options.criterion])
-    found = {name: calibration.calibrate(z, held_back.labels, name) for name in criteria}
-    named = {f"auto {name}": made["value"] for name, made in found.items() if made is not None}
-    named |= {f"fixed {value}": value for value in measure.PUBLISHED_THRESHOLDS.values()}
+    curve = metrics.roc(z, held_back.labels)
+    found = {} if curve is None else metrics.calibrate(curve, z, held_back.labels, criteria)
+    named = {f"auto {name}": made["value"] for name, made in found.items()}
+    named |= {f"fixed {value}": value for value in PUBLISHED_THRESHOLDS.values()}
     if options.threshold == "auto":
         stored = loaded.calibration
-        threshold = stored if stored and stored.get("criterion") == options.criterion else found[options.criterion]
+        threshold = stored if stored and stored.get("criterion") == options.criterion else found.get(options.criterion)
         if threshold is None:
             raise ValueError("too few training images to calibrate a threshold; give --threshold a number")
         return threshold, named | {f"auto {options.criterion}": threshold["value"]}
@@ -194,12 +217,107 @@ def pick_thresholds(loaded: Loaded, options: Options) -> tuple[dict, dict[str, f
 
 def store(loaded: Loaded, threshold: dict) -> None:
     """Put what predict.py and export.py need into a checkpoint. Raises ValueError or OSError."""
-    saved = engine.load_checkpoint(loaded.path)
-    if "threshold" not in saved:
+    saved = model.load_checkpoint(loaded.path)
+    if not model.is_ours(saved):
         raise ValueError(f"{loaded.path} is a bare state dict: --store needs a checkpoint of the training scripts")
-    facts = saved["data"] | {"size": loaded.data.test.images.shape[2]}
-    kept = {"threshold": threshold, "data": facts, "network": loaded.net.settings}
-    engine.save_checkpoint(Path(loaded.path), saved | kept)
+    with cli.writing(loaded.path) as path:
+        torch.save(saved | {"threshold": threshold, "network": loaded.net.settings}, path)
+
+
+# ---------------------------------------------------------------------------------------------------------- the report
+
+
+def make_report(
+    facts: dict, threshold: dict, thresholds: dict[str, float], sides: dict[str, Side | None], names: list[str]
+) -> dict:
+    """The JSON report; figures in percent unless a name says otherwise.
+
+    `facts`: checkpoint, commit, data, split, training. threshold: the one in force, with its criterion and, where it
+    was calibrated, its errors on the images it was calibrated on. seen, unseen: null or the figures of the test images
+    of these classes, ci95 by resampling classes; few_shot: by way and shot, with half the width of the 95 % interval.
+    adapted: where asked for, few-shot accuracy with and without adaptation to the support images of the same episodes
+    (adapt.SupportAdaptation.report), and figures by the published way of adapting (adapt.published_variant).
+    thresholds: other thresholds beside it, on pairs of which one in two, or one in ten, is of one class. per_class:
+    the unseen classes. compared_with: see `report.compare`; null for the first or only checkpoint.
+    """
+    found = {name: None if side is None else side_report(side) for name, side in sides.items()}
+    unseen = sides["unseen"]
+    if unseen is not None:
+        found["unseen"] |= unseen_report(unseen, threshold["value"])
+    return {
+        **facts,
+        "threshold": threshold,
+        **found,
+        "thresholds": threshold_rows(sides, thresholds),
+        "per_class": [] if unseen is None else class_rows(unseen, names),
+        "compared_with": None,
+    }
+
+
+def side_report(side: Side) -> dict:
+    """Figures of one side, in percent."""
+    tables = {"triplet_accuracy": side.triplets, "pair_accuracy": side.pairs}
+    return {
+        **{name: float(table.accuracy()) for name, table in tables.items()},
+        "pair_accuracy_oracle": side.curve.best()[0],
+        "auc": side.curve.auc,
+        "eer": side.curve.eer,
+        "ci95": {name: metrics.bootstrap(table) for name, table in tables.items()},
+    }
+
+
+def unseen_report(side: Side, threshold: float) -> dict:
+    """What is measured on unseen classes only."""
+    score, constant = published_few_shot(side.z, side.labels, threshold)
+    few_shot = {}
+    for name, accuracies in side.episodes.items():
+        few_shot[name] = None
+        if accuracies is not None:
+            mean, half = metrics.mean_interval(accuracies)
+            few_shot[name] = {"accuracy": mean, "ci95": half}
+    adapted = {"support": None, "published": None}
+    return {"published_protocol": score, "constant_answer": constant, "few_shot": few_shot, "adapted": adapted}
+
+
+def published_few_shot(z: Tensor, labels: Tensor, threshold: float) -> tuple[float, float]:
+    """(score, score of always answering "different") by the published protocol, for comparison with its figures only.
+
+    The support is the first image of each class, the queries are all others, and each support-query pair counts the
+    same, so one pair in C is of one class.
+    """
+    classes, index = labels.unique(return_inverse=True)
+    support = torch.stack([(index == row).nonzero()[0, 0] for row in range(len(classes))])
+    query = torch.ones(len(z), dtype=torch.bool)
+    query[support] = False
+    same = index[support][:, None] == index[query]
+    accepted = z[support] @ z[query].T > threshold
+    return 100 * float((accepted == same).double().mean()), 100 * float((~same).double().mean())
+
+
+def class_rows(side: Side, names: list[str]) -> list[dict]:
+    """One row a class: its own anchors' triplets, the pairs it takes part in."""
+    labels = side.labels.unique().tolist()
+    accuracies = zip(labels, side.triplets.per_class().tolist(), side.pairs.per_class().tolist(), strict=True)
+    return [
+        {"label": label, "name": names[label], "triplet_accuracy": triplet, "pair_accuracy": pair}
+        for label, triplet, pair in accuracies
+    ]
+
+
+def threshold_rows(sides: dict[str, Side | None], thresholds: dict[str, float]) -> list[dict]:
+    """Pair accuracy by each named threshold, the best possible and a constant answer; on 1:1 and on 1:9 pairs."""
+    rows = [{"name": name, "value": value} for name, value in thresholds.items()]
+    best, constant = {"name": "oracle", "value": None}, {"name": "always different", "value": None}
+    for name, side in sides.items():
+        if side is None:
+            continue
+        errors = metrics.pair_errors(side.z, side.labels, list(thresholds.values()))
+        for row, accept, reject in zip(rows, *(error.tolist() for error in errors), strict=True):
+            accuracies = {ratio: 100 * (1 - share * reject - (1 - share) * accept) for ratio, share in SHARES.items()}
+            row[name] = accuracies | {"false_accept": 100 * accept, "false_reject": 100 * reject}
+        best[name] = {ratio: side.curve.best(share)[0] for ratio, share in SHARES.items()}
+        constant[name] = {ratio: 100 * (1 - share) for ratio, share in SHARES.items()}
+    return [*rows, best, constant]
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -211,30 +329,31 @@ def evaluate(
     """The report of one checkpoint and what it was made from, by side: seen, unseen."""
     sides = {}
     for name, classes in (("seen", loaded.seen), ("unseen", loaded.unseen)):
-        images = loaded.data.test.of(classes)
-        z = loaded.embed(images)
+        test = loaded.data.test.of(classes)
+        z = loaded.embed(test)
         shots = None
         if name == "unseen":
             pictures = loaded.pictures
-            shots = (z if len(pictures) == len(images) else loaded.embed(pictures), pictures.labels)
-        sides[name] = measure.measure(images, z, threshold["value"], shots)
+            shots = (z if len(pictures) == len(test) else loaded.embed(pictures), pictures.labels)
+        sides[name] = metrics.measure(test.images, test.labels, z, threshold["value"], shots)
     facts = {"checkpoint": loaded.path, "commit": loaded.commit, "data": loaded.data.name, "split": loaded.split}
     facts |= {"training": loaded.training}
-    report = measure.evaluation_report(facts, threshold, thresholds, sides, loaded.data.class_names)
-    if report["unseen"]:
-        report["unseen"]["adapted"] = adapted(loaded, threshold, options)
-    return report, sides
+    made = make_report(facts, threshold, thresholds, sides, loaded.data.class_names)
+    if made["unseen"]:
+        made["unseen"]["adapted"] = adapted(loaded, threshold, options)
+    return made, sides
 
 
 def adapted(loaded: Loaded, threshold: dict, options: Options) -> dict:
-    """What is measured after adaptation, as far as the options ask for it; see adapt.py."""
-    pixels, found = (loaded.mean, loaded.std), {"support": None, "published": None}
+    """What the options ask to measure after adaptation; see adapt.py."""
+    found = {"support": None, "published": None}
     if options.adapt_steps is not None:
-        settings = pixels, loaded.center, loaded.triplet, options.adapt_steps, options.adapt_lr
-        found["support"] = adapt.SupportAdaptation(loaded.net, *settings).report(loaded.pictures, adapt.EPISODES)
+        adaptation = adapt.SupportAdaptation(loaded.net, loaded.triplet, options.adapt_steps, options.adapt_lr)
+        found["support"] = adaptation.report(loaded.pictures, adapt.EPISODES)
     if options.adapt_published:
-        classes, settings = (loaded.seen, loaded.unseen), (threshold["value"], options.adapt_lr, loaded.center)
-        found["published"] = adapt.published_variant(loaded.net, loaded.data, *classes, pixels, *settings)
+        found["published"] = adapt.published_variant(
+            loaded.net, loaded.data, loaded.seen, loaded.unseen, threshold["value"], options.adapt_lr
+        )
     return found
 
 
@@ -242,29 +361,29 @@ def check(options: Options) -> None:
     """Raise ValueError if the options are wrong or their files cannot be written."""
     if not options.checkpoints:
         raise ValueError("give at least one checkpoint")
-    calibration.check_criterion(options.criterion)
-    engine.require(options, "adapt_lr")
+    cli.check_criterion(options.criterion)
+    cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
+    cli.require(options, "adapt_lr")
     if options.adapt_steps is not None:
-        engine.require(options, "adapt_steps", least=1)
+        cli.require(options, "adapt_steps", least=1)
     if options.image_size is not None:
-        engine.require(options, "image_size", least=8)
+        cli.require(options, "image_size", least=8)
     if options.threshold != "auto":
-        calibration.check_threshold(options.threshold)
+        cli.check_threshold(options.threshold)
     if options.on == "validation" and options.adapt_published:
         raise ValueError("--adapt-published trains on the images that --on validation measures; give one of them")
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise ValueError(f"--json: no such folder: {Path(options.json).parent}")
+    cli.check_folder_of("--json", options.json)
     if options.report and Path(options.report).exists() and not Path(options.report).is_dir():
         raise ValueError(f"--report: {options.report} is not a folder")
     if options.store and options.threshold != "auto":
         raise ValueError("--store keeps a calibrated threshold; it does not go with --threshold NUMBER")
 
 
-def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
-    with engine.user_errors():
+def main(args: Sequence[str] | None = None) -> None:
+    options = cli.parse(Options, __doc__, args)
+    with cli.user_errors():
         check(options)
-        device = engine.pick_device(options.device)
+        device = cli.pick_device(options.device)
         loaded = [load(path, options, device) for path in options.checkpoints]
         if options.adapt_steps is not None:
             for each in loaded:
@@ -275,20 +394,20 @@ def main() -> None:
                 store(each, threshold)
     reports, first = [], None
     for each, (threshold, others) in zip(loaded, thresholds, strict=True):
-        report, sides = evaluate(each, threshold, others, options)
-        tables.show(report)
+        made, sides = evaluate(each, threshold, others, options)
         first = first or sides
-        if reports and measure.comparable(sides, first):
-            report["compared_with"] = {"checkpoint": reports[0]["checkpoint"]} | measure.compare(sides, first)
-            tables.show_comparison(report)
-        elif reports:
+        same_images = report.comparable(sides, first)
+        if reports and same_images:
+            made["compared_with"] = {"checkpoint": reports[0]["checkpoint"]} | report.compare(sides, first)
+        report.show(made)
+        if not same_images:
             print(f"\nnot compared with {reports[0]['checkpoint']}: measured on other images")
-        reports.append(report)
+        reports.append(made)
         if options.report:
             folder = Path(options.report, *([str(len(reports))] if len(loaded) > 1 else []))
-            print(f"\nreport: {report_page.write(folder, report, sides, each.data.class_names)}")
+            print(f"\nreport: {report.write(folder, made, sides, each.data.class_names)}")
     if options.json:
-        with engine.writing(options.json) as file:
+        with cli.writing(options.json) as file:
             file.write_text(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1) + "\n")
 
 

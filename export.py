@@ -3,14 +3,14 @@
     python export.py runs/classic/best.pt                           # best.onnx, for ONNX Runtime
     python export.py runs/classic/best.pt --format torch            # best.pt2, for torch.export.load
 
-The file is checked before it is written: loaded again, it must embed random images, or with --data test images, as
-PyTorch does. Threshold, criterion, classes and commit travel with it as metadata. Two pictures are of one class if the
-dot product of their embeddings is above the threshold.
+The file is checked before it is written: loaded again, it must embed random images, or test images with --data, as
+PyTorch does. Threshold, criterion, classes and commit are stored in it as metadata. Two pictures are of one class if
+the dot product of their embeddings is above the threshold.
 """
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,9 +19,10 @@ import torch
 import tyro
 from torch import Tensor
 
-import data as datasets
-import engine
-import inference
+import cli
+import model
+import sources
+from model import Recogniser
 
 BOUND = 1e-5  # largest difference of a number in an embedding, whose length is 1
 BATCHES = (1, 7, 64)  # images; the sizes the check tries
@@ -32,17 +33,18 @@ Embed = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class Options:
     checkpoint: tyro.conf.Positional[str]  # best.pt or last.pt of a run
-    format: Literal["onnx", "torch"] = "onnx"
-    out: str | None = None  # file to write; by default beside the checkpoint
-    pixels: Literal["uint8", "float32"] = "uint8"  # what the exported model takes; 0..255 either way
-    data: str | None = None  # whose test images check the export; by default random ones do
+    format: Literal["onnx", "torch"] = "onnx"  # onnx: for ONNX Runtime; torch: for torch.export.load
+    out: str | None = None  # file to write; default: beside the checkpoint
+    pixels: Literal["uint8", "float32"] = "uint8"  # input type of the exported model; 0..255 either way
+    data: str | None = None  # data set whose test images check the export; by default random images do
     data_root: str = "data"  # folder for downloads and caches
 
 
-def trace(net: inference.Inference, pixels: str) -> torch.export.ExportedProgram:
+def trace(net: Recogniser, pixels: str) -> torch.export.ExportedProgram:
     """The computation for any number of images."""
     net = net.to(memory_format=torch.contiguous_format)  # weights are saved whole, not as strided views
-    example = torch.zeros(2, 3, net.size, net.size, dtype=getattr(torch, pixels))
+    size = net.net.size
+    example = torch.zeros(2, 3, size, size, dtype=getattr(torch, pixels))
     return torch.export.export(net, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
 
 
@@ -55,12 +57,12 @@ def to_torch(program: torch.export.ExportedProgram, metadata: dict[str, str]) ->
 
 
 def to_onnx(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> tuple[bytes, Embed]:
-    """The file, and what ONNX Runtime computes from it. Raises UserError without the packages this needs."""
+    """The file, and what ONNX Runtime computes from it. Raises ValueError without the packages this needs."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise engine.UserError(f"ONNX needs more packages ({error.name}): pip install -e '.[onnx]'") from error
+        raise ValueError(f"ONNX needs more packages ({error.name}): pip install -e '.[onnx]'") from error
     names = {"input_names": ["images"], "output_names": ["embeddings"]}
     proto = torch.onnx.export(program, **names, dynamo=True, verbose=False).model_proto
     for key, value in metadata.items():
@@ -78,7 +80,7 @@ def random_images(count: int, side: int) -> Tensor:
     return ((0.8 * coarse + 0.2 * fine) * 255).to(torch.uint8)
 
 
-def largest_difference(exported: Embed, net: inference.Inference, images: Tensor) -> float:
+def largest_difference(exported: Embed, net: Recogniser, images: Tensor) -> float:
     """Between the embeddings of batches of `images` (N, 3, size, size), exported and by PyTorch."""
     worst = 0.0
     for size in BATCHES:
@@ -88,7 +90,7 @@ def largest_difference(exported: Embed, net: inference.Inference, images: Tensor
     return worst
 
 
-def describe(saved: dict, pixels: str) -> dict[str, str]:
+def describe(saved: dict, size: int, pixels: str) -> dict[str, str]:
     """The metadata: plain text, or JSON where it is a list."""
     facts, threshold = saved["data"], saved["threshold"]
     kept = ("value", "criterion", "false_accept", "false_reject", "calibrated_on")
@@ -97,33 +99,34 @@ def describe(saved: dict, pixels: str) -> dict[str, str]:
         "logistic": json.dumps(threshold["logistic"]),
         "classes": json.dumps(facts["classes"]),
         "seen": json.dumps(facts["seen"]),
-        "input": f"{pixels} RGB pixels 0..255, {facts['size']} x {facts['size']}",
+        "input": f"{pixels} RGB pixels 0..255, {size} x {size}",
         "data": facts["name"],
         "commit": str(saved["commit"]),
     }
 
 
-def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
-    with engine.user_errors():
-        net, saved = inference.load(options.checkpoint)
+def main(args: Sequence[str] | None = None) -> None:
+    options = cli.parse(Options, __doc__, args)
+    with cli.user_errors():
+        net, saved = model.load(options.checkpoint)
+        recogniser, size = Recogniser(net).eval(), net.size
         out = Path(options.out or Path(options.checkpoint).with_suffix(SUFFIXES[options.format]))
-        if not out.absolute().parent.is_dir():
-            raise ValueError(f"--out: no such folder: {out.parent}")
-        images = random_images(max(BATCHES), net.size)
+        cli.check_folder_of("--out", out)
+        images = random_images(max(BATCHES), size)
         if options.data is not None:
-            images = datasets.load(options.data, options.data_root, net.size).test.images[: max(BATCHES)]
-        if images.shape[2] != net.size:
-            raise ValueError(f"the images of --data are of {images.shape[2]} pixels, the checkpoint's of {net.size}")
+            images = sources.load(options.data, options.data_root, size).test.images[: max(BATCHES)]
+        if images.shape[2] != size:
+            raise ValueError(f"the images of --data are of {images.shape[2]} pixels, the checkpoint's of {size}")
         write = {"onnx": to_onnx, "torch": to_torch}[options.format]
-        file, exported = write(trace(net, options.pixels), describe(saved, options.pixels))
+        metadata = describe(saved, size, options.pixels)
+        file, exported = write(trace(recogniser, options.pixels), metadata)
         images = images.to(getattr(torch, options.pixels))
-        difference = largest_difference(exported, net, images)
+        difference = largest_difference(exported, recogniser, images)
         kind = "random" if options.data is None else "test"
         print(f"largest difference from PyTorch, {len(images)} {kind} images: {difference:.1e} (allowed: {BOUND:.0e})")
         if difference > BOUND:
-            raise engine.UserError(f"the exported model differs from PyTorch by {difference:.1e}; nothing was written")
-        with engine.writing(out) as temporary:
+            raise ValueError(f"the exported model differs from PyTorch by {difference:.1e}; nothing was written")
+        with cli.writing(out) as temporary:
             temporary.write_bytes(file)
     print(f"wrote {out}, {len(file) / 1e6:.1f} MB")
 

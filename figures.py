@@ -1,7 +1,8 @@
-"""The drawings of a report, as matplotlib figures; `draw` renders one in a light and in a dark version."""
+"""The figures of a report: what each shows (`of_report`), and how it is drawn with matplotlib, light and dark."""
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -12,7 +13,11 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 import metrics
+from metrics import Side
 
+MAP_IMAGES = 1000  # images on the map of embeddings, whose cost is quadratic
+BARS = 40  # classes with a bar of their own
+PAIR_IMAGES = 4000  # images among which the hardest pairs are looked for
 SEEN, UNSEEN, GOOD, BAD = "#4a7fd6", "#e8833a", "#2e9e6b", "#d8434e"
 DOTS_PER_INCH = 140
 INKS = {"light": ("#ffffff", "#1d2330", "#d9dde5"), "dark": ("#171b24", "#e3e7ef", "#3a4150")}  # paper, ink, lines
@@ -37,6 +42,152 @@ def draw(paint: Callable[[Figure], None], width: float, height: float) -> dict[s
             figure.savefig(file, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
         files[theme] = file.getvalue()
     return files
+
+
+@dataclass(frozen=True)
+class Picture:
+    files: dict[str, bytes]  # PNG by theme
+    title: str
+    text: str  # what it shows
+
+
+# ------------------------------------------------------------------------------------------------------ what is shown
+
+
+def of_report(
+    report: dict, sides: dict[str, Side], names: list[str], known: dict[int, tuple[float, float]]
+) -> dict[str, Picture]:
+    """The figures of a report by name; `names` of all classes, `known`: published triplets and pairs by label."""
+    threshold = report["threshold"]["value"]
+    points, counts = {}, {}
+    for name, side in sides.items():
+        accept, reject = metrics.pair_errors(side.z, side.labels, [threshold])
+        points[name] = (float(accept), 1 - float(reject))
+        counts[name] = metrics.pair_histogram(side.z, side.labels, 100)
+    lines = {row["name"]: row["value"] for row in report["thresholds"] if row["value"] is not None}
+    curves = {name: side.curve for name, side in sides.items()}
+    drawn = {
+        "roc": Picture(
+            draw(lambda figure: roc(figure, curves, points), 4.6, 4.4),
+            "ROC curve",
+            "Share of same-class pairs accepted against share of different-class pairs accepted, over all thresholds. "
+            "The dot is the threshold in force.",
+        ),
+        "similarity": Picture(
+            draw(lambda figure: histogram(figure, counts, lines), 5.2, 2.6 * len(counts) + 0.3),
+            "Similarities and thresholds",
+            "Distributions of the similarity of same-class and different-class pairs. Where they overlap no threshold "
+            "helps.",
+        ),
+    }
+    if "unseen" in sides:
+        drawn |= of_unseen(report["per_class"], sides["unseen"], names, known)
+    return drawn
+
+
+def of_unseen(
+    per_class: list[dict], side: Side, names: list[str], known: dict[int, tuple[float, float]]
+) -> dict[str, Picture]:
+    """The figures about unseen classes."""
+    rows = sorted(per_class, key=lambda row: row["pair_accuracy"])[:BARS]
+    rows = sorted(rows, key=lambda row: row["label"])
+    classes = side.labels.unique()
+    own_names = [names[label] for label in classes.tolist()]
+    chosen = spread(len(side.z), MAP_IMAGES)
+    index = torch.searchsorted(classes, side.labels)
+    places = tsne(side.z[chosen]) if len(chosen) > 3 else side.z[chosen, :2]
+    drawn = {
+        "classes": Picture(
+            draw(lambda figure: class_bars(figure, rows, known, 50), 5.2, 1 + 0.36 * len(rows)),
+            "Class by class",
+            "Triplet and pair accuracy of each unseen class"
+            + (f", the {BARS} hardest" if len(per_class) > BARS else "")
+            + (", with the published figures of Reptile as diamonds." if known else "."),
+        ),
+        "map": Picture(
+            draw(lambda figure: embedding_map(figure, places, index[chosen], own_names), 5.2, 4.6),
+            "Map of the embeddings",
+            f"Test images of the unseen classes ({len(chosen)} of {len(side.z)}) by t-SNE: near means similar, empty "
+            "space between groups means nothing.",
+        ),
+        "hardest": of_hardest_pairs(side, names),
+    }
+    shares = one_shot_confusion(side)
+    if shares is not None:
+        size = min(4.4 + 0.1 * len(classes), 9)
+        drawn["confusion"] = Picture(
+            draw(lambda figure: confusion(figure, shares, own_names), size, size - 0.4),
+            f"{len(classes)}-way one-shot confusions",
+            "Percent of the queries of each class that went to each class, with one support image a class.",
+        )
+        drawn["episodes"] = of_episodes(side, own_names)
+    return drawn
+
+
+def spread(n: int, most: int) -> Tensor:
+    """At most `most` of n rows, evenly."""
+    return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most).long()
+
+
+def one_shot_confusion(side: Side, episodes: int = 1000) -> Tensor | None:
+    """Percent of queries by class and answer (C, C) with one support a class, all classes in each episode."""
+    labels = side.labels
+    way = len(labels.unique())
+    counts = torch.zeros(way * way, dtype=torch.float64)
+    for rows, images in metrics.draw_episodes(labels, way, 1, episodes=episodes):
+        answers = rows.gather(1, metrics.classify(side.z, images, 1).flatten(1))
+        truth = rows.repeat_interleave(images.shape[2] - 1, 1)
+        counts += torch.bincount((truth * way + answers).flatten(), minlength=way * way)
+    counts = counts.view(way, way)
+    return 100 * counts / counts.sum(1, keepdim=True) if counts.sum() else None
+
+
+def of_episodes(side: Side, own_names: list[str], queries: int = 2) -> Picture:
+    """The first two episodes of a seed, unselected: the examples are neither better nor worse than the rest."""
+    way = min(5, len(own_names))
+    rows, images = next(metrics.draw_episodes(side.labels, way, 1, queries=queries, episodes=2, seed=1))
+    predicted = metrics.classify(side.z, images, 1)
+    names = [[own_names[row] for row in episode] for episode in rows.tolist()]
+    pictures = side.images[images]
+    files = draw(lambda figure: episodes(figure, pictures, predicted, names), 4.6, 2.0 * (queries + 1))
+    right = int((predicted == torch.arange(way)[:, None]).sum())
+    text = (
+        f"Two episodes as they were drawn, {way} unseen classes each. Top row: the one picture of a class that the "
+        f"network is shown. Below: new pictures of the same class, right (✓) or taken for another (✗); {right} of "
+        f"{predicted.numel()} are right."
+    )
+    return Picture(files, f"{way}-way one-shot, two examples", text)
+
+
+def of_hardest_pairs(side: Side, names: list[str], pairs: int = 8) -> Picture:
+    """Same-class pairs of the lowest similarity, different-class pairs of the highest; each image at most once."""
+    chosen = spread(len(side.z), PAIR_IMAGES)
+    labels, images = side.labels[chosen], side.images[chosen]
+    similarity = side.z[chosen] @ side.z[chosen].T
+    once = torch.triu(torch.ones_like(similarity, dtype=torch.bool), 1)
+    same = labels[:, None] == labels
+    rows = []
+    for title, wanted, order in (
+        ("one class, thought different", same, -similarity),
+        ("two classes, thought the same", ~same, similarity),
+    ):
+        scores = order.masked_fill(~(wanted & once), -torch.inf).flatten()
+        found: list[tuple[Tensor, Tensor, str]] = []
+        used: set[int] = set()
+        for place in scores.topk(min(2000, int((wanted & once).sum()))).indices.tolist():
+            a, b = divmod(place, len(chosen))
+            if len(found) < pairs and not used & {a, b}:
+                used |= {a, b}
+                label_a, label_b = names[int(labels[a])], names[int(labels[b])]
+                text = label_a if label_a == label_b else f"{label_a} / {label_b}"
+                found.append((images[a], images[b], f"{text}, {float(similarity[a, b]):.2f}"))
+        rows.append((title, found))
+    files = draw(lambda figure: hardest(figure, rows), 5.2, 4.4)
+    text = (
+        "The pairs of unseen classes' test images that the network gets most wrong, with their similarity; each image "
+        "once."
+    )
+    return Picture(files, "Hardest pairs", text)
 
 
 # --------------------------------------------------------------------------------------------------------------- curves

@@ -1,11 +1,11 @@
-"""What embeddings are worth: exact pair and triplet figures, few-shot accuracy, intervals.
+"""Everything computed from embeddings and labels: exact pair and triplet figures, thresholds, few-shot accuracy.
 
-Everything is a function of embeddings and labels, in percent unless a name says otherwise. Similarity is the cosine.
-A pair is accepted as "same class" where its similarity is above the threshold. All pairs and all triplets count, each
-once, and no (N, N) matrix is held: similarities are walked through in blocks of rows.
+Figures are in percent unless a name says otherwise. Rows `z` (N, D) have length 1, and similarity is the cosine. A pair
+is accepted as "same class" if its similarity is above the threshold. All pairs and all triplets count, each once, and
+no (N, N) matrix is held: similarities are computed in blocks of rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FEW_SHOT = {"5w1s": (5, 1), "5w5s": (5, 5), "10w1s": (10, 1), "all1s": (None, 1)}  # way (None: all classes), shot
+SHARES = {"1:1": 0.5, "1:9": 0.1}  # same-class to different-class pairs: share of the former
 ROWS = 500  # of a block of similarities, at most
 LOWEST = -1 - 2**-20  # just below the similarities there can be, rounding included
-
-
-def normalise(embeddings: Tensor, center: Tensor | None = None) -> Tensor:
-    """Rows (N, D) of length 1, after subtracting `center` (D,) if there is one; rows of zeros stay."""
-    return F.normalize(embeddings if center is None else embeddings - center)
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs
@@ -46,13 +43,15 @@ def pair_blocks(z: Tensor, labels: Tensor) -> Iterator[tuple[int, Tensor, Tensor
 
 @dataclass(frozen=True)
 class Roc:
-    """The errors of every threshold, exactly. Accepted and refused pairs change where a threshold crosses a similarity
-    of the U distinct ones that same-class pairs have; a threshold just below the k-th, `thresholds[k]`, is the best of
-    those that accept as many of them."""
+    """The errors of every threshold, exactly.
+
+    Same-class pairs have U distinct similarities. `thresholds[k]`, just below the k-th, is the best of the thresholds
+    that accept as many same-class pairs.
+    """
 
     thresholds: Tensor  # (U,) float64, rising: midway from the next lower similarity of any pair
-    false_reject: Tensor  # (U,) share 0..1 of same-class pairs refused by each threshold
-    false_accept: Tensor  # (U,) share 0..1 of different-class pairs accepted by each threshold
+    false_reject: Tensor  # (U,) share 0..1 of same-class pairs that each threshold refuses
+    false_accept: Tensor  # (U,) share 0..1 of different-class pairs that each threshold accepts
     auc: float  # area under the curve; pairs of equal similarity count half
     eer: float  # where the two errors meet, linear between thresholds
 
@@ -64,9 +63,28 @@ class Roc:
             return 100 * (1 - share), 1.0
         return float(accuracy[place]), float(self.thresholds[place])
 
+    def threshold(self, criterion: str) -> tuple[float, float, float]:
+        """(threshold, false accepts, false rejects in percent) by a criterion.
+
+        balanced: the least sum of the two error rates. eer: the two rates as close to each other as possible. far:RATE:
+        the fewest false rejects among thresholds with at most this rate of false accepts.
+        """
+        if criterion == "balanced":
+            unwanted = self.false_reject + self.false_accept
+        elif criterion == "eer":
+            unwanted = (self.false_reject - self.false_accept).abs()
+        else:
+            too_many = self.false_accept > float(criterion.removeprefix("far:"))
+            if too_many.all():
+                return 1.0, 0.0, 100.0  # only accepting none is rare enough
+            unwanted = self.false_reject + too_many
+        place = int(unwanted.argmin())
+        figures = (self.thresholds, 100 * self.false_accept, 100 * self.false_reject)
+        return tuple(float(figure[place]) for figure in figures)
+
 
 def roc(z: Tensor, labels: Tensor) -> Roc | None:
-    """Of normalised rows `z` (N, D) with `labels` (N,); None if there is no pair of one of the two kinds."""
+    """The errors of every threshold on rows `z` (N, D) with `labels` (N,); None without pairs of both kinds."""
     same = torch.cat([inside for _, inside, _, _ in pair_blocks(z, labels)] or [z.new_empty(0)])
     values, counts = same.unique(return_counts=True)
     below, up_to = torch.zeros(2, len(values), dtype=torch.int64)  # different-class pairs
@@ -103,23 +121,6 @@ def equal_error(false_reject: Tensor, false_accept: Tensor) -> float:
     gap_before, gap_after = falling[after - 1] - rising[after - 1], falling[after] - rising[after]
     share = gap_before / (gap_before - gap_after)
     return float(rising[after - 1] + share * (rising[after] - rising[after - 1]))
-
-
-@dataclass(frozen=True)
-class PairStatistics:
-    """Over all pairs: area under the ROC curve, equal error rate, and the best balanced accuracy any threshold gives,
-    with that threshold (a similarity: the middle of the interval of thresholds that give it)."""
-
-    auc: float
-    eer: float
-    oracle_accuracy: float
-    oracle_threshold: float
-
-
-def pair_statistics(z: Tensor, labels: Tensor) -> PairStatistics | None:
-    """Of normalised rows `z` (N, D) with `labels` (N,); None if there is no pair of one of the two kinds."""
-    curve = roc(z, labels)
-    return None if curve is None else PairStatistics(curve.auc, curve.eer, *curve.best())
 
 
 def pair_errors(z: Tensor, labels: Tensor, thresholds: list[float]) -> tuple[Tensor, Tensor]:
@@ -173,7 +174,7 @@ class PairTable:
 
 
 def pair_table(z: Tensor, labels: Tensor, threshold: float) -> PairTable:
-    """Of normalised rows `z` (N, D); the table's rows are the sorted labels that occur."""
+    """The pairs of rows `z` (N, D) by class; the table's rows are the sorted labels that occur."""
     images = torch.bincount(labels.unique(return_inverse=True)[1]).double()
     accepted = torch.zeros(len(images), len(images), dtype=torch.float64)
     for row, inside, across, others in pair_blocks(z, labels):
@@ -209,7 +210,7 @@ class TripletTable:
 
 
 def triplet_table(z: Tensor, labels: Tensor) -> TripletTable:
-    """All triplets of normalised rows `z` (N, D); one is right if the positive is more similar, so a tie is wrong."""
+    """All triplets of rows `z` (N, D); one is right if the positive is more similar, so a tie is wrong."""
     classes, index = labels.unique(return_inverse=True)
     images = torch.bincount(index).double()
     right = torch.zeros(len(classes), len(classes), dtype=torch.float64)
@@ -227,8 +228,60 @@ def triplet_table(z: Tensor, labels: Tensor) -> TripletTable:
 
 
 def triplet_accuracy(z: Tensor, labels: Tensor) -> float:
-    """Triplet accuracy of normalised rows in percent: P(sim(anchor, positive) > sim(anchor, negative)), over all."""
+    """P(similarity(anchor, positive) > similarity(anchor, negative)) over all triplets, in percent."""
     return float(triplet_table(z, labels).accuracy())
+
+
+# ---------------------------------------------------------------------------------------------------------- calibration
+
+
+def calibrate(curve: Roc, z: Tensor, labels: Tensor, criteria: Iterable[str]) -> dict[str, dict]:
+    """What a checkpoint stores, by criterion, from rows `z` (N, D) of held-back images and their ROC `curve`.
+
+    The threshold and how it was found, its errors in percent on the same pairs, and `logistic`: see
+    `probability_same`. New classes are harder to tell apart than those of the held-back images.
+    """
+    logistic = fit_logistic(pair_histogram(z, labels))
+    source = f"{len(labels)} held-back training images of {len(labels.unique())} seen classes"
+    found = {}
+    for criterion in criteria:
+        value, accept, reject = curve.threshold(criterion)
+        found[criterion] = {"mode": "auto", "criterion": criterion, "value": value, "false_accept": accept}
+        found[criterion] |= {"false_reject": reject, "logistic": logistic, "calibrated_on": source}
+    return found
+
+
+def fit_logistic(histogram: Tensor) -> list[float]:
+    """[slope, intercept] of Platt scaling on a `pair_histogram`; both kinds of pairs have the same weight.
+
+    The targets lie a little inside 0 and 1, so that separable pairs have an optimum too (Platt 1999, "Probabilistic
+    outputs for support vector machines", sec. 2.2).
+    """
+    counts = histogram.sum(1, keepdim=True)
+    targets = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    targets = (targets * counts + 1) / (counts + 2)
+    similarity = (torch.arange(histogram.shape[1], dtype=torch.float64) + 0.5) * 2 / histogram.shape[1] - 1
+    parameters = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    settings = {"tolerance_grad": 1e-10, "tolerance_change": 1e-14, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([parameters], max_iter=200, **settings)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        logits = (parameters[0] * similarity + parameters[1]).expand(2, -1)
+        weight = histogram / counts
+        value = F.binary_cross_entropy_with_logits(logits, targets.expand_as(logits), weight, reduction="sum")
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return parameters.detach().tolist()
+
+
+def probability_same(similarity: float, logistic: list[float]) -> float:
+    """Probability 0..1 that two images of this similarity are of one class, if half of all pairs are (a prior)."""
+    slope, intercept = logistic
+    return float(torch.sigmoid(torch.tensor(slope * similarity + intercept, dtype=torch.float64)))
 
 
 # ------------------------------------------------------------------------------------------------------------ intervals
@@ -305,21 +358,40 @@ def episode_accuracies(z: Tensor, labels: Tensor, way: int, shot: int, **setting
 
 
 def few_shot(z: Tensor, labels: Tensor, way: int, shot: int, **settings: int) -> tuple[float, float] | None:
-    """(accuracy, half width of its 95 % interval) of N-way K-shot classification of normalised rows `z` (N, D)."""
+    """(accuracy, half width of its 95 % interval) of N-way K-shot classification of rows `z` (N, D)."""
     accuracies = episode_accuracies(z, labels, way, shot, **settings)
     return None if accuracies is None else mean_interval(accuracies)
 
 
-def published_few_shot(z: Tensor, labels: Tensor, threshold: float) -> tuple[float, float]:
-    """(score, score of always answering "different") by the published protocol, for comparison with its figures only.
+# --------------------------------------------------------------------------------------------------------- one side
 
-    The support is the first image of each class, the queries are all others, and each support-query pair counts alike,
-    so one pair in C is of one class.
+
+@dataclass(frozen=True)
+class Side:
+    """Test images of the seen or of the unseen classes, and what is measured of them at one threshold."""
+
+    images: Tensor  # (N, 3, H, W) uint8
+    labels: Tensor  # (N,)
+    z: Tensor  # (N, D) embeddings of length 1
+    curve: Roc
+    pairs: PairTable
+    triplets: TripletTable
+    episodes: dict[str, Tensor | None]  # accuracies (episodes,) in the settings of FEW_SHOT; empty for seen classes
+
+
+def measure(
+    images: Tensor, labels: Tensor, z: Tensor, threshold: float, shots: tuple[Tensor, Tensor] | None = None
+) -> Side | None:
+    """A `Side`; None unless there are pairs of both kinds.
+
+    `shots`: embeddings (N, D) and labels (N,) of the images that episodes are drawn from, if any are.
     """
-    classes, index = labels.unique(return_inverse=True)
-    support = torch.stack([(index == row).nonzero()[0, 0] for row in range(len(classes))])
-    query = torch.ones(len(z), dtype=torch.bool)
-    query[support] = False
-    same = index[support][:, None] == index[query]
-    accepted = z[support] @ z[query].T > threshold
-    return 100 * float((accepted == same).double().mean()), 100 * float((~same).double().mean())
+    curve = roc(z, labels)
+    if curve is None:
+        return None
+    episodes = {}
+    if shots is not None:
+        for name, (way, shot) in FEW_SHOT.items():
+            episodes[name] = episode_accuracies(*shots, way or len(labels.unique()), shot)
+    pairs, triplets = pair_table(z, labels, threshold), triplet_table(z, labels)
+    return Side(images, labels, z, curve, pairs, triplets, episodes)

@@ -1,14 +1,18 @@
-"""The embedding networks: CIFAR ResNets (He et al. 2015, arXiv:1512.03385, sec. 4.2) and torchvision's ResNet-18.
+"""The embedding networks, their weights and checkpoints.
 
-None has a classifier: the embedding is the pooled feature vector, 64 numbers of a CIFAR ResNet at width 16, 512 numbers
-of ResNet-18. Parameters of CIFAR ResNets are named as in the widely used CIFAR ResNet code (conv1, bn1, layer1.0.conv1,
-...; shortcut option A), those of ResNet-18 as in torchvision, so that published weights load.
+CIFAR ResNets (He et al. 2015, arXiv:1512.03385, sec. 4.2) and torchvision's ResNet-18, without a classifier: the
+embedding is the pooled feature vector, 4 * width numbers for a CIFAR ResNet, 512 for ResNet-18. Parameters of CIFAR
+ResNets are named as in the widely used CIFAR ResNet code (conv1, bn1, layer1.0.conv1, ...; shortcut option A), those of
+ResNet-18 as in torchvision, so that published weights load. A network owns the statistics that its pixels are
+normalised with.
 """
 
-import math
+import os
+import pickle
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from http.client import HTTPException
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +47,23 @@ class Embedder(nn.Module):
     """A network of stages, its children: conv1 and bn1 are the first, layer1 is the second, and so on."""
 
     dimension: int  # of the embedding
-    settings: dict  # arguments with which `build` builds it again
+    settings: dict  # the arguments with which `build` makes it again
+    size: int  # side of its images in pixels
     mirror = False  # in evaluation mode, average the embeddings of an image and of its mirror image
     frozen: Iterable[nn.Module] = ()
 
+    def set_pixel_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Mean and standard deviation of each channel, on the scale 0..1, for `normalise`."""
+        std = torch.tensor(std).view(3, 1, 1)
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", torch.tensor(mean).view(3, 1, 1) / std, persistent=False)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels, uint8 or float32 in 0..255 -> float32 (pixel / 255 - mean) / std."""
+        return (pixels * self.scale).sub_(self.shift)
+
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised images -> (B, dimension) embeddings, not normalised."""
+        """(B, 3, H, W) normalised images -> (B, dimension) embeddings, of any length."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,52 +143,48 @@ class ResNet18(Embedder):
         return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
 
 
-class NormalisedSoftmax(nn.Module):
-    """Cross-entropy over scaled cosines between embeddings and one learned direction a class.
-
-    NormFace (Wang et al. 2017, arXiv:1704.06369, eq. 5); used beside the triplet loss and thrown away after training.
-    """
-
-    def __init__(self, n_classes: int, dimension: int, scale: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(n_classes, dimension) / math.sqrt(dimension))
-        self.scale = scale
-
-    def forward(self, embeddings: Tensor, target: Tensor) -> Tensor:
-        """`embeddings` (B, D), `target` (B,) int64 in 0..n_classes-1 -> scalar loss."""
-        cosine = F.normalize(embeddings.float()) @ F.normalize(self.weight).T
-        return F.cross_entropy(self.scale * cosine, target)
-
-
 # -------------------------------------------------------------------------------------------- building, given weights
 
 
-def build(backbone: str, width: int = 16, stem: str = "small", enlarge: int = 1, mirror: bool = False) -> Embedder:
+def build(
+    backbone: str,
+    width: int = 16,
+    stem: str = "small",
+    enlarge: int = 1,
+    mirror: bool = False,
+    size: int = 32,
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Embedder:
     """A network by name, randomly initialised and stored channels last. Raises ValueError.
 
-    `width` is for CIFAR ResNets, `stem` and `enlarge` are for resnet18, `mirror` is that of `Embedder`.
+    `width` is for CIFAR ResNets, `stem` and `enlarge` are for resnet18; `mirror` and `size` are those of `Embedder`.
+    `mean` and `std` are of the training images' channels, on the scale 0..1.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"unknown backbone {backbone!r}: choose from {', '.join(BACKBONES)}")
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
     if backbone == "resnet18":
-        net, settings = ResNet18(stem, enlarge), {"backbone": backbone, "stem": stem, "enlarge": enlarge}
+        net, own = ResNet18(stem, enlarge), {"stem": stem, "enlarge": enlarge}
     else:
-        net, settings = ResNet(DEPTHS[backbone], width), {"backbone": backbone, "width": width}
-    net.settings, net.mirror = settings | {"mirror": mirror}, mirror
+        net, own = ResNet(DEPTHS[backbone], width), {"width": width}
+    net.mirror, net.size = mirror, size
+    net.set_pixel_statistics(mean, std)
+    pixels = {"mirror": mirror, "size": size, "mean": list(mean), "std": list(std)}
+    net.settings = {"backbone": backbone} | own | pixels
     return net.to(memory_format=torch.channels_last)
 
 
 def fit(
     backbone: str,
     width: int,
-    side: int,
+    size: int,
     state: dict[str, Tensor] | None = None,
     stem: str = "auto",
     enlarge: int = 0,
 ) -> dict:
-    """The arguments of `build` for images `side` pixels wide, and for given weights `state`. Raises ValueError.
+    """The arguments of `build` for images of `size` x `size` pixels and given weights `state`. Raises ValueError.
 
     Stem "auto" is that of the given weights, else small below 64 pixels. Enlargement 0 makes images below 128 pixels
     about that large for the full stem, whose published weights know objects at that scale (after Kornblith et al. 2019,
@@ -182,12 +193,12 @@ def fit(
     if backbone != "resnet18":
         if stem != "auto" or enlarge:
             raise ValueError("--stem and --enlarge are for --backbone resnet18")
-        return {"backbone": backbone, "width": width}
+        return {"backbone": backbone, "width": width, "size": size}
     if stem == "auto":
-        kernel = state["conv1.weight"].shape[-1] if state and "conv1.weight" in state else 3 if side < 64 else 7
+        kernel = state["conv1.weight"].shape[-1] if state and "conv1.weight" in state else 3 if size < 64 else 7
         stem = "small" if kernel == 3 else "full"
-    usual = max(1, round(128 / side)) if stem == "full" else 1
-    return {"backbone": backbone, "stem": stem, "enlarge": enlarge or usual}
+    usual = max(1, round(128 / size)) if stem == "full" else 1
+    return {"backbone": backbone, "stem": stem, "enlarge": enlarge or usual, "size": size}
 
 
 def pretrained_resnet18() -> dict[str, Tensor]:
@@ -199,7 +210,7 @@ def pretrained_resnet18() -> dict[str, Tensor]:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError, HTTPException) as error:  # URLError is an OSError; a wrong checksum a RuntimeError
         raise ValueError(
-            f"the ImageNet weights could not be had: {error}\n"
+            f"cannot download the ImageNet weights: {error}\n"
             f"Without a network, fetch {weights.url} elsewhere and give --weights FILE instead of --pretrained."
         ) from error
 
@@ -250,15 +261,65 @@ def count(net: nn.Module, side: int) -> tuple[int, int]:
     return sum(parameter.numel() for parameter in net.parameters()), multiply_adds
 
 
-def normalise_pixels(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
-    """(B, 3, H, W) uint8 -> float32 (pixel / 255 - mean) / std, in one multiplication and one addition."""
-    std = torch.tensor(std, device=images.device)
-    shift = torch.tensor(mean, device=images.device) / std
-    return images.float().mul_((1 / (255 * std)).view(3, 1, 1)).sub_(shift.view(3, 1, 1))
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict:
+    """A dict of tensors and plain values; no code in the file is run. Raises ValueError or OSError."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def is_ours(saved: dict) -> bool:
+    """Is this a checkpoint of train_classic.py or train_reptile.py, rather than a bare state dict?"""
+    return {"model", "options", "data", "threshold"} <= saved.keys()
+
+
+def settings_of(saved: dict) -> dict:
+    """The arguments of `build` that a checkpoint of ours holds; older ones keep size, mean and std with the data."""
+    if saved.get("center") is not None:
+        raise ValueError("the checkpoint subtracts a mean embedding, which this version does not: train it again")
+    older = {name: saved["data"][name] for name in ("size", "mean", "std") if name in saved["data"]}
+    return older | saved.get("network", {})
+
+
+def load(path: str | os.PathLike) -> tuple[Embedder, dict]:
+    """The network of a calibrated checkpoint of ours, in evaluation mode, and the checkpoint. Raises ValueError or
+    OSError."""
+    saved = load_checkpoint(path)
+    if not is_ours(saved):
+        raise ValueError(f"{path} is not a checkpoint of train_classic.py or train_reptile.py")
+    settings, threshold = settings_of(saved), saved["threshold"]
+    if threshold is None or "logistic" not in threshold or not {"backbone", "size"} <= settings.keys():
+        raise ValueError(f"{path} lacks a calibration: `python evaluate.py {path} --store` adds it")
+    net = build(**settings)
+    load_weights(net, saved["model"])
+    return net.eval().requires_grad_(False), saved
+
+
+# ----------------------------------------------------------------------------------------------------------- embeddings
+
+
+class Recogniser(nn.Module):
+    """(B, 3, size, size) pixels, uint8 or float32 in 0..255 -> (B, D) float32 embeddings of length 1."""
+
+    def __init__(self, net: Embedder):
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return F.normalize(self.net(self.net.normalise(pixels)))
 
 
 @torch.inference_mode()
-def embed(net: nn.Module, images: Tensor, mean: list[float], std: list[float], batch: int = 250) -> Tensor:
+def embed(net: Embedder, images: Tensor, batch: int = 250) -> Tensor:
     """Embed (N, 3, H, W) uint8 images in evaluation mode, in float32 whatever the training precision: (N, D) float32.
 
     The images go to the network's device; the network's training mode is restored.
@@ -266,6 +327,29 @@ def embed(net: nn.Module, images: Tensor, mean: list[float], std: list[float], b
     device = next(net.parameters()).device
     was_training = net.training
     net.eval()
-    parts = [net(normalise_pixels(part.to(device), mean, std)).float().cpu() for part in images.split(batch)]
+    parts = [net(net.normalise(part.to(device))).float().cpu() for part in images.split(batch)]
     net.train(was_training)
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def refresh_batch_norm(net: Embedder, images: Tensor, batches: int = 20, batch_size: int = 250) -> None:
+    """Replace batch norm's running statistics by averages over training images (N, 3, H, W) uint8, not augmented.
+
+    The statistics then belong to the weights in `net` now, whatever weights the last forward passes had (as for
+    averaged weights: Izmailov et al. 2018, arXiv:1803.05407, sec. 3.2). Frozen ones stay. The images are the same at
+    every call.
+    """
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+    was_training = net.training
+    net.train()
+    shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    for index in shuffled[: batches * batch_size].split(batch_size):
+        net(net.normalise(images[index.to(images.device)]))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    net.train(was_training)

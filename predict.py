@@ -4,12 +4,13 @@
     python predict.py runs/classic/best.pt --compare a.jpg b.jpg
 
 A class is a folder with one picture of it, or a few. Each query goes to the class it is most similar to, or is
-"unknown" if that similarity is not above the checkpoint's threshold. The classes need not be ones of the training.
+"unknown" if that similarity is not above the checkpoint's threshold. The network need not be trained on these classes.
 """
 
 import csv
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +19,10 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-import calibration
-import engine
-import inference
-import tables
-from pictures import list_pictures, read_picture
+import cli
+import metrics
+import model
+from sources import list_pictures, read_picture
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Options:
     checkpoint: tyro.conf.Positional[str]  # best.pt or last.pt of a run
     support: str | None = None  # folder with a folder of pictures for each class
     query: tuple[str, ...] = ()  # pictures, or folders of pictures
-    compare: tuple[str, str] | None = None  # two pictures: of one class?
+    compare: tuple[str, str] | None = None  # two pictures: are they of one class?
     threshold: str = "auto"  # auto (the checkpoint's) or a similarity in -1..1
     csv: str | None = None  # write the answers to this file
     json: str | None = None  # write the answers to this file
@@ -43,10 +43,8 @@ def check(options: Options) -> None:
         raise ValueError("--compare goes without --support and --query")
     if not options.compare and not (options.support and options.query):
         raise ValueError("give --support FOLDER and --query PICTURES, or --compare A B")
-    for name in ("csv", "json"):
-        target = getattr(options, name)
-        if target and not Path(target).absolute().parent.is_dir():
-            raise ValueError(f"--{name}: no such folder: {Path(target).parent}")
+    cli.check_folder_of("--csv", options.csv)
+    cli.check_folder_of("--json", options.json)
 
 
 def support_classes(folder: Path) -> dict[str, list[Path]]:
@@ -56,7 +54,7 @@ def support_classes(folder: Path) -> dict[str, list[Path]]:
     empty = [name for name, pictures in classes.items() if not pictures]
     if not classes or empty:
         which = f"{folder / empty[0]} holds no picture" if empty else f"{folder} holds no folders"
-        raise ValueError(f"{which}; --support wants a folder for each class, with its pictures inside")
+        raise ValueError(f"{which}; --support needs a folder for each class, with its pictures inside")
     return classes
 
 
@@ -70,16 +68,16 @@ def query_pictures(names: tuple[str, ...]) -> list[Path]:
     return found
 
 
-def embed(net: inference.Inference, paths: list[Path], batch: int = 100) -> Tensor:
-    """Embeddings (N, D) of pictures. Raises ValueError for one that cannot be read."""
-    device, parts = net.scale.device, []
+def embed(net: model.Embedder, paths: list[Path], batch: int = 100) -> Tensor:
+    """Embeddings of length 1 (N, D) of pictures. Raises ValueError for one that cannot be read."""
+    parts = []
     for start in range(0, len(paths), batch):
         images = torch.stack([read_picture(path, net.size) for path in paths[start : start + batch]])
-        parts.append(net(images.to(device)).cpu())
+        parts.append(F.normalize(model.embed(net, images)))
     return torch.cat(parts)
 
 
-def classify(net: inference.Inference, support: Tensor, names: list[str], path: Path, threshold: float) -> dict:
+def classify(net: model.Embedder, support: Tensor, names: list[str], path: Path, threshold: float) -> dict:
     """The answer about one picture, given a row of `support` (C, D) a class. Raises ValueError."""
     similarity = support @ embed(net, [path])[0]
     best, *others = similarity.topk(min(2, len(names))).values.tolist()
@@ -93,7 +91,7 @@ def classify(net: inference.Inference, support: Tensor, names: list[str], path: 
     }
 
 
-def recognise(net: inference.Inference, options: Options, threshold: float) -> tuple[list[dict], list[str]]:
+def recognise(net: model.Embedder, options: Options, threshold: float) -> tuple[list[dict], list[str]]:
     """An answer for each query that can be read, and what was wrong with the others. Raises ValueError or OSError."""
     classes = support_classes(Path(options.support))
     queries = query_pictures(options.query)
@@ -107,7 +105,7 @@ def recognise(net: inference.Inference, options: Options, threshold: float) -> t
     return answers, errors
 
 
-def compare(net: inference.Inference, pair: tuple[str, str], threshold: float, stored: dict) -> dict:
+def compare(net: model.Embedder, pair: tuple[str, str], threshold: float, stored: dict) -> dict:
     """Are two pictures of one class? Raises ValueError."""
     first, second = embed(net, [Path(path) for path in pair])
     similarity = float(first @ second)
@@ -116,47 +114,47 @@ def compare(net: inference.Inference, pair: tuple[str, str], threshold: float, s
         "b": pair[1],
         "answer": "same" if similarity > threshold else "different",
         "similarity": similarity,
-        "probability_same": calibration.probability_same(similarity, stored["logistic"]),
+        "probability_same": metrics.probability_same(similarity, stored["logistic"]),
     }
 
 
 def show(answers: list[dict], threshold: float, stored: dict) -> None:
-    """Print the answers as a table, with what the threshold is known to do."""
+    """Print the answers as a table, with the threshold's expected error rates."""
     if not answers:
         return
     header = [name.replace("_", " ") for name in answers[0]]
-    print(tables.table(header, [list(answer.values()) for answer in answers], decimals=3))
+    print(cli.text_table(header, [list(answer.values()) for answer in answers], decimals=3))
     print(f"\nthreshold {threshold:.3f}")
     if threshold == stored["value"]:
+        accepts, refuses = stored["false_accept"], stored["false_reject"]
         print(
-            f"on pairs of {stored['calibrated_on']} it takes {stored['false_accept']:.1f} % of different-class pairs "
-            f"for one class\nand {stored['false_reject']:.1f} % of same-class pairs for two; expect more errors on "
-            "other pictures"
+            f"on pairs of {stored['calibrated_on']} it accepts {accepts:.1f} % of different-class pairs\n"
+            f"and refuses {refuses:.1f} % of same-class pairs; expect more errors on other pictures"
         )
     if "probability_same" in answers[0]:
-        print("probability: if half of all pairs are of one class")
+        print("probability: assuming that half of all pairs are of one class")
 
 
 def write(answers: list[dict], threshold: float, options: Options) -> None:
     if options.json:
         found = {"checkpoint": options.checkpoint, "threshold": threshold, "answers": answers}
-        with engine.writing(options.json) as path:
+        with cli.writing(options.json) as path:
             path.write_text(json.dumps(found, indent=1) + "\n")
     if options.csv:
-        with engine.writing(options.csv) as path, open(path, "w", newline="") as file:
+        with cli.writing(options.csv) as path, open(path, "w", newline="") as file:
             rows = csv.DictWriter(file, answers[0].keys() if answers else [])
             rows.writeheader()
             rows.writerows(answers)
 
 
-def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
-    with engine.user_errors():
+def main(args: Sequence[str] | None = None) -> None:
+    options = cli.parse(Options, __doc__, args)
+    with cli.user_errors():
         check(options)
-        net, saved = inference.load(options.checkpoint)
-        net = net.to(engine.pick_device(options.device))
+        net, saved = model.load(options.checkpoint)
+        net = net.to(cli.pick_device(options.device))
         stored, errors = saved["threshold"], []
-        threshold = stored["value"] if options.threshold == "auto" else calibration.check_threshold(options.threshold)
+        threshold = stored["value"] if options.threshold == "auto" else cli.check_threshold(options.threshold)
         if options.compare:
             answers = [compare(net, options.compare, threshold, stored)]
         else:
@@ -166,7 +164,7 @@ def main() -> None:
         for error in errors:
             print(error, file=sys.stderr)
         if errors:
-            raise engine.UserError(f"{len(errors)} of {len(errors) + len(answers)} pictures could not be read")
+            raise ValueError(f"{len(errors)} of {len(errors) + len(answers)} pictures could not be read")
 
 
 if __name__ == "__main__":

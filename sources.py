@@ -1,10 +1,16 @@
-"""Where images come from: CIFAR-100, drawn glyphs, .npz files, folders of pictures. Nothing unchecked gets in."""
+"""Where images come from: CIFAR-100, drawn glyphs, .npz files, folders of pictures, single pictures.
+
+All input is validated. Picture files are not trusted: only the formats below are tried (none runs another program), a
+picture of too many pixels is refused before it is decoded, and any decoder error becomes a ValueError with the file's
+name.
+"""
 
 import io
 import os
 import socket
 import sys
 import tarfile
+import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +21,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 PATIENCE = 60.0  # seconds without a byte after which a download is given up
 LISTED = 20  # unreadable pictures that are named one by one
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+MAX_PIXELS = 80_000_000  # 320 MB as RGBA
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ def load(source: str, data_root: str | os.PathLike = "data", image_size: int = 3
 
 @contextmanager
 def patience(seconds: float):
-    """Gives up on connections that stay silent for so long; torchvision would wait forever."""
+    """Give up on connections that stay silent for this many seconds; torchvision would wait forever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -104,7 +114,7 @@ def load_cifar100(root: Path) -> Data:
         if isinstance(error, RuntimeError):
             why = f"cifar-100-python.tar.gz in {root}/ is incomplete or damaged (its checksum is wrong)"
         raise ValueError(
-            f"CIFAR-100 could not be had: {why}\n"
+            f"cannot download CIFAR-100: {why}\n"
             f"Try again, or put a good cifar-100-python.tar.gz into {root}/, or give --data FILE.npz "
             "(train_images, train_labels, test_images, test_labels, class_names), or train on --data glyphs."
         ) from error
@@ -139,7 +149,7 @@ def read_member(archive: zipfile.ZipFile, key: str) -> np.ndarray:
         with archive.open(f"{key}.npy") as file:
             array = np.lib.format.read_array(file, allow_pickle=False)
             if file.read(1):
-                raise ValueError("there is more data than its shape says")
+                raise ValueError("it holds more data than its shape says")
             return array
     except ValueError as error:
         if "Object arrays" in str(error):
@@ -181,7 +191,7 @@ def check_part(part: str, images: np.ndarray, labels: np.ndarray, class_names: n
     return Images(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64)))
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# -------------------------------------------------------------------------------------------------- folders of pictures
 
 
 def load_folder(root: Path, size: int) -> Data:
@@ -231,8 +241,6 @@ def read_classes(root: Path, size: int, least: int) -> tuple[Images, list[str]]:
 
 def class_pictures(folder: Path) -> list[Path]:
     """The picture files in a folder and in folders inside it, hidden ones aside, always in the same order."""
-    from pictures import list_pictures
-
     found = []
     for inside, subfolders, _ in os.walk(folder, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
@@ -243,10 +251,8 @@ def class_pictures(folder: Path) -> list[Path]:
 def read_pictures(files: list[Path], size: int) -> tuple[Tensor, list[str]]:
     """Pictures (N, 3, size, size) uint8, channels last, and for each what is wrong with it, "" if nothing is.
 
-    Decoders let go of the interpreter's lock, so that threads decode on all cores.
+    Decoders release the GIL, so threads decode on all cores.
     """
-    from pictures import read_picture
-
     pixels = torch.zeros(len(files), size, size, 3, dtype=torch.uint8)
 
     def read(place: int) -> str:
@@ -259,3 +265,61 @@ def read_pictures(files: list[Path], size: int) -> tuple[Tensor, list[str]]:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         progress = tqdm(pool.map(read, range(len(files))), "reading pictures", len(files), delay=2, leave=False)
         return pixels.permute(0, 3, 1, 2), list(progress)
+
+
+# ------------------------------------------------------------------------------------------------------ picture files
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """The picture files directly in `folder`, by name; hidden files and other suffixes are passed over.
+
+    Raises OSError if there is no such folder.
+    """
+    files = sorted(Path(folder).iterdir())
+    return [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+
+
+def read_picture(path: Path, size: int) -> Tensor:
+    """The centre square of a picture, scaled to `size` pixels, antialiased: (3, size, size) uint8, channels last.
+
+    EXIF rotation is applied, transparent parts become white, greyscale, palette and 16-bit pictures become RGB; of an
+    animation the first frame counts. A picture of size x size pixels keeps them as they are. Raises ValueError.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no such picture: {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+            with Image.open(path, formats=FORMATS) as image:
+                square = centre_square(image, size)
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not a picture in a known format ({', '.join(FORMATS)})") from error
+    except Exception as error:  # decoders raise errors of many kinds over broken files
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def centre_square(image: Image.Image, size: int) -> Image.Image:
+    """An opened file as an RGB image of size x size pixels. Raises errors of many kinds."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+    image.draft(None, (2 * size, 2 * size))  # JPEG decodes at 1/2, 1/4 or 1/8 of its size where that is enough
+    image = colours(ImageOps.exif_transpose(image))
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def colours(image: Image.Image) -> Image.Image:
+    """In mode RGB, or RGBA where something may be transparent."""
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers of no known range")
+    if image.mode.startswith("I"):  # one channel of 16 bits; some decoders hand it out as 32
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"pixel values {values.min()}..{values.max()} are not of 8 or 16 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return image.convert("RGBA" if image.has_transparency_data else "RGB")

@@ -1,56 +1,82 @@
-"""Classic training: P x K batches, one network, triplet loss (and a normalised softmax beside it).
+"""Classic training: P x K batches, one network, triplet loss plus a normalised softmax.
 
     python train_classic.py                                 # CIFAR-100, 90 seen and 10 unseen classes
     python train_classic.py --data my.npz --split 80-20 --out runs/mine
 
-Writes best.pt, last.pt and log.csv into --out; `python evaluate.py runs/classic/best.pt --threshold auto` gives the
-figures. Ctrl-C saves; --resume goes on.
+Writes best.pt, last.pt and log.csv into --out; `python evaluate.py runs/classic/best.pt --threshold auto` evaluates
+it. Ctrl-C saves; --resume continues.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-import engine
+import cli
+import data
+import distributed
 import model
-import ranks
+import training
 from muon import Muon, split_for_muon
-from run import Run
 from triplet import triplet_loss
 
 
 @dataclass(frozen=True)
-class Options(engine.Options):
-    out: str = "runs/classic"  # folder of the run
+class OptimisationOptions:
     epochs: float = 40.0  # passes over the seen classes' training images, without --minutes
     validate_every: float = 5.0  # epochs between validations
-    batch_classes: int = 64  # P, classes in a batch, shared out among the processes
+    batch_classes: int = 64  # P, classes in a batch, split among the processes
     images_per_class: int = 4  # K, images of each class in a batch
-    optimizer: Literal["muon", "sgd", "adam"] = "muon"  # Muon for convolutions, SGD for the rest; or one for all
+    optimizer: Literal["muon", "sgd", "adam"] = "muon"  # muon: Muon for convolutions, SGD for the rest; or one for all
     lr: float = 0.1  # peak learning rate of SGD (Nesterov momentum 0.9) or Adam
     muon_lr: float = 0.02  # peak learning rate of Muon
-    muon_weight_decay: float = 0.05  # of its weights, decoupled
-    backbone_lr: float | None = None  # peak rate of the network; --lr is then the softmax's
-    warmup: float = 0.05  # share of the run in which the learning rates rise linearly
-    decay: bool = True  # let them fall linearly to 0 after that
-    weight_decay: float = 5e-4  # of SGD's or Adam's weights
-    triplet_weight: float = 3.0  # of the triplet loss; 0 leaves it out
-    softmax_weight: float = 1.0  # of the normalised softmax over the seen classes; 0 leaves it out
-    softmax_scale: float = 16.0  # factor of its cosines
+    muon_weight_decay: float = 0.05  # weight decay of Muon, decoupled
+    backbone_lr: float | None = None  # peak learning rate of the network; --lr is then the softmax's alone
+    warmup: float = 0.05  # fraction of the run in which the learning rates rise linearly
+    decay: bool = True  # let the learning rates fall linearly to 0 after the warmup
+    weight_decay: float = 5e-4  # weight decay of SGD or Adam
+    triplet_weight: float = 3.0  # weight of the triplet loss; 0 leaves it out
+    softmax_weight: float = 1.0  # weight of the normalised softmax over the seen classes; 0 leaves it out
+    softmax_scale: float = 16.0  # factor of the softmax's cosines
+
+
+@dataclass(frozen=True)
+class Options(
+    data.DataOptions, training.NetworkOptions, training.LossOptions, OptimisationOptions, training.RunOptions
+):
+    out: str = "runs/classic"
+
+
+class NormalisedSoftmax(nn.Module):
+    """Cross-entropy over scaled cosines between embeddings and one learned direction a class.
+
+    NormFace (Wang et al. 2017, arXiv:1704.06369, eq. 5); used beside the triplet loss and thrown away after training.
+    """
+
+    def __init__(self, n_classes: int, dimension: int, scale: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_classes, dimension) / math.sqrt(dimension))
+        self.scale = scale
+
+    def forward(self, embeddings: Tensor, target: Tensor) -> Tensor:
+        """`embeddings` (B, D), `target` (B,) int64 in 0..n_classes-1 -> scalar loss."""
+        cosine = F.normalize(embeddings.float()) @ F.normalize(self.weight).T
+        return F.cross_entropy(self.scale * cosine, target)
 
 
 def schedule(progress: float, options: Options) -> float:
-    """Share of the peak learning rate, by the share of the run done: a linear rise from 0.01, a linear fall to 0."""
+    """Fraction of the peak learning rate at `progress` 0..1 of the run: a linear rise from 0.01, a linear fall to 0."""
     if progress < options.warmup:
         return 0.01 + 0.99 * progress / options.warmup
     return (1 - progress) / (1 - options.warmup) if options.decay else 1.0
 
 
 def make_optimizers(options: Options, net: nn.Module, head: nn.Module) -> dict[str, torch.optim.Optimizer]:
-    """By name; each group of what is to be trained knows its peak learning rate."""
+    """The optimizers by name; each parameter group stores its peak learning rate."""
     made: dict[str, torch.optim.Optimizer] = {}
     if options.optimizer == "muon":
         hidden, trained = split_for_muon(net)
@@ -68,15 +94,15 @@ def make_optimizers(options: Options, net: nn.Module, head: nn.Module) -> dict[s
     return made
 
 
-def draw(train: engine.TrainingData, seen: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """This process's part of a batch: images, and classes by their place in `seen` (C,), C more for each way to turn.
+def draw(train: data.TrainingData, net: model.Embedder, seen: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """This process's part of a batch: images (B, 3, H, W) float32 and targets (B,) int64, class after class.
 
-    (B, 3, H, W) float32 and (B,) int64, K images of each class after those of another.
+    A target is a class's place in `seen` (C,), plus C for each quarter of a circle by which the class is rotated.
     """
-    classes = ranks.share(train.sampler.task(options.batch_classes))
+    classes = distributed.share(train.sampler.task(options.batch_classes))
     index = train.sampler.batch(classes, options.images_per_class)
     turns = train.turns(len(classes)).repeat_interleave(options.images_per_class)
-    images, labels = train.batch(index, turns)
+    images, labels = train.batch(net.normalise, index, turns)
     return images, torch.searchsorted(seen, labels) + len(seen) * turns.to(seen.device)
 
 
@@ -84,43 +110,48 @@ def gradients(module: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
 
 
-def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
-    with engine.user_errors():
-        engine.require(options, "epochs", "lr", "muon_lr", "softmax_scale", "validate_every")
-        engine.require(options, "warmup", "triplet_weight", "softmax_weight", least=0)
-        engine.require(options, "weight_decay", "muon_weight_decay", least=0)
-        engine.require(options, "batch_classes", "images_per_class", least=2)
-        if options.warmup >= 1:
-            raise ValueError(f"--warmup is a share of the run, below 1, got {options.warmup}")
-        if options.backbone_lr is not None:
-            engine.require(options, "backbone_lr")
-            if options.optimizer == "muon":
-                raise ValueError("--backbone-lr is for --optimizer sgd or adam")
-        if not (options.triplet_weight or options.softmax_weight):
-            raise ValueError("--triplet-weight and --softmax-weight are both 0: there is nothing to learn from")
-        device = engine.start(options)
-        train = engine.training_data(options, device)
-        net = engine.network(options, train)
-        if min(options.batch_classes, len(train.facts["seen"])) % ranks.world():
-            raise ValueError(f"--batch-classes must be a multiple of {ranks.world()}, the number of processes")
+def check(options: Options) -> None:
+    """Raise ValueError unless the options make sense."""
+    cli.require(options, "epochs", "lr", "muon_lr", "softmax_scale", "validate_every")
+    cli.require(options, "warmup", "triplet_weight", "softmax_weight", "weight_decay", "muon_weight_decay", least=0)
+    cli.require(options, "batch_classes", "images_per_class", least=2)
+    if options.warmup >= 1:
+        raise ValueError(f"--warmup is a fraction of the run, below 1, got {options.warmup}")
+    if options.backbone_lr is not None:
+        cli.require(options, "backbone_lr")
+        if options.optimizer == "muon":
+            raise ValueError("--backbone-lr is for --optimizer sgd or adam")
+    if not (options.triplet_weight or options.softmax_weight):
+        raise ValueError("--triplet-weight and --softmax-weight are both 0: there is nothing to learn from")
+    training.check(options)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    options = cli.parse(Options, __doc__, args)
+    with cli.user_errors():
+        check(options)
+        device = training.prepare_process(options)
+        train = data.load_for_training(options, options.seed, device)
+        net = training.make_network(options, train)
+        if min(options.batch_classes, len(train.facts["seen"])) % distributed.world():
+            raise ValueError(f"--batch-classes must be a multiple of {distributed.world()}, the number of processes")
         seen = torch.tensor(train.facts["seen"], device=device)
-        shown = 4 * len(seen) if options.rotate else len(seen)  # classes and turned classes
-        head = model.NormalisedSoftmax(shown, net.dimension, options.softmax_scale).to(device)
+        targets = 4 * len(seen) if options.rotate else len(seen)  # classes and rotated classes
+        head = NormalisedSoftmax(targets, net.dimension, options.softmax_scale).to(device)
         optimizers = make_optimizers(options, net, head)
         batch = min(options.batch_classes, len(seen)) * options.images_per_class
         steps_per_epoch = len(train.kept) / batch
         total = max(1, round(options.epochs * steps_per_epoch))
         validate_every = max(1, round(options.validate_every * steps_per_epoch))
-        run = Run(options, train, net, total, validate_every, head=head, **optimizers)
+        run = training.Run(options, train, net, total, validate_every, head=head, **optimizers)
     for progress in run.steps():
         rate = schedule(progress, options)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-        images, labels = draw(train, seen, options)
+        images, labels = draw(train, net, seen, options)
         embeddings = run.forward(images)
-        embeddings, labels = ranks.gather(embeddings), ranks.gather(labels)
+        embeddings, labels = distributed.gather(embeddings), distributed.gather(labels)
         loss = embeddings.new_zeros((), dtype=torch.float32)
         if options.triplet_weight:
             loss = loss + options.triplet_weight * triplet_loss(embeddings, labels, **options.triplet)
@@ -129,8 +160,8 @@ def main() -> None:
         for optimizer in optimizers.values():
             optimizer.zero_grad()
         loss.backward()
-        ranks.add(gradients(net))  # each process has those of its own images
-        ranks.average(gradients(head))  # all have the whole
+        distributed.add(gradients(net))  # each process has those of its own images
+        distributed.average(gradients(head))  # all have the whole
         for optimizer in optimizers.values():
             optimizer.step()
         run.record(loss, embeddings, len(labels), options.lr * rate)

@@ -3,51 +3,57 @@
     python train_reptile.py --iters 10000                   # CIFAR-100, 90 seen and 10 unseen classes
     python train_reptile.py --data glyphs --iters 300       # no download
 
-A task is a few of the seen classes, each of them upright or turned. Its inner steps train the network on P x K batches
-of them, augmented and mined afresh at each step; the weights kept so far then move a part of the way to the adapted
-ones. With `--task domain` it is one class, the source of anchors and positives, against images of all other seen
-classes. Only parameters are interpolated. Batch norm's running statistics are of no use on the way (each forward pass
-of training uses its batch's own) and are measured anew, with the interpolated weights, on training images whenever the
-network is validated.
+A task is a few of the seen classes, each upright or rotated. Its inner steps train the network on P x K batches of
+these classes, augmented and mined afresh at each step; the kept weights then move part of the way to the adapted ones.
+With `--task domain` a task is one class, the source of anchors and positives, against images of all other seen classes.
+Only parameters are interpolated. Training never uses batch norm's running statistics; they are measured again on
+training images, with the interpolated weights, whenever the network is validated.
 
-Writes best.pt, last.pt and log.csv into --out; `python evaluate.py runs/reptile/best.pt --threshold auto` gives the
-figures. Ctrl-C saves; --resume goes on.
+Writes best.pt, last.pt and log.csv into --out; `python evaluate.py runs/reptile/best.pt --threshold auto` evaluates
+it. Ctrl-C saves; --resume continues.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import tyro
 from torch import Tensor, nn
 
-import engine
-import ranks
+import cli
+import data
+import distributed
+import training
 from muon import Muon, split_for_muon
-from run import Run
 from triplet import triplet_loss
 
 
 @dataclass(frozen=True)
-class Options(engine.Options):
-    out: str = "runs/reptile"  # folder of the run
+class OptimisationOptions:
     iters: int = 10_000  # meta-iterations, without --minutes
+    validate_every: int = 500  # meta-iterations between validations
     task: Literal["classes", "domain"] = "classes"  # some classes among each other, or one against all others
     way: int = 16  # classes of a task
-    images_per_class: int = 8  # images of each class in each inner step; in a domain's, as many of other classes too
+    images_per_class: int = 8  # images of each class in an inner step; with --task domain also of other classes in all
     inner_steps: int = 2  # gradient steps on each task
-    optimizer: Literal["muon", "adam"] = "muon"  # of the inner steps: Muon for convolutions, Adam for the rest; or Adam
-    lr: float = 1e-3  # of Adam, whose moments start at 0 with each task
-    muon_lr: float = 0.02  # of Muon, likewise
-    muon_weight_decay: float = 0.05  # of its weights, decoupled
-    beta1: float = 0.0  # decay of the first moment of either; 0 turns it off
-    meta_batch: int = 1  # tasks whose adapted weights are averaged in a meta-iteration, shared out among processes
-    meta_step_size: float = 1.0  # share of the way to the adapted weights, falls linearly to 0
-    validate_every: int = 500  # meta-iterations
+    optimizer: Literal["muon", "adam"] = "muon"  # inner steps by Muon for convolutions and Adam for the rest, or Adam
+    lr: float = 1e-3  # learning rate of Adam, whose moments restart with each task
+    muon_lr: float = 0.02  # learning rate of Muon, whose momentum also restarts with each task
+    muon_weight_decay: float = 0.05  # weight decay of Muon, decoupled
+    beta1: float = 0.0  # decay of the first moment of Adam and Muon; 0 turns it off
+    meta_batch: int = 1  # tasks whose adapted weights are averaged in a meta-iteration, split among the processes
+    meta_step_size: float = 1.0  # fraction of the way to the adapted weights; falls linearly to 0
+
+
+@dataclass(frozen=True)
+class Options(
+    data.DataOptions, training.NetworkOptions, training.LossOptions, OptimisationOptions, training.RunOptions
+):
+    out: str = "runs/reptile"
 
 
 def make_optimizers(options: Options, net: nn.Module) -> list[torch.optim.Optimizer]:
-    """Those of the inner steps; every weight that is to be trained has one."""
+    """The optimizers of the inner steps; together they have all weights that are to be trained."""
     made: list[torch.optim.Optimizer] = []
     if options.optimizer == "muon":
         hidden, trained = split_for_muon(net)
@@ -57,7 +63,9 @@ def make_optimizers(options: Options, net: nn.Module) -> list[torch.optim.Optimi
     return [*made, torch.optim.Adam(trained, options.lr, betas=(options.beta1, 0.999), fused=True)]
 
 
-def adapt(run: Run, optimizers: list[torch.optim.Optimizer], task: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def adapt(
+    run: training.Run, optimizers: list[torch.optim.Optimizer], task: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
     """Train the network in place on a task, rows of the sampler's table; return mean loss and last embeddings."""
     for optimizer in optimizers:
         optimizer.state.clear()
@@ -69,7 +77,7 @@ def adapt(run: Run, optimizers: list[torch.optim.Optimizer], task: Tensor, optio
         index = sampler.batch(task, options.images_per_class)
         if domain:
             index = torch.cat((index, sampler.against(int(task), options.images_per_class)))
-        images, labels = run.train.batch(index, turns)
+        images, labels = run.train.batch(run.net.normalise, index, turns)
         embeddings = run.forward(images)
         others = (embeddings[anchors:], labels[anchors:]) if domain else None  # negatives only
         loss = triplet_loss(embeddings[:anchors], labels[:anchors], others=others, **options.triplet)
@@ -90,27 +98,33 @@ def meta_step(weights: list[Tensor], adapted: list[list[Tensor]], size: float) -
     move, *others = adapted
     for task in others:
         torch._foreach_add_(move, task)
-    ranks.average(move)
+    distributed.average(move)
     torch._foreach_add_(weights, move, alpha=size / len(adapted))
 
 
-def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
-    with engine.user_errors():
-        engine.require(options, "iters", "inner_steps", "meta_batch", "validate_every", least=1)
-        engine.require(options, "lr", "muon_lr", "meta_step_size")
-        engine.require(options, "muon_weight_decay", least=0)
-        engine.require(options, "way", "images_per_class", least=2)
-        if not 0 <= options.beta1 < 1:
-            raise ValueError(f"--beta1 must be in 0..1, below 1, got {options.beta1}")
-        if options.rotate and options.task == "domain":
-            raise ValueError("--task domain tells one class from all others, whichever way up; give --rotate 0 with it")
-        device = engine.start(options)
-        if options.meta_batch % ranks.world():
-            raise ValueError(f"--meta-batch must be a multiple of {ranks.world()}, the number of processes")
-        train = engine.training_data(options, device)
-        net = engine.network(options, train)
-        run = Run(options, train, net, options.iters, options.validate_every, recalibrate=True)
+def check(options: Options) -> None:
+    """Raise ValueError unless the options make sense."""
+    cli.require(options, "iters", "inner_steps", "meta_batch", "validate_every", least=1)
+    cli.require(options, "lr", "muon_lr", "meta_step_size")
+    cli.require(options, "muon_weight_decay", least=0)
+    cli.require(options, "way", "images_per_class", least=2)
+    if not 0 <= options.beta1 < 1:
+        raise ValueError(f"--beta1 must be in 0..1, below 1, got {options.beta1}")
+    if options.rotate and options.task == "domain":
+        raise ValueError("--task domain has one class against all others, upright; give --rotate 0 with it")
+    training.check(options)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    options = cli.parse(Options, __doc__, args)
+    with cli.user_errors():
+        check(options)
+        device = training.prepare_process(options)
+        if options.meta_batch % distributed.world():
+            raise ValueError(f"--meta-batch must be a multiple of {distributed.world()}, the number of processes")
+        train = data.load_for_training(options, options.seed, device)
+        net = training.make_network(options, train)
+        run = training.Run(options, train, net, options.iters, options.validate_every, refresh_batch_norm=True)
     way = 1 if options.task == "domain" else options.way
     optimizers = make_optimizers(options, net)
     parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
@@ -118,7 +132,7 @@ def main() -> None:
     for progress in run.steps():
         adapted = []
         tasks = torch.stack([train.sampler.task(way) for _ in range(options.meta_batch)])
-        for task in ranks.share(tasks):
+        for task in distributed.share(tasks):
             with torch.no_grad():
                 torch._foreach_copy_(parameters, weights)
             loss, embeddings = adapt(run, optimizers, task, options)
@@ -126,7 +140,7 @@ def main() -> None:
         size = options.meta_step_size * (1 - progress)
         meta_step(weights, adapted, size)
         with torch.no_grad():
-            torch._foreach_copy_(parameters, weights)  # the network shows the kept weights: to be validated, saved
+            torch._foreach_copy_(parameters, weights)  # validated and saved are the kept weights
         run.record(loss, embeddings, options.meta_batch * options.inner_steps * len(embeddings), size)
 
 

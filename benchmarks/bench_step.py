@@ -15,15 +15,16 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import engine  # noqa: E402
+import cli  # noqa: E402
+import data  # noqa: E402
 import model  # noqa: E402
 import train_classic  # noqa: E402
 import train_reptile  # noqa: E402
+import training  # noqa: E402
 from triplet import triplet_loss  # noqa: E402
 
 
@@ -31,18 +32,23 @@ from triplet import triplet_loss  # noqa: E402
 class Options:
     data: str = "glyphs"  # as for the trainings
     data_root: str = "data"  # folder for downloads and caches
-    device: str = "auto"
-    seconds: float = 60.0
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    seconds: float = 60.0  # time to measure for
     json: str | None = None  # write the figures to this file
 
 
+def network(train: data.TrainingData, width: int, device: torch.device) -> model.Embedder:
+    mean, std = train.pixel_statistics
+    return model.build("resnet20", width, mean=mean, std=std).to(device)
+
+
 def bare_step(
-    train: engine.TrainingData, device: torch.device, width: int, batch: int, make_optimizers: Callable
+    train: data.TrainingData, device: torch.device, width: int, batch: int, make_optimizers: Callable
 ) -> Callable:
     """The network and its optimizers alone, on one fixed batch of `batch` images."""
-    net = model.build("resnet20", width).to(device)
+    net = network(train, width, device)
     optimizers = make_optimizers(net)
-    images, _ = train.batch(torch.arange(batch))
+    images, _ = train.batch(net.normalise, torch.arange(batch))
 
     def step() -> None:
         embeddings = net(images)
@@ -55,16 +61,16 @@ def bare_step(
     return step
 
 
-def classic_step(train: engine.TrainingData, device: torch.device) -> tuple[Callable, Callable]:
+def classic_step(train: data.TrainingData, device: torch.device) -> tuple[Callable, Callable]:
     """(whole step, bare step) of train_classic.py with its defaults, but for low learning rates."""
     options = replace(train_classic.Options(), lr=1e-3, muon_lr=1e-4)
-    net = model.build("resnet20", options.width).to(device)
+    net = network(train, options.width, device)
     seen = torch.tensor(train.facts["seen"], device=device)
-    head = model.NormalisedSoftmax(4 * len(seen), net.dimension, options.softmax_scale).to(device)
+    head = train_classic.NormalisedSoftmax(4 * len(seen), net.dimension, options.softmax_scale).to(device)
     optimizers = train_classic.make_optimizers(options, net, head).values()
 
     def step() -> None:
-        images, labels = train_classic.draw(train, seen, options)
+        images, labels = train_classic.draw(train, net, seen, options)
         embeddings = net(images)
         loss = options.triplet_weight * triplet_loss(embeddings, labels, **options.triplet)
         loss = loss + options.softmax_weight * head(embeddings, labels)
@@ -80,17 +86,17 @@ def classic_step(train: engine.TrainingData, device: torch.device) -> tuple[Call
     )
 
 
-def reptile_step(train: engine.TrainingData, device: torch.device) -> tuple[Callable, Callable]:
+def reptile_step(train: data.TrainingData, device: torch.device) -> tuple[Callable, Callable]:
     """(meta-iteration, as many bare steps) of train_reptile.py with its defaults."""
     options = train_reptile.Options()
-    net = model.build("resnet20", options.width).to(device)
+    net = network(train, options.width, device)
     weights = [parameter.detach().clone() for parameter in net.parameters()]
     optimizers = train_reptile.make_optimizers(options, net)
 
     @dataclass
     class Stand:  # what `adapt` takes of a run
         net: torch.nn.Module
-        train: engine.TrainingData
+        train: data.TrainingData
 
         def forward(self, images: torch.Tensor) -> torch.Tensor:
             return self.net(images)
@@ -108,10 +114,9 @@ def reptile_step(train: engine.TrainingData, device: torch.device) -> tuple[Call
 
 
 def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
-    training = engine.Options(data=options.data, data_root=options.data_root, device=options.device)
-    device = engine.start(training)
-    train = engine.training_data(training, device)
+    options = cli.parse(Options, __doc__)
+    device = training.prepare_process(training.RunOptions(device=options.device))
+    train = data.load_for_training(data.DataOptions(data=options.data, data_root=options.data_root), 0, device)
     pairs = {"classic": classic_step(train, device), "reptile": reptile_step(train, device)}
     times: dict[str, list[list[float]]] = {name: [[], []] for name in pairs}
     for pair in pairs.values():

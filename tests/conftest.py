@@ -1,6 +1,5 @@
-"""What several tests share: a tiny data set, and scripts run on it."""
+"""What several tests share: a tiny data set, trainings on it, scripts that must refuse their arguments."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,26 @@ def npz(tmp_path_factory):
 
 
 @pytest.fixture
-def train(npz, monkeypatch):
-    """Runs a script's main with arguments, in this process; returns the folder of the run."""
+def train(npz):
+    """Runs a training script with arguments; returns the folder of the run."""
 
     def run(script, arguments, out, *more):
-        argv = [f"{script.__name__}.py", "--data", npz, "--out", str(out), *arguments, *more]
-        monkeypatch.setattr(sys, "argv", argv)
-        script.main()
+        tiny.run(script, "--data", npz, "--out", out, *arguments, *more)
         return Path(out)
+
+    return run
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Runs a script that must end with this exit status and without a traceback; returns its standard error."""
+
+    def run(script, *arguments, status=2):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            tiny.run(script, *arguments)
+        errors = capsys.readouterr().err
+        assert stop.value.code == status and "Traceback" not in errors, errors
+        return errors
 
     return run

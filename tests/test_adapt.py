@@ -1,21 +1,21 @@
 """adapt.py: adapting to support images or to a class before scoring, and what the report says of it."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 import adapt
 import data
-import engine
 import evaluate
 import metrics
 import model
 import tiny
+import training
 
-PIXELS = ([0.5, 0.5, 0.5], [0.25, 0.25, 0.25])
+PIXELS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def known(tmp_path_factory):
     """A data set of 8 classes, a network of random weights, seen and unseen classes, and the data set's file."""
     path = tiny.write_npz(tmp_path_factory.mktemp("adapt") / "tiny.npz", train=20, test=5)
     torch.manual_seed(0)
-    return data.load(str(path)), model.build("resnet20", 4), list(range(5)), [5, 6, 7], path
+    return data.load(str(path)), model.build("resnet20", 4, **PIXELS), list(range(5)), [5, 6, 7], path
 
 
 def test_adapting_takes_steps_of_adam_on_a_copy():
@@ -43,22 +43,21 @@ def test_adapting_takes_steps_of_adam_on_a_copy():
 
 
 def support_adaptation(net, **changes):
-    settings = {"pixels": PIXELS, "center": None, "loss": engine.Options().triplet, "steps": 3, "lr": 3e-3}
+    settings = {"loss": training.LossOptions().triplet, "steps": 3, "lr": 3e-3}
     return adapt.SupportAdaptation(net, **settings | changes)
 
 
 @pytest.mark.parametrize(("backbone", "mirror"), [("resnet20", False), ("resnet20", True), ("resnet18", False)])
 def test_frozen_part_and_block_make_up_the_network(known, backbone, mirror):
-    """Without adaptation the answers are those of the embeddings of the whole network, less the centre."""
+    """Without adaptation the answers are those of the embeddings of the whole network."""
     test = known[0].test
     torch.manual_seed(1)
-    net = model.build(backbone, 4, mirror=mirror)
-    embeddings = model.embed(net, test.images, *PIXELS)
-    center = embeddings.mean(0)
+    net = model.build(backbone, 4, mirror=mirror, **PIXELS)
+    z = normalize(model.embed(net, test.images))
     _, episodes = next(metrics.draw_episodes(test.labels, 5, 2, episodes=4))
-    found = support_adaptation(net, center=center, steps=1).answers(test, episodes, 2)
+    found = support_adaptation(net, steps=1).answers(test, episodes, 2)
     assert found.shape == (2, 4, 5, 3)
-    assert torch.equal(found[0], metrics.classify(metrics.normalise(embeddings, center), episodes, 2))
+    assert torch.equal(found[0], metrics.classify(z, episodes, 2))
     assert net.training and all(parameter.grad is None for parameter in net.parameters())
 
 
@@ -148,7 +147,7 @@ def test_adapting_brings_the_class_together_and_keeps_batch_norms_statistics(kno
     own, rest = loaded.train.of([6]), loaded.train.of(seen)
 
     def loss(network):
-        return adapt.domain_loss(network, own, rest, PIXELS, torch.Generator().manual_seed(0))
+        return adapt.domain_loss(network, own, rest, torch.Generator().manual_seed(0))
 
     adapted = adapt.adapt(net, loss, 30, 1e-3)
     before = dict(net.named_buffers())
@@ -160,11 +159,11 @@ def test_the_loss_is_over_triplets_of_the_class_against_the_rest(known):
     loaded, net, seen, _, _ = known
     own, rest = loaded.train.of([6]), loaded.train.of(seen)
     with torch.no_grad():
-        found = adapt.domain_loss(net.eval(), own, rest, PIXELS, torch.Generator().manual_seed(3))
+        found = adapt.domain_loss(net.eval(), own, rest, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     images = [own.images[torch.randperm(20, generator=generator)]]
     images.append(rest.images[torch.randint(100, (adapt.BATCH,), generator=generator)])
-    z = [model.embed(net, part, *PIXELS).double().numpy() for part in images]
+    z = [model.embed(net, part).double().numpy() for part in images]
     a, n = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in z)
     costs = [
         cost for i in range(20) for j in range(20) if i != j for cost in a[i] @ n.T - a[i] @ a[j] + 0.3 if cost > 0
@@ -175,9 +174,9 @@ def test_the_loss_is_over_triplets_of_the_class_against_the_rest(known):
 def test_without_steps_the_figures_are_those_of_the_network(known, monkeypatch):
     loaded, net, seen, unseen, _ = known
     monkeypatch.setattr(adapt, "STEPS", 0)
-    report = adapt.published_variant(net, loaded, seen, unseen, PIXELS, threshold=0.9, lr=1e-3)
+    report = adapt.published_variant(net, loaded, seen, unseen, threshold=0.9, lr=1e-3)
     test = loaded.test.of(unseen)
-    z = model.embed(net, test.images, *PIXELS).double().numpy()
+    z = model.embed(net, test.images).double().numpy()
     z /= np.linalg.norm(z, axis=1, keepdims=True)
     similarity, labels = z @ z.T, test.labels.numpy()
     for row in report["per_class"]:
@@ -205,17 +204,16 @@ def test_nothing_but_the_class_and_the_seen_ones_is_learned_from(known, monkeypa
     embed, embeddings = model.embed, []
     monkeypatch.setattr(model, "embed", lambda *args: embeddings.append(embed(*args)) or embeddings[-1])
     for each in (loaded, loaded, changed):
-        adapt.published_variant(net, each, seen, unseen, PIXELS, 0.9, 1e-3)
+        adapt.published_variant(net, each, seen, unseen, 0.9, 1e-3)
     first, second, third = embeddings[:3], embeddings[3:6], embeddings[6:]
     assert all(map(torch.equal, first, second))
     assert torch.equal(first[0], third[0]) and not torch.equal(first[1], third[1])
 
 
-def run(monkeypatch, folder, path, *more):
+def run(folder, path, *more):
     """evaluate.py's report of the network in `folder`, whose weights are random."""
-    argv = ["evaluate.py", str(folder / "net.pt"), "--backbone", "resnet20", "--width", "4", "--data", str(path)]
-    monkeypatch.setattr(sys, "argv", [*argv, "--json", str(folder / "report.json"), "--device", "cpu", *more])
-    evaluate.main()
+    arguments = [folder / "net.pt", "--backbone", "resnet20", "--width", 4, "--data", path, "--device", "cpu", *more]
+    tiny.run(evaluate, *arguments, "--json", folder / "report.json")
     return json.loads((folder / "report.json").read_text())
 
 
@@ -224,13 +222,11 @@ def test_evaluation_reports_both(known, monkeypatch, tmp_path, capsys):
     torch.save(known[1].state_dict(), tmp_path / "net.pt")
     monkeypatch.setattr(adapt, "EPISODES", 20)
     monkeypatch.setattr(adapt, "STEPS", 10)
-    plain = run(monkeypatch, tmp_path, path, "--split", "38-62")
+    plain = run(tmp_path, path, "--split", "38-62")
     texts = ("unseen, adapted (published variant)", "2 steps (learning rate 0.002) of the last block")
     printed = capsys.readouterr().out
     assert not any(text in printed for text in texts)
-    both = run(
-        monkeypatch, tmp_path, path, "--split", "38-62", "--adapt-published", "--adapt-steps", "2", "--adapt-lr", "2e-3"
-    )
+    both = run(tmp_path, path, "--split", "38-62", "--adapt-published", "--adapt-steps", "2", "--adapt-lr", "2e-3")
     printed = capsys.readouterr().out
     assert all(text in printed for text in texts)
     adapted = both["unseen"].pop("adapted")
@@ -246,7 +242,10 @@ def test_evaluation_reports_both(known, monkeypatch, tmp_path, capsys):
     after, before = found["adapted"]["accuracy"], found["zero_steps"]["accuracy"]
     assert found["difference"]["difference"] == pytest.approx(after - before)
     test, kept = known[0].test.of([3, 4, 5, 6, 7]), data.hold_back(known[0].train.of([0, 1, 2]))[0]
-    z = metrics.normalise(model.embed(known[1], test.images, *data.channel_statistics(kept.images)))
+    mean, std = data.channel_statistics(kept.images)
+    net = model.build("resnet20", 4, mean=mean, std=std)
+    net.load_state_dict(known[1].state_dict())
+    z = normalize(model.embed(net, test.images))
     assert before == pytest.approx(metrics.few_shot(z, test.labels, 5, 1, episodes=20)[0])
 
 
@@ -260,8 +259,7 @@ def test_evaluation_reports_both(known, monkeypatch, tmp_path, capsys):
         (["--adapt-steps", "2", "--split", "100-0"], "there are 0"),
     ],
 )
-def test_bad_values_give_one_message(known, monkeypatch, tmp_path, capsys, more, message):
+def test_bad_values_give_one_message(known, tmp_path, refusal, more, message):
     torch.save(known[1].state_dict(), tmp_path / "net.pt")
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, tmp_path, known[-1], *more)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    arguments = [tmp_path / "net.pt", "--backbone", "resnet20", "--width", 4, "--data", known[-1], *more]
+    assert message in refusal(evaluate, *arguments)

@@ -1,11 +1,11 @@
-"""calibration.py against scikit-learn and against trying every threshold."""
+"""Thresholds and probabilities of metrics.py against scikit-learn and against trying every threshold."""
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-import calibration
+import cli
 import metrics
 
 
@@ -14,9 +14,13 @@ def pairs(seed=0, images=150, classes=6, spread=1.0):
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (images,), generator=generator)
     x = spread * torch.randn(images, 6, generator=generator) + torch.randn(classes, 6, generator=generator)[labels]
-    z = metrics.normalise(x)
+    z = torch.nn.functional.normalize(x)
     i, j = torch.triu_indices(images, images, 1)
     return z, labels, (z @ z.T)[i, j].numpy().astype(float), (labels[i] == labels[j]).numpy()
+
+
+def calibrate(z, labels, criterion="balanced"):
+    return metrics.calibrate(metrics.roc(z, labels), z, labels, [criterion])[criterion]
 
 
 def errors(similarity, same, threshold):
@@ -26,7 +30,7 @@ def errors(similarity, same, threshold):
 @pytest.mark.parametrize("criterion", ["balanced", "eer", "far:0.1", "far:0.01"])
 def test_thresholds_by_trying_all(criterion):
     z, labels, similarity, same = pairs()
-    found = calibration.calibrate(z, labels, criterion)
+    found = calibrate(z, labels, criterion)
     assert found["criterion"] == criterion and found["mode"] == "auto"
     assert found["calibrated_on"] == "150 held-back training images of 6 seen classes"
     accept, reject = errors(similarity, same, found["value"])
@@ -44,37 +48,40 @@ def test_thresholds_by_trying_all(criterion):
 
 def test_a_false_accept_rate_that_no_threshold_reaches():
     z = torch.tensor([[1.0, 0], [0, 1], [1, 0], [1, 0]])
-    found = calibration.calibrate(z, torch.tensor([0, 0, 1, 1]), "far:0.01")
+    found = calibrate(z, torch.tensor([0, 0, 1, 1]), "far:0.01")
     assert (found["value"], found["false_accept"], found["false_reject"]) == (1.0, 0.0, 100.0)
 
 
 def test_the_logistic_is_scikit_learns():
     z, labels, similarity, same = pairs(images=400)
-    slope, intercept = calibration.calibrate(z, labels)["logistic"]
+    slope, intercept = calibrate(z, labels)["logistic"]
     reference = LogisticRegression(C=1e9, class_weight="balanced", tol=1e-8).fit(similarity[:, None], same)
     assert slope == pytest.approx(reference.coef_[0, 0], rel=0.01)
     assert intercept == pytest.approx(reference.intercept_[0], rel=0.01)
     for value in (-0.5, 0.0, 0.4, 0.9):
         expected = reference.predict_proba([[value]])[0, 1]
-        assert calibration.probability_same(value, [slope, intercept]) == pytest.approx(expected, abs=2e-3)
+        assert metrics.probability_same(value, [slope, intercept]) == pytest.approx(expected, abs=2e-3)
 
 
 def test_separable_pairs_have_finite_probabilities():
     z, labels, similarity, same = pairs(spread=0.01)
-    slope, intercept = calibration.calibrate(z, labels)["logistic"]
+    slope, intercept = calibrate(z, labels)["logistic"]
     assert np.isfinite([slope, intercept]).all()
-    assert calibration.probability_same(similarity[same].min(), [slope, intercept]) > 0.9
-    assert calibration.probability_same(similarity[~same].max(), [slope, intercept]) < 0.5
-    assert calibration.probability_same(-1.0, [2000.0, -1900.0]) == 0  # exp(3900) is beyond any float
+    assert metrics.probability_same(similarity[same].min(), [slope, intercept]) > 0.9
+    assert metrics.probability_same(similarity[~same].max(), [slope, intercept]) < 0.5
+    assert metrics.probability_same(-1.0, [2000.0, -1900.0]) == 0  # exp(3900) is beyond any float
 
 
-def test_without_pairs_there_is_nothing_to_calibrate():
-    assert calibration.calibrate(torch.eye(4), torch.arange(4)) is None
+def test_several_criteria_share_one_logistic():
+    z, labels, _, _ = pairs()
+    found = metrics.calibrate(metrics.roc(z, labels), z, labels, ["balanced", "far:0.1"])
+    assert list(found) == ["balanced", "far:0.1"] and found["balanced"]["logistic"] == found["far:0.1"]["logistic"]
+    assert found["far:0.1"] == calibrate(z, labels, "far:0.1")
 
 
 def test_criteria():
     for criterion in ("balanced", "eer", "far:0.5", "far:1e-3"):
-        calibration.check_criterion(criterion)
+        cli.check_criterion(criterion)
     for criterion in ("", "far", "far:", "far:0", "far:1", "far:x", "0.01", "best"):
         with pytest.raises(ValueError, match="--criterion must be balanced, eer, or far:RATE"):
-            calibration.check_criterion(criterion)
+            cli.check_criterion(criterion)

@@ -69,7 +69,7 @@ def test_standard_splits_are_of_cifar100_alone():
     with pytest.raises(ValueError, match="leave --split-seed out"):
         data.split_classes(CIFAR100, "cifar-fs", split_seed=1)
     for names in (CIFAR100[:99], ["axe", *CIFAR100], [*CIFAR100[:99], "axe"]):
-        with pytest.raises(ValueError, match="is of the 100 classes of CIFAR-100"):
+        with pytest.raises(ValueError, match="is for the 100 classes of CIFAR-100"):
             data.split_classes(names, "fc100")
 
 

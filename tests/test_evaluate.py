@@ -2,14 +2,12 @@
 
 import csv
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import engine
 import evaluate
 import metrics
 import model
@@ -31,15 +29,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    evaluate.main()
-
-
-def test_report(folder, monkeypatch, capsys, tmp_path):
+def test_report(folder, capsys, tmp_path):
     target = tmp_path / "report.json"
     target.write_text("old")
-    run(monkeypatch, folder / "run" / "best.pt", "--threshold", "auto", "--json", target)
+    tiny.run(evaluate, folder / "run" / "best.pt", "--threshold", "auto", "--json", target)
     report = json.loads(target.read_text())
     assert report.keys() == REPORT and report["seen"].keys() == SIDE and report["unseen"].keys() == UNSEEN
     assert report["split"] == "75-25" and report["data"] == "tiny"
@@ -63,18 +56,18 @@ def test_report(folder, monkeypatch, capsys, tmp_path):
     ("option", "given", "kept", "told"),
     [("weights", "far/given.pt", "given.pt", "given.pt"), ("pretrained", True, True, "ImageNet")],
 )
-def test_a_report_tells_whose_weights_came_first(folder, monkeypatch, capsys, tmp_path, option, given, kept, told):
+def test_a_report_tells_whose_weights_came_first(folder, capsys, tmp_path, option, given, kept, told):
     saved = torch.load(folder / "run" / "best.pt", weights_only=True)
     saved["options"][option] = given
     torch.save(saved, tmp_path / "best.pt")
     files = "--json", tmp_path / "report.json", "--report", tmp_path / "page"
-    run(monkeypatch, tmp_path / "best.pt", "--threshold", "0.5", *files)
+    tiny.run(evaluate, tmp_path / "best.pt", "--threshold", "0.5", *files)
     assert json.loads((tmp_path / "report.json").read_text())["training"]["options"][option] == kept
     text = f", trained on from the weights of {told}"
     assert text + "\n" in capsys.readouterr().out and text in (tmp_path / "page" / "index.html").read_text()
 
 
-def test_recipes_are_chosen_without_test_images_and_unseen_classes(folder, monkeypatch, tmp_path, capsys):
+def test_recipes_are_chosen_without_test_images_and_unseen_classes(folder, tmp_path, refusal):
     """Held-back images give what the training's log says; blank test images and unseen classes change nothing."""
     npz, out = folder / "tiny.npz", tmp_path / "run"
     tiny.train_classic(npz, out, "--withhold", "0.34")
@@ -85,48 +78,64 @@ def test_recipes_are_chosen_without_test_images_and_unseen_classes(folder, monke
     arrays["train_images"][arrays["train_labels"] >= 9] = 0  # unseen
     np.savez(tmp_path / "blank.npz", **arrays)
     target = tmp_path / "report.json"
-    run(monkeypatch, out / "last.pt", "--data", tmp_path / "blank.npz", "--on", "validation", "--json", target)
+    tiny.run(evaluate, out / "last.pt", "--data", tmp_path / "blank.npz", "--on", "validation", "--json", target)
     report = json.loads(target.read_text())
     assert report["split"] == "75-25, validation classes"
     assert [row["label"] for row in report["per_class"]] == [6, 7, 8]
     assert report["seen"]["triplet_accuracy"] == pytest.approx(float(log["triplet_accuracy"]), abs=1e-3)
     loaded = evaluate.load(str(out / "last.pt"), evaluate.Options((), data=str(npz)), torch.device("cpu"))
     new = loaded.data.train.of([6, 7, 8])
-    assert report["unseen"]["triplet_accuracy"] == float(metrics.triplet_accuracy(loaded.embed(new), new.labels))
+    assert report["unseen"]["triplet_accuracy"] == metrics.triplet_accuracy(loaded.embed(new), new.labels)
     for arguments, message in (
         ([folder / "run" / "best.pt", "--on", "validation"], "train with --withhold 0.1"),
         ([out / "last.pt", "--on", "validation", "--adapt-published"], "--adapt-published trains on the images"),
     ):
-        with pytest.raises(SystemExit) as stop:
-            run(monkeypatch, *arguments)
-        assert stop.value.code == 2 and message in capsys.readouterr().err
+        assert message in refusal(evaluate, *arguments)
 
 
-def test_threshold(folder, monkeypatch, tmp_path):
+def test_threshold(folder, tmp_path):
     reports = []
     for wanted in ("auto", "0.9", "-1"):
-        run(monkeypatch, folder / "run" / "best.pt", "--threshold", wanted, "--json", tmp_path / "r.json")
+        tiny.run(evaluate, folder / "run" / "best.pt", "--threshold", wanted, "--json", tmp_path / "r.json")
         reports.append(json.loads((tmp_path / "r.json").read_text()))
-    assert reports[0]["threshold"] == engine.load_checkpoint(folder / "run" / "best.pt")["threshold"]
+    assert reports[0]["threshold"] == model.load_checkpoint(folder / "run" / "best.pt")["threshold"]
     threshold = reports[1]["threshold"]
     assert (threshold["mode"], threshold["value"], threshold["calibrated_on"]) == ("fixed", 0.9, None)
     assert reports[2]["seen"]["pair_accuracy"] == pytest.approx(50, abs=0.1)  # everything is accepted
     assert len({report["seen"]["auc"] for report in reports}) == 1
 
 
-def test_a_bare_state_dict_equals_its_checkpoint(folder, monkeypatch, tmp_path, capsys):
+def test_a_bare_state_dict_equals_its_checkpoint(folder, tmp_path, capsys):
     """The published family's files: prefixed names, a classifier, wrapped in a dict; calibrated on held-back images."""
-    state = engine.load_checkpoint(folder / "run" / "best.pt")["model"]
+    state = model.load_checkpoint(folder / "run" / "best.pt")["model"]
     published = {f"module.{name}": tensor for name, tensor in state.items()} | {
         "module.linear.weight": torch.zeros(9, 16)
     }
     torch.save({"state_dict": published, "best_prec1": 70.0}, tmp_path / "net.th")
-    run(monkeypatch, folder / "run" / "best.pt", "--json", tmp_path / "a.json")
+    tiny.run(evaluate, folder / "run" / "best.pt", "--json", tmp_path / "a.json")
     bare = ["--backbone", "resnet20", "--width", "4", "--data", folder / "tiny.npz", "--split", "75-25"]
-    run(monkeypatch, tmp_path / "net.th", *bare, "--mirror", "yes", "--json", tmp_path / "b.json")
+    tiny.run(evaluate, tmp_path / "net.th", *bare, "--mirror", "yes", "--json", tmp_path / "b.json")
     a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert a["seen"] == b["seen"] and a["unseen"] == b["unseen"] and a["threshold"] == b["threshold"]
     assert b["commit"] is None and "left out linear.weight" in capsys.readouterr().out
+
+
+def test_a_bare_state_dict_can_come_with_its_pixel_statistics(folder, tmp_path, refusal):
+    """By default it gets those of the training images; a checkpoint has its own."""
+    best = folder / "run" / "best.pt"
+    saved = model.load_checkpoint(best)
+    torch.save(saved["model"], tmp_path / "net.pt")
+    bare = ["--backbone", "resnet20", "--width", 4, "--data", folder / "tiny.npz", "--split", "75-25"]
+    own = ["--pixel-mean", *saved["network"]["mean"], "--pixel-std", *saved["network"]["std"]]
+    other = ["--pixel-mean", 0.5, 0.5, 0.5, "--pixel-std", 0.3, 0.3, 0.3]
+    sides = []
+    for statistics in ([], own, other):
+        tiny.run(evaluate, tmp_path / "net.pt", *bare, *statistics, "--json", tmp_path / "r.json")
+        sides.append(json.loads((tmp_path / "r.json").read_text())["unseen"])
+    assert sides[0] == sides[1] != sides[2]
+    assert "has its own pixel statistics" in refusal(evaluate, best, *own)
+    assert "go together" in refusal(evaluate, tmp_path / "net.pt", *bare, *own[:4])
+    assert "on the scale 0..1" in refusal(evaluate, tmp_path / "net.pt", *bare, *own[:4], "--pixel-std", 51, 51, 51)
 
 
 def test_pictures_of_a_folder_are_scaled_as_wished(tmp_path):
@@ -146,25 +155,25 @@ def test_pictures_of_a_folder_are_scaled_as_wished(tmp_path):
 
 def test_a_threshold_goes_with_the_size_of_the_pictures(folder, tmp_path):
     path, large = str(folder / "run" / "best.pt"), tiny.write_npz(tmp_path / "large.npz", classes=12, side=32)
-    stored = engine.load_checkpoint(path)["threshold"]
+    stored = model.load_checkpoint(path)["threshold"]
     for data, wanted in ((None, stored), (str(large), None)):
         loaded = evaluate.load(path, evaluate.Options((path,), data=data), torch.device("cpu"))
         assert loaded.calibration == wanted
 
 
-def test_averaging_over_mirror_images_can_be_left_out(folder, monkeypatch, tmp_path):
+def test_averaging_over_mirror_images_can_be_left_out(folder, tmp_path):
     """Another network, in effect: the stored threshold, which goes with the other, is not used."""
     reports = []
     for name, more in (("a", []), ("b", ["--mirror", "yes"]), ("c", ["--mirror", "no"])):
-        run(monkeypatch, folder / "run" / "best.pt", *more, "--json", tmp_path / name)
+        tiny.run(evaluate, folder / "run" / "best.pt", *more, "--json", tmp_path / name)
         reports.append(json.loads((tmp_path / name).read_text()))
     assert reports[0] == reports[1]
     assert reports[0]["seen"] != reports[2]["seen"] and reports[0]["threshold"] != reports[2]["threshold"]
     assert reports[2]["threshold"]["calibrated_on"] == reports[0]["threshold"]["calibrated_on"]
 
 
-def test_thresholds_side_by_side(folder, monkeypatch, tmp_path):
-    run(monkeypatch, folder / "run" / "best.pt", "--criterion", "far:0.05", "--json", tmp_path / "r.json")
+def test_thresholds_side_by_side(folder, tmp_path):
+    tiny.run(evaluate, folder / "run" / "best.pt", "--criterion", "far:0.05", "--json", tmp_path / "r.json")
     report = json.loads((tmp_path / "r.json").read_text())
     rows = {row["name"]: row for row in report["thresholds"]}
     assert list(rows) == [
@@ -172,7 +181,7 @@ def test_thresholds_side_by_side(folder, monkeypatch, tmp_path):
         *("oracle", "always different"),
     ]
     assert rows["auto far:0.05"]["value"] == report["threshold"]["value"] and report["threshold"]["false_accept"] <= 5
-    assert rows["auto balanced"]["value"] == engine.load_checkpoint(folder / "run" / "best.pt")["threshold"]["value"]
+    assert rows["auto balanced"]["value"] == model.load_checkpoint(folder / "run" / "best.pt")["threshold"]["value"]
     for side in ("seen", "unseen"):
         assert rows["auto far:0.05"][side]["1:1"] == pytest.approx(report[side]["pair_accuracy"])
         assert rows["oracle"][side]["1:1"] == pytest.approx(report[side]["pair_accuracy_oracle"])
@@ -184,14 +193,14 @@ def test_thresholds_side_by_side(folder, monkeypatch, tmp_path):
             assert row[side]["1:9"] <= rows["oracle"][side]["1:9"] + 1e-9 >= 90
 
 
-def test_store(folder, monkeypatch, tmp_path):
+def test_store(folder, tmp_path):
     """The checkpoint takes the new threshold, nothing else of it changes, and evaluation then goes by it."""
     path = tmp_path / "best.pt"
     path.write_bytes((folder / "run" / "best.pt").read_bytes())
-    before = engine.load_checkpoint(path)
+    before = model.load_checkpoint(path)
     assert before["threshold"]["criterion"] == "balanced" and before["threshold"]["logistic"][0] > 0
-    run(monkeypatch, path, "--criterion", "far:0.02", "--store", "--json", tmp_path / "r.json")
-    after = engine.load_checkpoint(path)
+    tiny.run(evaluate, path, "--criterion", "far:0.02", "--store", "--json", tmp_path / "r.json")
+    after = model.load_checkpoint(path)
     assert after["threshold"]["criterion"] == "far:0.02" and after["threshold"]["false_accept"] <= 2
     assert after["threshold"] == json.loads((tmp_path / "r.json").read_text())["threshold"]
     assert after["threshold"]["logistic"] == before["threshold"]["logistic"]
@@ -199,13 +208,13 @@ def test_store(folder, monkeypatch, tmp_path):
     assert all(after[name] == value for name, value in before.items() if name != "threshold")
 
 
-def test_checkpoints_are_compared_on_the_same_images(folder, monkeypatch, tmp_path, capsys):
+def test_checkpoints_are_compared_on_the_same_images(folder, tmp_path, capsys):
     best, untrained = folder / "run" / "best.pt", tmp_path / "untrained.pt"
-    saved = engine.load_checkpoint(best)
+    saved = model.load_checkpoint(best)
     torch.manual_seed(0)
     older = {name: fact for name, fact in saved["data"].items() if name != "validation"}  # as in older checkpoints
     torch.save(saved | {"model": model.build("resnet20", 4).state_dict(), "data": older}, untrained)
-    run(monkeypatch, best, untrained, best, "--json", tmp_path / "r.json")
+    tiny.run(evaluate, best, untrained, best, "--json", tmp_path / "r.json")
     first, second, third = json.loads((tmp_path / "r.json").read_text())
     assert [report["checkpoint"] for report in (first, second, third)] == [str(best), str(untrained), str(best)]
     assert first["compared_with"] is None and second["compared_with"]["checkpoint"] == str(best)
@@ -223,10 +232,10 @@ def test_checkpoints_are_compared_on_the_same_images(folder, monkeypatch, tmp_pa
     assert f"{untrained} minus {best}" in capsys.readouterr().out
 
 
-def test_without_unseen_classes(folder, monkeypatch, tmp_path):
+def test_without_unseen_classes(folder, tmp_path):
     torch.save(model.build("resnet20", 4).state_dict(), tmp_path / "net.pt")
     arguments = ["--backbone", "resnet20", "--width", 4, "--data", folder / "tiny.npz", "--split", "100-0"]
-    run(monkeypatch, tmp_path / "net.pt", *arguments, "--json", tmp_path / "r.json")
+    tiny.run(evaluate, tmp_path / "net.pt", *arguments, "--json", tmp_path / "r.json")
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["unseen"] is None and report["per_class"] == [] and report["seen"] is not None
 
@@ -250,10 +259,7 @@ def test_without_unseen_classes(folder, monkeypatch, tmp_path):
         ([], "at least one checkpoint"),
     ],
 )
-def test_bad_input_gives_one_message(folder, monkeypatch, capsys, tmp_path, arguments, message):
+def test_bad_input_gives_one_message(folder, refusal, tmp_path, arguments, message):
     torch.save(model.build("resnet20", 4).state_dict(), tmp_path / "bare.pt")
     names = {"npz": folder / "tiny.npz", "pt": folder / "run" / "best.pt", "bare": tmp_path / "bare.pt"}
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *[argument.format(**names) for argument in arguments])
-    captured = capsys.readouterr()
-    assert stop.value.code == 2 and message in captured.err and "Traceback" not in captured.err
+    assert message in refusal(evaluate, *[argument.format(**names) for argument in arguments])

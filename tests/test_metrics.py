@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
+from torch.nn.functional import normalize
 
+import evaluate
 import metrics
 
 
@@ -18,7 +20,7 @@ def embeddings(images, classes, seed=0, levels=None):
     if levels:  # rows of +-1/2 in four columns: similarities are exact multiples of 1/4
         x = torch.where(x[:, :4] > 0, 0.5, -0.5)
         return x, labels
-    return metrics.normalise(x), labels
+    return normalize(x), labels
 
 
 def all_pairs(z, labels):
@@ -38,20 +40,21 @@ CASES = [(60, 5, None), (90, 7, 4), (700, 9, None), (40, 3, 4)]
 def test_pair_statistics(images, classes, levels):
     z, labels = embeddings(images, classes, levels=levels)
     similarity, same = all_pairs(z, labels)
-    found = metrics.pair_statistics(z, labels)
+    found = metrics.roc(z, labels)
+    oracle_accuracy, oracle_threshold = found.best()
     assert found.auc == pytest.approx(100 * roc_auc_score(same, similarity), abs=1e-9 if levels else 1e-4)
     far, tar, _ = roc_curve(same, similarity, drop_intermediate=False)
-    assert found.oracle_accuracy == pytest.approx(50 * (1 + (tar - far).max()), abs=1e-9 if levels else 1e-3)
-    assert balanced(similarity, same, found.oracle_threshold) == pytest.approx(found.oracle_accuracy, abs=1e-3)
+    assert oracle_accuracy == pytest.approx(50 * (1 + (tar - far).max()), abs=1e-9 if levels else 1e-3)
+    assert balanced(similarity, same, oracle_threshold) == pytest.approx(oracle_accuracy, abs=1e-3)
     crossing = np.interp(0, far - (1 - tar), far)
     assert found.eer == pytest.approx(100 * crossing, abs=1e-6 if levels else 0.05)
 
 
 def test_the_oracle_threshold_is_the_middle_of_its_interval():
     z = torch.tensor([[1.0, 0], [0.8, 0.6], [0, 1], [-0.6, 0.8]])
-    found = metrics.pair_statistics(z, torch.tensor([0, 0, 1, 1]))
+    found = metrics.roc(z, torch.tensor([0, 0, 1, 1]))
     # same: 0.8, 0.8; different: 0, 0.6, -0.6, 0
-    assert found == metrics.PairStatistics(100.0, 0.0, 100.0, pytest.approx(0.7))
+    assert (found.auc, found.eer, *found.best()) == (100.0, 0.0, 100.0, pytest.approx(0.7))
 
 
 @pytest.mark.parametrize(("images", "classes", "levels"), CASES)
@@ -110,15 +113,20 @@ def test_roc(images, classes, levels):
 
 def test_blocks_do_not_matter(monkeypatch):
     z, labels = embeddings(300, 6, levels=4)
-    whole = metrics.pair_statistics(z, labels), float(metrics.pair_table(z, labels, 0.3).accuracy())
+
+    def figures():
+        curve = metrics.roc(z, labels)
+        return curve.auc, curve.eer, *curve.best(), float(metrics.pair_table(z, labels, 0.3).accuracy())
+
+    whole = figures()
     monkeypatch.setattr(metrics, "ROWS", 7)
-    assert whole == (metrics.pair_statistics(z, labels), float(metrics.pair_table(z, labels, 0.3).accuracy()))
+    assert whole == figures()
 
 
 def test_constant_embeddings_know_nothing():
     z, labels = torch.ones(30, 1), torch.arange(30) % 3
-    found = metrics.pair_statistics(z, labels)
-    assert (found.auc, found.eer, found.oracle_accuracy) == (50.0, 50.0, 50.0)
+    found = metrics.roc(z, labels)
+    assert (found.auc, found.eer, found.best()[0]) == (50.0, 50.0, 50.0)
     for threshold in (0.5, 1.0):
         assert float(metrics.pair_table(z, labels, threshold).accuracy()) == 50
     assert metrics.triplet_accuracy(z, labels) == 0  # a tie is wrong
@@ -128,18 +136,11 @@ def test_constant_embeddings_know_nothing():
 
 def test_degenerate_inputs():
     z, _ = embeddings(10, 2)
-    assert metrics.pair_statistics(z, torch.zeros(10, dtype=torch.long)) is None  # one class
-    assert metrics.pair_statistics(z, torch.arange(10)) is None  # no two of a class
-    zeros = torch.zeros(6, 3)
-    assert torch.equal(metrics.normalise(zeros), zeros)
+    assert metrics.roc(z, torch.zeros(10, dtype=torch.long)) is None  # one class
+    assert metrics.roc(z, torch.arange(10)) is None  # no two of a class
     lonely = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 2])  # a class of one image has no positive pair
     assert 0 <= metrics.triplet_accuracy(z, lonely) <= 100
     assert metrics.bootstrap(metrics.pair_table(z, torch.arange(10) % 2, 0.5)) is None  # 2 classes
-
-
-def test_centring():
-    x = torch.randn(20, 4) + 5
-    assert torch.allclose(metrics.normalise(x, x.mean(0)), torch.nn.functional.normalize(x - x.mean(0)))
 
 
 @pytest.mark.parametrize("make", [metrics.triplet_table, lambda z, labels: metrics.pair_table(z, labels, 0.2)])
@@ -178,7 +179,7 @@ def test_bootstrap_covers_the_spread_between_classes():
 def test_differences_are_paired(make):
     """Nearly equal embeddings differ by little, however much the classes differ; with itself a table differs by 0."""
     z, labels = embeddings(400, 20)
-    near = metrics.normalise(z + 0.05 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1)))
+    near = normalize(z + 0.05 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1)))
     table, other = make(z, labels), make(near, labels)
     low, high = metrics.bootstrap(table, other)
     alone = metrics.bootstrap(table)
@@ -231,7 +232,7 @@ def test_few_shot_episodes():
     assert metrics.few_shot(z, labels, 9, 1) is None  # more classes than there are
     assert metrics.few_shot(z, labels, 5, 200) is None  # no query is left
     assert metrics.few_shot(z, labels, 5, 5, episodes=300)[0] > same[0][0]
-    noise = metrics.normalise(torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)))
+    noise = normalize(torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)))
     accuracy, _ = metrics.few_shot(noise, torch.arange(1000) % 10, 10, 1, episodes=2000)
     assert accuracy == pytest.approx(10, abs=0.7)
 
@@ -239,6 +240,6 @@ def test_few_shot_episodes():
 def test_published_few_shot():
     z = torch.tensor([[1.0, 0], [0, 1], [0.9, 0.1], [0.1, 0.9], [1.0, 0.1]])
     labels = torch.tensor([7, 9, 7, 9, 9])
-    score, constant = metrics.published_few_shot(metrics.normalise(z), labels, 0.5)
+    score, constant = evaluate.published_few_shot(normalize(z), labels, 0.5)
     # supports 0 and 1, queries 2, 3, 4: six pairs, of which (0, 4) is accepted and (1, 4) refused, both wrongly
     assert score == pytest.approx(100 * 4 / 6) and constant == pytest.approx(50)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import torchvision
 
 import model
+import train_classic
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_resnet18_agrees_with_torchvision(stem, enlarge):
 def test_the_stem_fits_the_images_and_the_weights(side, kernel, options, expected):
     state = kernel and {"conv1.weight": torch.zeros(64, 3, kernel, kernel)}
     chosen = model.fit("resnet18", 16, side, state, **options)
-    assert chosen == {"backbone": "resnet18", "stem": expected[0], "enlarge": expected[1]}
+    assert chosen == {"backbone": "resnet18", "stem": expected[0], "enlarge": expected[1], "size": side}
 
 
 @pytest.mark.parametrize(("backbone", "stages"), [("resnet20", 2), ("resnet20", 0), ("resnet18", 1)])
@@ -148,20 +149,44 @@ def test_published_weights_load():
 
 
 def test_embed_needs_no_training_mode_and_does_not_depend_on_the_batch():
-    net = model.build("resnet20", width=4).train()
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.1]
+    net = model.build("resnet20", width=4, mean=mean, std=std).train()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     images = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
-    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.1]
-    whole = model.embed(net, images, mean, std)
+    whole = model.embed(net, images)
     assert net.training and whole.shape == (9, 16) and whole.dtype == torch.float32
-    assert torch.allclose(whole, model.embed(net, images, mean, std, batch=2), atol=1e-5)
+    assert torch.allclose(whole, model.embed(net, images, batch=2), atol=1e-5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     pixels = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    assert torch.allclose(model.normalise_pixels(images, mean, std), pixels, atol=1e-5)
+    assert torch.allclose(net.normalise(images), pixels, atol=1e-5)
+    assert torch.equal(net.normalise(images.float()), net.normalise(images))
+
+
+def test_a_network_is_built_again_with_its_pixel_statistics():
+    """They are no part of the state dict, so that published weights load; `build` restores them from `settings`."""
+    images = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8)
+    net = model.build("resnet20", 4, size=24, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.1])
+    again = model.build(**net.settings)
+    again.load_state_dict(net.state_dict())
+    assert again.size == 24 and torch.equal(model.embed(again, images), model.embed(net, images))
+    assert not {"scale", "shift"} & net.state_dict().keys()
+
+
+def test_an_older_checkpoint_keeps_its_pixel_statistics_with_the_data(tmp_path):
+    net = model.build("resnet20", 4, size=24, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.1])
+    saved = {"model": net.state_dict(), "options": {}, "threshold": {"value": 0.5, "logistic": [1.0, 0.0]}}
+    pixels = {name: net.settings[name] for name in ("size", "mean", "std")}
+    older = {"network": {"backbone": "resnet20", "width": 4}, "data": pixels, "center": None}
+    torch.save(saved | older, tmp_path / "older.pt")
+    loaded, _ = model.load(tmp_path / "older.pt")
+    assert loaded.settings == net.settings and not loaded.training
+    torch.save(saved | older | {"center": torch.zeros(16)}, tmp_path / "centred.pt")
+    with pytest.raises(ValueError, match="subtracts a mean embedding"):
+        model.load(tmp_path / "centred.pt")
 
 
 def test_normalised_softmax_is_cross_entropy_of_scaled_cosines():
-    head = model.NormalisedSoftmax(5, 7, scale=3.0)
+    head = train_classic.NormalisedSoftmax(5, 7, scale=3.0)
     embeddings, target = torch.randn(4, 7), torch.tensor([4, 0, 2, 2])
     cosine = torch.cosine_similarity(embeddings[:, None], head.weight[None], dim=2)
     expected = -torch.log_softmax(3 * cosine, 1)[torch.arange(4), target].mean()

@@ -6,14 +6,14 @@ import re
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import normalize
 
 import adapt
 import browser
+import evaluate
 import figures
-import measure
 import metrics
 import report
-from data import Images
 
 needs_browser = pytest.mark.skipif(
     browser.chromium() is None and os.environ.get("CI") != "true", reason="no Chromium here; required where CI=true"
@@ -27,10 +27,10 @@ def sides(unseen_classes):
     for name, first, classes in (("seen", 0, 6), ("unseen", 6, unseen_classes)):
         labels = first + torch.arange(classes).repeat_interleave(10)
         x = torch.randn(len(labels), 16, generator=generator)
-        z = metrics.normalise(x + 1.5 * torch.randn(classes, 16, generator=generator)[labels - first])
+        z = normalize(x + 1.5 * torch.randn(classes, 16, generator=generator)[labels - first])
         pixels = torch.randint(0, 256, (len(labels), 3, 16, 16), generator=generator, dtype=torch.uint8)
         shots = (z, labels) if name == "unseen" else None
-        found[name] = measure.measure(Images(pixels, labels), z, 0.5, shots) if classes else None
+        found[name] = metrics.measure(pixels, labels, z, 0.5, shots) if classes else None
     return found, [f"a_rather_long_<class>_name_{label}" for label in range(6 + unseen_classes)]
 
 
@@ -41,7 +41,7 @@ def make(folder, unseen_classes):
     facts = {"checkpoint": "runs/" + "x" * 80 + "/best.pt", "commit": "0123456789ab", "data": "own", "split": "60-40"}
     facts["training"] = None
     thresholds = {"auto balanced": 0.5, "auto eer": 0.52, "fixed 0.2": 0.2}
-    made = measure.evaluation_report(facts, threshold, thresholds, measured, names)
+    made = evaluate.make_report(facts, threshold, thresholds, measured, names)
     if unseen_classes:
         ci95 = {"triplet_accuracy": (70.5, 79.5), "pair_accuracy": (60.5, 69.5)}
         published = {"triplet_accuracy": 75.25, "pair_accuracy": 65.0, "ci95": ci95}
@@ -92,13 +92,13 @@ def test_files_and_figures(tmp_path):
 
 def test_without_pairs_there_is_still_a_page(tmp_path):
     """Two unseen classes of one image each have no pair of one class."""
-    images = Images(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]))
-    assert measure.measure(images, torch.eye(2), 0.5) is None
+    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    assert metrics.measure(pixels, torch.tensor([0, 1]), torch.eye(2), 0.5) is None
     measured, names = sides(3)
     measured["unseen"] = None
     facts = {"checkpoint": "a.pt", "commit": None, "data": "own", "split": "60-40", "training": None}
     threshold = {"mode": "fixed", "value": 0.5, "criterion": None}
-    made = measure.evaluation_report(facts, threshold, {}, measured, names)
+    made = evaluate.make_report(facts, threshold, {}, measured, names)
     assert report.write(tmp_path, made, measured, names).exists()
 
 
@@ -106,10 +106,10 @@ def test_confusions_by_hand():
     """Classes on the axes of space: no confusion. Two classes at one place: each query is a coin's toss."""
     labels = torch.arange(3).repeat_interleave(20)
     pixels = torch.zeros(60, 3, 4, 4, dtype=torch.uint8)
-    side = measure.measure(Images(pixels, labels), torch.eye(3)[labels], 0.5)
-    assert torch.equal(report.one_shot_confusion(side, 10), 100 * torch.eye(3, dtype=torch.float64))
+    side = metrics.measure(pixels, labels, torch.eye(3)[labels], 0.5)
+    assert torch.equal(figures.one_shot_confusion(side, 10), 100 * torch.eye(3, dtype=torch.float64))
     z = torch.eye(3)[torch.tensor([0, 0, 2])[labels]]
-    shares = report.one_shot_confusion(measure.measure(Images(pixels, labels), z, 0.5))
+    shares = figures.one_shot_confusion(metrics.measure(pixels, labels, z, 0.5))
     assert shares[2].tolist() == [0, 0, 100]  # rows are the truth: ties go to whichever class an episode lists first
     assert shares[:2, :2].flatten().tolist() == pytest.approx([50] * 4, abs=5) and (shares[:2, 2] == 0).all()
 
@@ -117,7 +117,7 @@ def test_confusions_by_hand():
 def test_the_map_keeps_clusters_apart():
     generator = torch.Generator().manual_seed(0)
     index = torch.arange(4).repeat_interleave(30)
-    z = metrics.normalise(torch.randn(120, 8, generator=generator) + 4 * torch.randn(4, 8, generator=generator)[index])
+    z = normalize(torch.randn(120, 8, generator=generator) + 4 * torch.randn(4, 8, generator=generator)[index])
     places = figures.tsne(z, perplexity=15)
     assert places.shape == (120, 2) and places.isfinite().all()
     distances = torch.cdist(places, places).fill_diagonal_(torch.inf)

@@ -1,11 +1,11 @@
 """train_reptile.py's own parts: tasks, inner optimizers, meta-step."""
 
 import torch
-from test_training import REPTILE
 
-import engine
+import data
 import model
 import train_reptile
+from tiny import REPTILE
 
 
 def test_a_domain_is_one_class_against_all_others(train, tmp_path, monkeypatch):
@@ -27,18 +27,18 @@ def test_a_domain_is_one_class_against_all_others(train, tmp_path, monkeypatch):
     )
     tasks = own.view(60, 3, 4)
     assert (tasks == tasks[:, :1]).all() and set(own.flatten().tolist()) == set(range(6))
-    assert engine.load_checkpoint(out / "best.pt")["validation"]["triplet_accuracy"] > 80
+    assert model.load_checkpoint(out / "best.pt")["validation"]["triplet_accuracy"] > 80
 
 
 def test_the_classes_of_a_task_stay_upright_or_turned(train, tmp_path, monkeypatch):
     """Each is turned anew with each task, not with each step, and is one class among the others."""
-    original, turned = engine.TrainingData.batch, []
+    original, turned = data.TrainingData.batch, []
 
-    def recording(self, index, turns):
+    def recording(self, normalise, index, turns):
         turned.append(turns)
-        return original(self, index, turns)
+        return original(self, normalise, index, turns)
 
-    monkeypatch.setattr(engine.TrainingData, "batch", recording)
+    monkeypatch.setattr(data.TrainingData, "batch", recording)
     train(train_reptile, [*REPTILE, "--rotate", "0.5", "--iters", "40"], tmp_path / "run")
     tasks = torch.stack(turned).view(40, 3, 3, 4)  # task, step, class, image
     assert (tasks == tasks[:, :1, :, :1]).all()
@@ -68,5 +68,5 @@ def test_reptile_keeps_its_weights_at_meta_step_size_0(train, tmp_path):
     out = train(train_reptile, REPTILE, tmp_path / "run", "--iters", "1", "--meta-step-size", "1e-30", "--lr", "0.1")
     torch.manual_seed(0)
     fresh = dict(model.build("resnet20", 4).named_parameters())
-    saved = engine.load_checkpoint(out / "last.pt")["model"]
+    saved = model.load_checkpoint(out / "last.pt")["model"]
     assert all(torch.allclose(saved[name], parameter, rtol=0, atol=1e-25) for name, parameter in fresh.items())

@@ -81,7 +81,7 @@ def test_unreadable_sources_are_refused(tmp_path):
     ("change", "message"),
     [
         (lambda content: content[:-100], "train_images is damaged or cut short"),
-        (lambda content: content + b"more", "train_images is damaged or cut short: there is more data"),
+        (lambda content: content + b"more", "train_images is damaged or cut short: it holds more data"),
         (lambda content: b"", "train_images is damaged or cut short"),
         (lambda content: b"\x93NUMPY\x01\x00\xff\xff" + content[10:], "train_images is damaged or cut short"),
     ],
@@ -208,7 +208,7 @@ def test_an_interrupted_download_is_refused_and_then_repeated(tmp_path, server, 
     (archive,) = tmp_path.glob("www/*")
     server.cut = int(share * archive.stat().st_size)
     for _ in range(2):
-        with pytest.raises(ValueError, match="(?s)CIFAR-100 could not be had: .*Try again"):
+        with pytest.raises(ValueError, match="(?s)cannot download CIFAR-100: .*Try again"):
             data.load("cifar100", tmp_path / "root")
     server.cut = None
     assert torch.equal(data.load("cifar100", tmp_path / "root").train.images, pixels_of(archive))
@@ -217,7 +217,7 @@ def test_an_interrupted_download_is_refused_and_then_repeated(tmp_path, server, 
 def test_a_silent_server_is_not_waited_for(tmp_path, server, monkeypatch):
     server.cut, server.stall = 100, 3.0
     monkeypatch.setattr(sources, "PATIENCE", 0.2)
-    with pytest.raises(ValueError, match="could not be had: .*timed out"):
+    with pytest.raises(ValueError, match="cannot download CIFAR-100: .*timed out"):
         data.load("cifar100", tmp_path / "root")
     assert socket.getdefaulttimeout() is None
 
@@ -229,7 +229,7 @@ def test_a_damaged_archive_is_downloaded_again(tmp_path, server, monkeypatch):
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "root" / archive.name).write_bytes(damaged)
     monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/nothing.tar.gz")
-    with pytest.raises(ValueError, match="could not be had"):
+    with pytest.raises(ValueError, match="cannot download CIFAR-100"):
         data.load("cifar100", tmp_path / "root")
     monkeypatch.setattr(CIFAR100, "url", server.url)
     assert torch.equal(data.load("cifar100", tmp_path / "root").train.images, pixels_of(archive))
@@ -246,13 +246,13 @@ def test_damaged_extracted_files_are_extracted_again(tmp_path, server):
 
 def test_cifar100_with_a_wrong_checksum_is_refused(tmp_path, server, monkeypatch):
     monkeypatch.setattr(CIFAR100, "tgz_md5", "0" * 32)
-    with pytest.raises(ValueError, match=r"could not be had: .* is incomplete or damaged \(its checksum is wrong\)"):
+    with pytest.raises(ValueError, match=r"is incomplete or damaged \(its checksum is wrong\)"):
         data.load("cifar100", tmp_path / "root")
 
 
 def test_cifar100_offline_names_the_alternatives(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR100, "url", "http://127.0.0.1:9/cifar-100-python.tar.gz")
-    with pytest.raises(ValueError, match=r"(?s)could not be had.*--data FILE\.npz.*--data glyphs"):
+    with pytest.raises(ValueError, match=r"(?s)cannot download CIFAR-100.*--data FILE\.npz.*--data glyphs"):
         data.load("cifar100", tmp_path / "root")
 
 

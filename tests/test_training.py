@@ -12,43 +12,16 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+import cli
 import data
-import engine
 import evaluate
 import model
 import train_classic
 import train_reptile
+from tiny import CLASSIC, REPTILE, SMALL, same
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--split", "75-25", "--width", "4", "--device", "cpu", "--precision", "float32"]
-CLASSIC = [*SMALL, "--epochs", "10", "--batch-classes", "4", "--images-per-class", "4"]
-REPTILE = [
-    *SMALL,
-    "--iters",
-    "12",
-    "--way",
-    "3",
-    "--images-per-class",
-    "4",
-    "--inner-steps",
-    "3",
-    "--validate-every",
-    "6",
-]
 SCRIPTS = [(train_classic, CLASSIC), (train_reptile, REPTILE)]
-
-
-def same(a: object, b: object) -> bool:
-    """Are two checkpoints equal, bit for bit, but for the seconds they took?"""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(
-            same(a[key], b[key]) for key in a if key not in ("seconds", "resume", "out")
-        )
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def test_validation_classes_are_measured_and_not_trained_on(train, tmp_path, monkeypatch):
@@ -56,7 +29,7 @@ def test_validation_classes_are_measured_and_not_trained_on(train, tmp_path, mon
     with open(out / "log.csv", newline="") as file:
         row = [row for row in csv.DictReader(file) if row["auc"]][-1]
     assert all(0 < float(row[name]) <= 100 for name in ("new_triplet_accuracy", "new_pair_accuracy", "new_one_shot"))
-    facts = engine.load_checkpoint(out / "best.pt")["data"]
+    facts = model.load_checkpoint(out / "best.pt")["data"]
     assert facts["seen"] == [0, 1, 2, 3] and facts["validation"] == [4, 5] and facts["unseen"] == [6, 7]
     loaded = evaluate.load(str(out / "best.pt"), evaluate.Options((str(out / "best.pt"),)), torch.device("cpu"))
     assert loaded.seen == facts["seen"] and loaded.unseen == facts["unseen"] and loaded.calibration is not None
@@ -66,7 +39,7 @@ def test_validation_classes_are_measured_and_not_trained_on(train, tmp_path, mon
 def test_training_learns_and_leaves_its_files(train, tmp_path, script, arguments):
     out = train(script, arguments, tmp_path / "run", *(["--iters", "40"] if script is train_reptile else []))
     assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "log.csv"]
-    best = engine.load_checkpoint(out / "best.pt")
+    best = model.load_checkpoint(out / "best.pt")
     assert best["validation"]["triplet_accuracy"] > 80  # 50 is chance
     assert best["options"]["width"] == 4 and best["data"]["unseen"] == [6, 7]
     assert "training" not in best
@@ -92,10 +65,10 @@ def test_resuming_gives_the_same_bits(train, tmp_path, monkeypatch, script, argu
     with pytest.raises(SystemExit) as stop:
         train(script, arguments, tmp_path / "parts")
     assert stop.value.code == 130
-    stopped = engine.load_checkpoint(tmp_path / "parts" / "last.pt")
+    stopped = model.load_checkpoint(tmp_path / "parts" / "last.pt")
     monkeypatch.setattr(script, "triplet_loss", original)
     parts = train(script, arguments, tmp_path / "parts", "--resume")
-    ends = [engine.load_checkpoint(out / "last.pt") for out in (whole, parts)]
+    ends = [model.load_checkpoint(out / "last.pt") for out in (whole, parts)]
     assert stopped["step"] < ends[0]["step"]
     for end in ends:  # the stop was one validation more, which may be the best
         end["training"].pop("best")
@@ -106,20 +79,20 @@ def test_resuming_gives_the_same_bits(train, tmp_path, monkeypatch, script, argu
 def test_a_run_can_be_as_long_as_there_is_time(train, tmp_path, script, arguments):
     """Whatever the number of steps; the rate falls to 0 by the clock."""
     out = train(script, arguments, tmp_path / "run", "--minutes", "0.04")
-    saved = engine.load_checkpoint(out / "last.pt")
+    saved = model.load_checkpoint(out / "last.pt")
     assert saved["seconds"] >= 2.4
     with open(out / "log.csv", newline="") as file:
         rates = [float(row["rate"]) for row in csv.DictReader(file)]
     assert rates[-1] < 0.3 * max(rates)
     before = (out / "best.pt").read_bytes()
     train(script, arguments, out, "--minutes", "0.04", "--resume")  # it is at its end
-    assert (out / "best.pt").read_bytes() == before and engine.load_checkpoint(out / "last.pt")["step"] == saved["step"]
+    assert (out / "best.pt").read_bytes() == before and model.load_checkpoint(out / "last.pt")["step"] == saved["step"]
 
 
 @pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
 def test_two_runs_agree_and_another_seed_differs(train, tmp_path, script, arguments):
     runs = [train(script, arguments, tmp_path / str(i), *more) for i, more in enumerate(([], [], ["--seed", "1"]))]
-    first, second, other = (engine.load_checkpoint(run / "last.pt")["model"] for run in runs)
+    first, second, other = (model.load_checkpoint(run / "last.pt")["model"] for run in runs)
     assert same(first, second) and not same(first, other)
 
 
@@ -177,7 +150,7 @@ def test_ctrl_c_in_a_shell_saves_and_says_how_to_go_on(npz, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "go on with --resume" in errors and "Traceback" not in errors
-    assert engine.load_checkpoint(tmp_path / "run" / "last.pt")["step"] > 0
+    assert model.load_checkpoint(tmp_path / "run" / "last.pt")["step"] > 0
 
 
 PUBLISHED_CLASSIC = (
@@ -198,7 +171,7 @@ PUBLISHED_REPTILE += "--mining all --no-soft-margin --margin 0.3"
         (train_reptile, PUBLISHED_REPTILE, ["--iters", "1", "--inner-steps", "1", "--images-per-class", "8"]),
     ],
 )
-def test_the_published_settings_can_be_had(train, tmp_path, monkeypatch, script, published, shorter):
+def test_the_published_settings_are_available(train, tmp_path, monkeypatch, script, published, shorter):
     """The command lines of the README, but for how long they train; the loss is what they say."""
     original = script.triplet_loss
     settings = []
@@ -209,13 +182,13 @@ def test_the_published_settings_can_be_had(train, tmp_path, monkeypatch, script,
 
     monkeypatch.setattr(script, "triplet_loss", recording)
     out = train(script, [*published.split(), *SMALL, *shorter], tmp_path / "run")
-    assert engine.load_checkpoint(out / "last.pt")["network"] == {"backbone": "resnet56", "width": 4, "mirror": True}
+    assert model.load_checkpoint(out / "last.pt")["network"].items() >= {"backbone": "resnet56", "width": 4}.items()
     assert {"margin": 0.3, "distance": "cosine", "mining": "all", "soft_margin": False}.items() <= settings[0].items()
 
 
 def test_adam_without_decay_keeps_its_learning_rate(train, tmp_path):
     out = train(train_classic, [*CLASSIC, "--optimizer", "adam", "--lr", "0.001", "--no-decay"], tmp_path / "run")
-    saved = engine.load_checkpoint(out / "last.pt")
+    saved = model.load_checkpoint(out / "last.pt")
     assert [group["lr"] for group in saved["training"]["optimizer"]["param_groups"]] == [0.001, 0.001]
     assert "exp_avg_sq" in saved["training"]["optimizer"]["state"][0]
     assert saved["validation"]["triplet_accuracy"] > 80
@@ -237,7 +210,7 @@ def test_a_compiled_network_learns_the_same(train, tmp_path, monkeypatch, script
         out = train(script, arguments, tmp_path / str(len(more)), *more)
         with open(out / "log.csv", newline="") as file:
             first_losses.append(float(next(csv.DictReader(file))["loss"]))
-        assert engine.load_checkpoint(out / "best.pt")["validation"]["triplet_accuracy"] > 80
+        assert model.load_checkpoint(out / "best.pt")["validation"]["triplet_accuracy"] > 80
     close = 0.02 if device == "cpu" else 0.05  # convolutions in TF32
     assert first_losses[1] == pytest.approx(first_losses[0], rel=close) and len(compiled) == 1
 
@@ -256,7 +229,7 @@ def test_deterministic_runs_agree_bit_for_bit(train, tmp_path, monkeypatch, scri
 
     monkeypatch.setattr(script, "triplet_loss", watching)
     arguments = [*arguments, "--device", device, "--deterministic"]
-    runs = [engine.load_checkpoint(train(script, arguments, tmp_path / str(i)) / "last.pt") for i in range(2)]
+    runs = [model.load_checkpoint(train(script, arguments, tmp_path / str(i)) / "last.pt") for i in range(2)]
     assert same(*runs) and all(modes)
     torch.use_deterministic_algorithms(False)
 
@@ -299,35 +272,37 @@ def test_a_picture_of_runs(train, tmp_path):
 def test_batch_norm_statistics_are_those_of_the_weights(npz):
     """After a refresh, evaluation mode normalises the training images to mean 0 and variance 1 in each channel."""
     options = train_reptile.Options(data=npz, split="75-25", width=4)
-    train = engine.training_data(options, torch.device("cpu"))
-    net = model.build("resnet20", 4)
+    train = data.load_for_training(options, 0, torch.device("cpu"))
+    mean, std = train.pixel_statistics
+    net = model.build("resnet20", 4, mean=mean, std=std)
     net.bn1.running_mean.fill_(1e6)
     random_before = torch.get_rng_state(), train.generator.get_state()
-    engine.refresh_batch_norm(net, train)
+    model.refresh_batch_norm(net, train.kept.images)
     assert all(map(torch.equal, random_before, (torch.get_rng_state(), train.generator.get_state())))
     assert net.training and net.bn1.momentum == 0.1
-    images = model.normalise_pixels(train.kept.images, train.facts["mean"], train.facts["std"])
-    out = net.eval().bn1(net.conv1(images))
+    out = net.eval().bn1(net.conv1(net.normalise(train.kept.images)))
     assert torch.allclose(out.mean((0, 2, 3)), torch.zeros(4), atol=1e-3)
     assert torch.allclose(out.var((0, 2, 3)), torch.ones(4), atol=1e-2)
 
 
 def test_held_back_and_unseen_images_never_reach_the_training(npz):
     loaded = data.load(npz)
-    train = engine.training_data(train_classic.Options(data=npz, split="75-25"), torch.device("cpu"))
+    train = data.load_for_training(train_classic.Options(data=npz, split="75-25"), 0, torch.device("cpu"))
     everything = {bytes(image.numpy()) for image in loaded.train.images}
     kept, held = ({bytes(image.numpy()) for image in part.images} for part in (train.kept, train.held_back))
     unseen = {bytes(image.numpy()) for image in loaded.train.of([6, 7]).images}
     assert not kept & held and not (kept | held) & unseen and kept | held | unseen == everything
-    assert train.facts["mean"] == data.channel_statistics(train.kept.images)[0]
+    assert train.pixel_statistics == data.channel_statistics(train.kept.images)
 
 
-def test_checkpoints_are_written_whole_or_not_at_all(tmp_path):
-    engine.save_checkpoint(tmp_path / "a.pt", {"x": torch.ones(2)})
-    with pytest.raises(AttributeError):
-        engine.save_checkpoint(tmp_path / "a.pt", {"x": lambda: 0})
-    assert engine.load_checkpoint(tmp_path / "a.pt")["x"].tolist() == [1, 1]
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.pt"
+    with cli.writing(path) as temporary:
+        torch.save({"x": torch.ones(2)}, temporary)
+    with pytest.raises(AttributeError), cli.writing(path) as temporary:
+        torch.save({"x": lambda: 0}, temporary)
+    assert model.load_checkpoint(path)["x"].tolist() == [1, 1]
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
-    (tmp_path / "bad.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:100])
+    (tmp_path / "bad.pt").write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="is not a checkpoint"):
-        engine.load_checkpoint(tmp_path / "bad.pt")
+        model.load_checkpoint(tmp_path / "bad.pt")

@@ -1,21 +1,19 @@
 """Training from given weights: ResNet-18 from torchvision's, any network from a run's or others' files."""
 
-import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 
-import engine
+import data
 import evaluate
 import model
 import tiny
 import train_classic
 import train_reptile
+from tiny import SMALL
 
-SMALL = ["--split", "75-25", "--width", "4", "--device", "cpu", "--precision", "float32"]
 ONE_STEP = {
     train_classic: [*SMALL, "--epochs", "0.1", "--batch-classes", "2", "--images-per-class", "2"],
     train_reptile: [*SMALL, "--iters", "1", "--inner-steps", "2", "--way", "2", "--images-per-class", "2"],
@@ -40,31 +38,39 @@ def published(tmp_path_factory):
 
 
 @pytest.fixture
-def train(npz, monkeypatch, tmp_path):
+def arguments(npz, tmp_path):
+    """The arguments of one step of a script."""
+
+    def make(script, *more):
+        out = tmp_path / script.__name__
+        return ["--data", npz, "--out", out, "--overwrite", *ONE_STEP[script], *more]
+
+    return make
+
+
+@pytest.fixture
+def train(arguments, tmp_path):
     """Runs one step of a script with arguments; returns its last checkpoint."""
 
-    def run(script, *arguments):
-        out = str(tmp_path / script.__name__)
-        argv = [f"{script.__name__}.py", "--data", npz, "--out", out, "--overwrite", *ONE_STEP[script], *arguments]
-        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        script.main()
-        return engine.load_checkpoint(Path(out) / "last.pt")
+    def run(script, *more):
+        tiny.run(script, *arguments(script, *more))
+        return model.load_checkpoint(tmp_path / script.__name__ / "last.pt")
 
     return run
 
 
 @pytest.mark.parametrize("script", ONE_STEP)
-def test_resnet18_from_a_file_with_frozen_stages(train, published, script, capsys, monkeypatch, tmp_path):
+def test_resnet18_from_a_file_with_frozen_stages(train, published, script, capsys, tmp_path):
     path, state = published
     saved = train(script, *RESNET18, "--weights", path, "--freeze", "3")
-    assert saved["network"] == {"backbone": "resnet18", "stem": "full", "enlarge": 2, "mirror": True}
-    assert (saved["data"]["mean"], saved["data"]["std"]) == model.IMAGENET
+    mean, std = model.IMAGENET
+    own = {"backbone": "resnet18", "stem": "full", "enlarge": 2}
+    assert saved["network"] == own | {"mirror": True, "size": 16, "mean": mean, "std": std}
     for name, tensor in saved["model"].items():
         frozen = name.startswith(("conv1.", "bn1.", "layer1.", "layer2."))
         assert torch.equal(tensor, state[name]) == frozen, name
     assert "resnet18: 11.18 M parameters, 10.49 M of them trained" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / script.__name__ / "last.pt")])
-    evaluate.main()
+    tiny.run(evaluate, tmp_path / script.__name__ / "last.pt")
     assert "unseen" in capsys.readouterr().out
 
 
@@ -78,15 +84,13 @@ def test_the_network_can_learn_at_a_rate_of_its_own(train, published):
     assert 0 < 1e4 * moved[0] < moved[1]
 
 
-def test_imagenet_weights_come_from_torchvision(train, published, monkeypatch, tmp_path, capsys):
+def test_imagenet_weights_come_from_torchvision(train, arguments, published, monkeypatch, tmp_path, refusal):
     """From PyTorch's cache where they are in it; without a network and a cache, one message with a way out."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies of its first use
-    with pytest.raises(SystemExit) as stop:
-        train(train_classic, *RESNET18, "--pretrained")
-    errors = capsys.readouterr().err
-    assert stop.value.code == 2 and "could not be had" in errors and "give --weights FILE" in errors
+    errors = refusal(train_classic, *arguments(train_classic, *RESNET18, "--pretrained"))
+    assert "cannot download the ImageNet weights" in errors and "give --weights FILE" in errors
     assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in errors
     cache = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
     assert not cache.exists()
@@ -99,20 +103,29 @@ def test_a_run_starts_where_another_ended(train, tmp_path):
     classic = train(train_classic)
     first = tmp_path / "train_classic" / "last.pt"
     warm = train(train_reptile, "--weights", first, "--meta-step-size", "1e-30")
-    assert warm["data"]["mean"] == classic["data"]["mean"]
+    assert warm["network"]["mean"] == classic["network"]["mean"] != [0, 0, 0]
     for name, _ in model.build("resnet20", 4).named_parameters():
         assert torch.allclose(warm["model"][name], classic["model"][name], rtol=0, atol=1e-25), name
 
 
-def test_weights_that_know_the_unseen_classes_are_refused(train, tmp_path, capsys):
+def test_a_state_dict_brings_its_pixel_statistics(train, arguments, tmp_path, refusal):
+    torch.save(train(train_classic)["model"], tmp_path / "net.pt")
+    pixels = ["--pixel-mean", 0.5, 0.4, 0.3, "--pixel-std", 0.2, 0.25, 0.3]
+    saved = train(train_classic, "--weights", tmp_path / "net.pt", *pixels)
+    assert saved["network"]["mean"] == [0.5, 0.4, 0.3] and saved["network"]["std"] == [0.2, 0.25, 0.3]
+    more = ["--weights", tmp_path / "train_classic" / "last.pt", *pixels]
+    assert "has its own pixel statistics" in refusal(train_classic, *arguments(train_classic, *more))
+    assert "give --weights FILE with them" in refusal(train_classic, *arguments(train_classic, *pixels))
+
+
+def test_weights_that_know_the_unseen_classes_are_refused(train, arguments, tmp_path, refusal):
     train(train_classic)
-    with pytest.raises(SystemExit) as stop:
-        train(train_reptile, "--weights", tmp_path / "train_classic" / "last.pt", "--split", "50-50")
-    assert stop.value.code == 2 and "was trained on classes that are unseen here" in capsys.readouterr().err
+    more = ["--weights", tmp_path / "train_classic" / "last.pt", "--split", "50-50"]
+    assert "was trained on classes that are unseen here" in refusal(train_reptile, *arguments(train_reptile, *more))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("more", "message"),
     [
         (["--pretrained"], "--pretrained is for --backbone resnet18"),
         ([*RESNET18, "--pretrained", "--weights", "{file}"], "--pretrained or --weights FILE, not both"),
@@ -128,21 +141,19 @@ def test_weights_that_know_the_unseen_classes_are_refused(train, tmp_path, capsy
         (["--backbone", "resnet18", "--enlarge", "-1"], "--enlarge must be at least 0"),
     ],
 )
-def test_wrong_weights_give_one_message(train, npz, published, tmp_path, capsys, arguments, message):
+def test_wrong_weights_give_one_message(arguments, npz, published, tmp_path, refusal, more, message):
     names = {"npz": npz, "file": published[0], "list": tmp_path / "list.pt", "other": tmp_path / "other.pt"}
     torch.save([1], names["list"])
     torch.save({"epoch": 3}, names["other"])
-    with pytest.raises(SystemExit) as stop:
-        train(train_classic, *[argument.format(**names) for argument in arguments])
-    errors = capsys.readouterr().err
-    assert stop.value.code == 2 and message in errors and "Traceback" not in errors and len(errors) < 600
+    errors = refusal(train_classic, *arguments(train_classic, *[argument.format(**names) for argument in more]))
+    assert message in errors and len(errors) < 600
 
 
 def test_frozen_batch_norm_keeps_its_statistics(npz):
     options = train_reptile.Options(data=npz, split="75-25", width=4)
-    train = engine.training_data(options, torch.device("cpu"))
+    train = data.load_for_training(options, 0, torch.device("cpu"))
     net = model.build("resnet20", 4)
     net.freeze(1)
     before = net.bn1.running_mean.clone(), net.layer1[0].bn1.running_mean.clone()
-    engine.refresh_batch_norm(net, train)
+    model.refresh_batch_norm(net, train.kept.images)
     assert torch.equal(net.bn1.running_mean, before[0]) and not torch.equal(net.layer1[0].bn1.running_mean, before[1])

@@ -1,11 +1,11 @@
-"""Several processes that train one network together, started by torchrun. Alone, everything here does nothing.
+"""Several processes that train one network together, started by torchrun. In a single process nothing here acts.
 
-    torchrun --nproc-per-node 4 train_classic.py                   # shares out the classes of each batch
-    torchrun --nproc-per-node 4 train_reptile.py --meta-batch 4    # and the tasks of each meta-iteration
+    torchrun --nproc-per-node 4 train_classic.py                   # splits the classes of each batch
+    torchrun --nproc-per-node 4 train_reptile.py --meta-batch 4    # splits the tasks of each meta-iteration
 
-All processes hold the same weights and make the same steps: they start from the same seed, and each gets the gradient,
-or the move of the weights, of the whole batch. Batch norm normalises each process's images by themselves. The first
-process validates, logs and saves. A process uses the GPU of its number on its machine, or the CPU.
+All processes hold the same weights and take the same steps: they start from the same seed, and each gets the gradient,
+or the meta-step, of the whole batch. Batch norm normalises the images of each process separately. The first process
+validates, logs and saves. Each process uses the GPU of its local rank, or the CPU.
 """
 
 import atexit
@@ -20,29 +20,29 @@ from torch import Tensor
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this one: 0 to world() - 1."""
+    """Number of this process, 0 to world() - 1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def local_rank() -> int:
-    """Its number on this machine."""
+    """Number of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def join(device: str) -> str:
-    """Meet the other processes, if torchrun started this one; return its device, for "auto" or "cuda" its own GPU."""
+    """Join the process group if torchrun started this process; return its device: for "auto" or "cuda" its own GPU."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return device
     on_gpu = torch.cuda.is_available() and device in ("auto", "cuda")
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     atexit.register(dist.destroy_process_group)
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # one of them speaks
+        sys.stdout = open(os.devnull, "w")  # one process prints
     if on_gpu:
         device = f"cuda:{local_rank()}"
         torch.cuda.set_device(device)
@@ -50,8 +50,8 @@ def join(device: str) -> str:
 
 
 @contextlib.contextmanager
-def one_before_the_others() -> Iterator[None]:
-    """The block runs in the first process of each machine, then in the others, which find its files there."""
+def first_process_first() -> Iterator[None]:
+    """The block runs in the first process of each machine and then in the others, which find its files."""
     if world() > 1 and local_rank() > 0:
         dist.barrier()
     yield
@@ -60,15 +60,15 @@ def one_before_the_others() -> Iterator[None]:
 
 
 def share(whole: Tensor) -> Tensor:
-    """This process's part of (N, ...): N / world() consecutive rows, which must be a whole number."""
+    """This process's part of (N, ...): N / world() consecutive rows; N must be a multiple of world()."""
     return whole.unflatten(0, (world(), -1))[rank()]
 
 
 def gather(own: Tensor) -> Tensor:
-    """The rows (N, ...) of all processes, of as many each, in order: (world() * N, ...).
+    """The rows (N, ...) of all processes, in order: (world() * N, ...).
 
-    Gradients flow to this process's rows alone. Where all compute the same loss of what is gathered, that is the whole
-    gradient by these rows, and the sum over processes of the gradients of the weights is that of the whole batch.
+    Gradients flow to this process's rows only. If all processes compute the same loss of the gathered rows, these rows
+    get their whole gradient, and the weights' gradients, summed over processes, are those of the whole batch.
     """
     if world() == 1:
         return own
@@ -79,7 +79,7 @@ def gather(own: Tensor) -> Tensor:
 
 
 def add(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over the processes; all of one data type."""
+    """Replace each tensor by its sum over the processes; all must have one data type."""
     if world() == 1 or not tensors:
         return
     flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
@@ -90,14 +90,14 @@ def add(tensors: Sequence[Tensor]) -> None:
 
 
 def average(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its mean over the processes; all of one data type."""
+    """Replace each tensor by its mean over the processes; all must have one data type."""
     add(tensors)
     for tensor in tensors if world() > 1 else ():
         tensor.detach().div_(world())
 
 
 def from_first(*values: float) -> list[float]:
-    """The values that the first process gives."""
+    """The values of the first process."""
     if world() == 1:
         return list(values)
     said = torch.tensor(values, dtype=torch.float64)  # on the CPU: nothing waits for a GPU

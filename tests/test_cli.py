@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -17,31 +16,39 @@ import train_reptile
 TRAININGS = [train_classic, train_reptile]
 
 
-def call(monkeypatch, capsys, script, *arguments) -> tuple[int, str, str]:
+def call(capsys, script, *arguments) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of a script that must end by itself."""
-    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        script.main()
+        tiny.run(script, *arguments)
     return stop.value.code, *capsys.readouterr()
 
 
 @pytest.mark.parametrize("script", [*TRAININGS, evaluate, predict, export])
 def test_help_explains_every_option_and_shows_two_examples(monkeypatch, capsys, script):
     monkeypatch.setenv("COLUMNS", "100")
-    status, text, _ = call(monkeypatch, capsys, script, "--help")
+    status, text, _ = call(capsys, script, "--help")
     assert status == 0
     assert len(re.findall(rf"^ +python {script.__name__}\.py", text, re.MULTILINE)) == 2
-    words = " ".join(text.replace("│", " ").split())
+    entries = [
+        " ".join(entry.replace("│", " ").split()) for entry in re.split(r"^[│ ] (?=--)", text, flags=re.MULTILINE)
+    ]
     for field in dataclasses.fields(script.Options):
-        flag = f"--{field.name.replace('_', '-')} "
+        flag = f"--{field.name.replace('_', '-')}"
         if field.default is dataclasses.MISSING:
             continue  # a positional argument: the usage line and the examples show it
         if isinstance(field.default, bool):
-            flag = f"{flag.strip()}, --no-{flag[2:]}"
-        assert f" {flag}" in words, flag
-        explained = words.split(f" {flag}", 1)[1].split("(default", 1)[0]
-        explained = re.sub(r"^(\{.*?\}|[A-Z]+|\|)+", "", explained)  # the type
-        assert len(re.findall("[a-z]{2,}", explained)) >= 2, f"{flag}: {explained}"
+            flag = f"{flag}, --no-{flag[2:]}"
+        (entry,) = [entry for entry in entries if entry.startswith(f"{flag} ")]
+        explained = re.sub(r"^(\{.*?\}|[A-Z]+) ", "", entry.removeprefix(f"{flag} "))  # the type
+        assert len(re.findall("[a-z]{2,}", explained.split("(default")[0])) >= 2, entry
+
+
+@pytest.mark.parametrize("script", TRAININGS)
+def test_help_groups_the_options(capsys, script):
+    _, text, _ = call(capsys, script, "--help")
+    titles = re.findall(r"^\W* (\w+) options \W*$", text, re.MULTILINE)
+    assert titles == ["data", "network", "loss", "optimisation", "run"]
+    assert "(default: runs/classic)" in text or "(default: runs/reptile)" in text
 
 
 BOTH = [
@@ -49,14 +56,14 @@ BOTH = [
     ("--data mnist", "unknown data 'mnist'"),
     ("--data {text}", "text': give cifar100"),
     ("--data {empty}", "has no folders"),
-    ("--data-root {text} --data cifar100", "could not be had"),
+    ("--data-root {text} --data cifar100", "cannot download CIFAR-100"),
     ("--image-size 7", "--image-size must be at least 8, got 7"),
     ("--image-size big", "big"),
     ("--out {text}", "File exists"),
     ("--out {text}/below", "Not a directory"),
     ("--split 90", "split must be"),
     ("--split 1-99", "leaves fewer than 2"),
-    ("--split cifar-fs", "is of the 100 classes of CIFAR-100"),
+    ("--split cifar-fs", "is for the 100 classes of CIFAR-100"),
     ("--split-seed x", "x"),
     ("--withhold -0.1", "--withhold must be at least 0, got -0.1"),
     ("--withhold 0.01", "must stay on each side"),
@@ -79,7 +86,7 @@ BOTH = [
     ("--minutes 0", "--minutes must be above 0, got 0"),
     ("--cutout -1", "--cutout must be at least 0, got -1"),
     ("--rotate -0.1", "--rotate must be at least 0"),
-    ("--rotate 1.5", "--rotate is a chance, at most 1, got 1.5"),
+    ("--rotate 1.5", "--rotate is a probability, at most 1, got 1.5"),
     ("--rotate nan", "--rotate must be at least 0"),
     ("--minutes nan", "--minutes must be above 0, got nan"),
     ("--seed -1", "--seed must be at least 0, got -1"),
@@ -105,7 +112,7 @@ CLASSIC = [
     ("--backbone-lr 0", "--backbone-lr must be above 0"),
     ("--backbone-lr 1e-3", "--backbone-lr is for --optimizer sgd or adam"),
     ("--warmup -1", "--warmup must be at least 0"),
-    ("--warmup 1", "--warmup is a share of the run, below 1"),
+    ("--warmup 1", "--warmup is a fraction of the run, below 1"),
     ("--weight-decay -1", "--weight-decay must be at least 0"),
     ("--triplet-weight -1", "--triplet-weight must be at least 0"),
     ("--softmax-weight nan", "--softmax-weight must be at least 0"),
@@ -144,28 +151,28 @@ def places(tmp_path_factory):
         *((train_reptile, *case) for case in REPTILE),
     ],
 )
-def test_a_wrong_value_gives_one_message(monkeypatch, capsys, tmp_path, places, script, arguments, message):
+def test_a_wrong_value_gives_one_message(capsys, tmp_path, places, script, arguments, message):
     given = arguments.format(**places).split()
     usual = ["--data", places["npz"], "--out", tmp_path / "run", "--split", "75-25", "--width", "4", "--device", "cpu"]
-    status, out, errors = call(monkeypatch, capsys, script, *usual, *given)
+    status, out, errors = call(capsys, script, *usual, *given)
     assert status == 2 and message in errors + out and "Traceback" not in errors
     assert not (tmp_path / "run").exists()
     if errors.startswith("error: "):
         assert errors.count("error") == 1 + message.count("error") and len(errors) < 600
 
 
-def test_images_that_are_not_square_are_not_turned(monkeypatch, capsys, tmp_path):
+def test_images_that_are_not_square_are_not_turned(capsys, tmp_path):
     made = tiny.arrays()
     made |= {f"{part}_images": made[f"{part}_images"][:, :12] for part in ("train", "test")}
     np.savez(tmp_path / "wide.npz", **made)
     arguments = ("--data", tmp_path / "wide.npz", "--out", tmp_path / "run", "--device", "cpu")
-    status, _, errors = call(monkeypatch, capsys, train_classic, *arguments)
+    status, _, errors = call(capsys, train_classic, *arguments)
     assert status == 2 and "--rotate needs square images, got (12, 16); give --rotate 0" in errors
     assert not (tmp_path / "run").exists()
 
 
-def test_too_few_images_are_refused(monkeypatch, capsys, tmp_path):
+def test_too_few_images_are_refused(capsys, tmp_path):
     for count, message in ((1, "a seen class has fewer than 2 training images"), (3, "need 4 training images or more")):
         npz = tiny.write_npz(tmp_path / "few.npz", train=count, test=2)
-        status, _, errors = call(monkeypatch, capsys, train_classic, "--data", npz, "--out", tmp_path / "run")
+        status, _, errors = call(capsys, train_classic, "--data", npz, "--out", tmp_path / "run")
         assert status == 2 and message in errors and not (tmp_path / "run").exists()

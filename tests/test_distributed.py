@@ -1,4 +1,4 @@
-"""Several processes, started as torchrun does, on the CPU: the same step as one process makes, runs, resuming."""
+"""Several processes, started as torchrun does, on the CPU: the step that one process takes, runs, resuming."""
 
 import csv
 import os
@@ -7,64 +7,63 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_training import CLASSIC, REPTILE, same
 
-import engine
+import model
 import tiny
+from tiny import CLASSIC, REPTILE, same
 
 ROOT = Path(__file__).parent.parent
 
 STEP = """
-import torch, ranks, train_reptile
+import torch, distributed, train_reptile
 from triplet import triplet_loss
 
-assert ranks.join("auto") == "auto" and ranks.world() == 2
+assert distributed.join("auto") == "auto" and distributed.world() == 2
 torch.manual_seed(0)
 whole, labels = torch.randn(12, 5, dtype=torch.float64), torch.arange(6).repeat_interleave(2)
 net = torch.nn.Linear(5, 4).double()
 expected = torch.autograd.grad(triplet_loss(net(whole), labels, mining="all"), list(net.parameters()))
-own = net(ranks.share(whole))
+own = net(distributed.share(whole))
 assert len(own) == 6
-loss = triplet_loss(ranks.gather(own), ranks.gather(ranks.share(labels)), mining="all")
+loss = triplet_loss(distributed.gather(own), distributed.gather(distributed.share(labels)), mining="all")
 loss.backward()
 gradients = [parameter.grad for parameter in net.parameters()]
 assert not torch.allclose(gradients[0], expected[0])  # half of it, so far
-ranks.add(gradients)
+distributed.add(gradients)
 assert all(torch.allclose(a, b, rtol=0, atol=1e-14) for a, b in zip(gradients, expected))
 
 for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.uint8):
-    gathered = ranks.gather(torch.full((2, 3), ranks.rank() + 5, dtype=dtype))
+    gathered = distributed.gather(torch.full((2, 3), distributed.rank() + 5, dtype=dtype))
     assert gathered.dtype == dtype and gathered[:, 0].tolist() == [5, 5, 6, 6]
-assert ranks.from_first(ranks.rank() + 0.25, 7) == [0.25, 7]
+assert distributed.from_first(distributed.rank() + 0.25, 7) == [0.25, 7]
 
 weights = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
 tasks = [[2.0, 0.0, 5.0], [4.0, 2.0, 3.0], [0.0, 0.0, 0.0], [6.0, 6.0, 4.0]]
-own = [[torch.tensor(task[:2]), torch.tensor([task[2:]])] for task in tasks[2 * ranks.rank() :][:2]]
+own = [[torch.tensor(task[:2]), torch.tensor([task[2:]])] for task in tasks[2 * distributed.rank() :][:2]]
 train_reptile.meta_step(weights, own, 0.5)
 assert weights[0].tolist() == [2.0, 2.0] and weights[1].tolist() == [[3.0]]
 """
 
 RUN = """
 import importlib, signal, sys
-import torch, ranks
+import torch, distributed, training
 
 name, interrupt_at = sys.argv[1], int(sys.argv[2])
 script = importlib.import_module(name)
-sys.argv = [name + ".py", *sys.argv[3:]]
-original, Run, calls, runs = script.triplet_loss, script.Run, [], []
+original, Run, calls, runs = script.triplet_loss, training.Run, [], []
 
 def counting(*args, **kwargs):
     calls.append(1)
-    if len(calls) == interrupt_at and ranks.rank() == 0:
+    if len(calls) == interrupt_at and distributed.rank() == 0:
         signal.raise_signal(signal.SIGINT)
     return original(*args, **kwargs)
 
 script.triplet_loss = counting
-script.Run = lambda *args, **kwargs: runs.append(Run(*args, **kwargs)) or runs[-1]
-script.main()
+training.Run = lambda *args, **kwargs: runs.append(Run(*args, **kwargs)) or runs[-1]
+script.main(sys.argv[3:])
 for parameter in runs[0].net.parameters():  # the same on both
-    assert len(ranks.gather(parameter.detach()[None]).unique(dim=0)) == 1
-states = ranks.gather(runs[0].train.generator.get_state()[None])
+    assert len(distributed.gather(parameter.detach()[None]).unique(dim=0)) == 1
+states = distributed.gather(runs[0].train.generator.get_state()[None])
 assert not torch.equal(*states) and len(runs[0].losses) == 0
 """
 
@@ -78,7 +77,7 @@ def launch(tmp_path: Path, code: str, *arguments: object) -> subprocess.Complete
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
-def test_two_processes_make_the_step_of_one(tmp_path):
+def test_two_processes_take_the_step_of_one(tmp_path):
     done = launch(tmp_path, STEP)
     assert done.returncode == 0, done.stderr
 
@@ -99,10 +98,10 @@ def test_two_processes_train_one_network(tmp_path, script, arguments):
 
     done = launch(tmp_path, RUN, script, 20, "--out", parts, *options)
     assert done.returncode != 0 and done.stderr.count("go on with --resume") == 1
-    stopped = engine.load_checkpoint(parts / "last.pt")
+    stopped = model.load_checkpoint(parts / "last.pt")
     done = launch(tmp_path, RUN, script, 0, "--out", parts, *options, "--resume")
     assert done.returncode == 0, done.stderr
-    ends = [engine.load_checkpoint(out / "last.pt") for out in (whole, parts)]
+    ends = [model.load_checkpoint(out / "last.pt") for out in (whole, parts)]
     assert 0 < stopped["step"] < ends[0]["step"]
     for end in ends:  # the stop was one validation more, which may be the best
         end["training"].pop("best")
@@ -124,7 +123,7 @@ def test_two_processes_train_one_network(tmp_path, script, arguments):
         ("train_reptile", REPTILE, "--meta-batch must be a multiple of 2"),
     ],
 )
-def test_work_that_cannot_be_shared_out_is_refused_once(tmp_path, script, arguments, message):
+def test_work_that_cannot_be_split_is_refused_once(tmp_path, script, arguments, message):
     npz = tiny.write_npz(tmp_path / "tiny.npz")
     done = launch(tmp_path, RUN, script, 0, "--out", tmp_path / "run", "--data", npz, *arguments)
     assert done.returncode != 0 and done.stderr.count(message) == 1

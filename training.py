@@ -1,0 +1,440 @@
+"""What both trainings share: options, data, the network to be trained, and the run with its log and checkpoints."""
+
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import cli
+import data
+import distributed
+import metrics
+import model
+
+FIELDS = ("step", "images", "seconds", "loss", "rate", "triplet_accuracy", "pair_accuracy", "auc", "threshold")
+FIELDS += ("new_triplet_accuracy", "new_pair_accuracy", "new_one_shot")  # on validation classes, where there are any
+
+# -------------------------------------------------------------------------------------------------------------- options
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    backbone: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet18"] = "resnet20"  # which network to train
+    width: int = 32  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
+    weights: str | None = None  # start from the weights in this file: a state dict, or a checkpoint of a run
+    pretrained: bool = False  # start resnet18 from torchvision's ImageNet weights (downloaded)
+    freeze: int = 0  # leave the first stages as given: 1 is the first convolution, each further one a layer
+    pixel_mean: tuple[float, float, float] | None = None  # channel means (0..1) that a state dict was trained with
+    pixel_std: tuple[float, float, float] | None = None  # its standard deviations; default: those of the training data
+    stem: Literal["auto", "small", "full"] = "auto"  # first layer of resnet18: small is 3x3, full is 7x7 and pooling
+    enlarge: int = 0  # enlarge images for resnet18 by this factor; 0: to about 128 pixels for the full stem
+    mirror: bool = True  # outside training, average the embeddings of an image and its mirror image: twice the time
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    distance: Literal["cosine", "euclidean", "sqeuclidean"] = "cosine"  # distance between embeddings
+    mining: Literal["hard", "semihard", "all"] = "all"  # which triplets of a batch are used
+    soft_margin: bool = True  # softplus((d_ap - d_an) / temperature) instead of max(0, d_ap - d_an + margin)
+    margin: float = 0.3  # margin with --no-soft-margin, in units of the distance
+    temperature: float = 0.1  # temperature of the soft margin
+
+    @property
+    def triplet(self) -> dict:
+        """The keyword arguments of `triplet.triplet_loss`."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(LossOptions)}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    out: str = "runs/run"  # folder of the run
+    resume: bool = False  # continue the run in --out, bit for bit as if it had not stopped
+    overwrite: bool = False  # replace the run in --out
+    minutes: float | None = None  # train for this many minutes instead of a fixed number of steps
+    seed: int = 0  # random seed for weights, batches and augmentation
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic of the network; auto: bfloat16 where fast
+    compile: bool = False  # compile the network: steps are faster, the first one waits for the compiler
+    deterministic: bool = False  # use only operations that give the same bits again, on a GPU too
+    log_dir: str | None = None  # also log for TensorBoard into this folder
+
+
+@dataclass(frozen=True)
+class Options(data.DataOptions, NetworkOptions, LossOptions, RunOptions):
+    """The options that both trainings have."""
+
+
+def check(options: Options) -> None:
+    """Raise ValueError unless the options both trainings have make sense."""
+    cli.require(options, "temperature", *(["minutes"] if options.minutes is not None else []))
+    cli.require(options, "margin", "seed", "enlarge", "withhold", "cutout", "rotate", least=0)
+    cli.require(options, "image_size", least=8)
+    cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
+    if options.rotate > 1:
+        raise ValueError(f"--rotate is a probability, at most 1, got {options.rotate}")
+    if options.seed >= 2**63:
+        raise ValueError(f"--seed must be below 2**63, got {options.seed}")
+    if options.pretrained and options.backbone != "resnet18":
+        raise ValueError("--pretrained is for --backbone resnet18")
+    if options.pretrained and options.weights is not None:
+        raise ValueError("give --pretrained or --weights FILE, not both")
+    if options.pixel_mean is not None and options.weights is None:
+        raise ValueError("--pixel-mean and --pixel-std belong to a state dict; give --weights FILE with them")
+    if options.freeze and not (options.pretrained or options.weights):
+        raise ValueError("--freeze keeps given weights; give --pretrained or --weights FILE with it")
+
+
+def prepare_process(options: RunOptions) -> torch.device:
+    """Seed PyTorch, set its modes, join the process group, and pick the device. Raises ValueError.
+
+    Freed memory stays with the process: each step frees and allocates the same activations, and glibc hands such large
+    blocks back to the system, which clears them page by page at their next use, a tenth of the time of a step.
+    """
+    torch.manual_seed(options.seed)
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(options.deterministic)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            mallopt = ctypes.CDLL("libc.so.6").mallopt
+            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to this size come from the heap
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at its end stays there
+    return cli.pick_device(distributed.join(options.device))
+
+
+# ---------------------------------------------------------------------------------------------------------- the network
+
+
+def make_network(options: NetworkOptions, train: data.TrainingData) -> model.Embedder:
+    """The network to be trained, on the data's device, with given weights and frozen stages. Raises ValueError or
+    OSError."""
+    state, (mean, std) = given_weights(options, train)
+    settings = model.fit(options.backbone, options.width, train.size, state, stem=options.stem, enlarge=options.enlarge)
+    net = model.build(**settings, mirror=options.mirror, mean=mean, std=std)
+    if state is not None:
+        model.load_weights(net, state)
+    net.freeze(options.freeze)
+    net.to(train.kept.images.device)
+    parameters, multiply_adds = model.count(net, train.size)
+    trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
+    print(
+        f"{options.backbone}: {parameters / 1e6:.2f} M parameters"
+        + (f", {trained / 1e6:.2f} M of them trained" if trained < parameters else "")
+        + f"; {multiply_adds / 1e6:.1f} M multiply-adds for an image of {train.size} x {train.size}"
+    )
+    return net
+
+
+def given_weights(options: NetworkOptions, train: data.TrainingData) -> tuple[dict | None, tuple]:
+    """A state dict to start from, if one is given, and the mean and standard deviation of the network's pixels."""
+    if options.pretrained:
+        return model.pretrained_resnet18(), model.IMAGENET
+    if options.weights is None:
+        return None, train.pixel_statistics
+    saved = model.load_checkpoint(options.weights)
+    if model.is_ours(saved):
+        if options.pixel_mean is not None:
+            raise ValueError(f"{options.weights} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
+        theirs, classes = saved["data"], train.facts["classes"]
+        learned = {theirs["classes"][label] for label in theirs["seen"]}
+        if learned & {classes[label] for label in train.facts["unseen"]}:
+            raise ValueError(f"{options.weights} was trained on classes that are unseen here; give it its own --split")
+        settings = model.settings_of(saved)
+        statistics = settings["mean"], settings["std"]
+    elif options.pixel_mean is not None:
+        statistics = options.pixel_mean, options.pixel_std
+    else:
+        statistics = model.IMAGENET if options.backbone == "resnet18" else train.pixel_statistics
+    return model.bare_state(saved, options.weights), statistics
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+class Stopped(Exception):
+    """Training cannot go on; the message says why and what to try."""
+
+
+class Run:
+    """One training in its folder: last.pt, best.pt, log.csv, the progress bar, resuming, and reasons to stop.
+
+    last.pt holds the whole state of the training, best.pt the weights that did best on the held-back images; both hold
+    what evaluation needs: weights, options, data facts and calibrated threshold. The first of several processes
+    (distributed.py) validates and writes.
+    """
+
+    LOG_EVERY = 20  # steps between rows of log.csv and checks of the loss
+
+    def __init__(
+        self,
+        options: RunOptions,
+        train: data.TrainingData,
+        net: model.Embedder,
+        total: int,
+        validate_every: int,
+        refresh_batch_norm: bool = False,
+        **parts: nn.Module | torch.optim.Optimizer,
+    ):
+        """`total` steps, or as many as there is time for with --minutes, validated every `validate_every`.
+
+        `refresh_batch_norm` before each validation. `parts` are what resuming needs beside the network. Raises
+        ValueError or OSError.
+        """
+        self.options, self.train, self.net, self.parts = options, train, net, parts
+        self.total, self.validate_every = total, validate_every
+        self.refreshes = refresh_batch_norm or distributed.world() > 1  # each process has statistics of its own images
+        self.step = self.images = self.collapsed = 0
+        self.seconds = self.rate = 0.0  # spent training, over all resumptions; learning or meta-step rate
+        self.commit, self.best = git_commit(), {"auc": -1.0}
+        self.validation: dict = {}
+        self.calibration: dict | None = None
+        self.losses: list[Tensor] = []
+        self.embeddings = self.generators = torch.empty(0)
+        self.device = next(net.parameters()).device
+        self.dtype = cli.pick_precision(options.precision, self.device)
+        self.embed_batch: Callable[[Tensor], Tensor] = net
+        if options.compile:
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # CUDA graphs: many small kernels
+            self.embed_batch = torch.compile(net, mode=mode, dynamic=False)
+        self.folder = Path(options.out)
+        self.open_folder()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D) of normalised images (B, 3, H, W), in the chosen precision."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.embed_batch(images)
+
+    def open_folder(self) -> None:
+        """Make the run's folder, or resume what is in it. Raises ValueError or OSError."""
+        last = self.folder / "last.pt"
+        if self.options.resume:
+            self.restore(model.load_checkpoint(last))
+        elif last.exists() and not self.options.overwrite:
+            ways = "--resume continues it, --overwrite replaces it, --out goes elsewhere"
+            raise ValueError(f"{self.folder} holds a run: {ways}")
+        first, path = distributed.rank() == 0, self.folder / "log.csv"
+        self.tensorboard = tensorboard_writer(self.options.log_dir if first else None, self.step)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        if self.options.resume and first and path.exists():
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
+        self.log_file = open(path if first else os.devnull, "w", newline="")
+        self.log = csv.DictWriter(self.log_file, FIELDS)
+        self.log.writeheader()
+        self.log.writerows(rows)
+
+    def restore(self, saved: dict) -> None:
+        """Take up the saved state. Raises ValueError if it was made with other options."""
+        if "training" not in saved:
+            raise ValueError(f"{self.folder}/last.pt holds no training state to resume")
+        free = {"resume", "overwrite", "device", "out", "data_root", "log_dir"}
+        now = dataclasses.asdict(self.options)
+        differing = [name for name in now if name not in free and saved["options"].get(name, now[name]) != now[name]]
+        if differing:
+            was = ", ".join(f"--{name.replace('_', '-')} {saved['options'][name]}" for name in differing)
+            raise ValueError(f"{self.folder} was trained with other options; to resume it give {was}")
+        state = saved["training"]
+        self.net.load_state_dict(state["net"])
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        generators = torch.atleast_2d(state["generator"])
+        if len(generators) != distributed.world():
+            raise ValueError(f"{self.folder} was trained by {len(generators)} processes; resume it with as many")
+        self.train.sampler.tasks.set_state(state.get("tasks", generators[0].clone()))
+        self.train.generator.set_state(generators[distributed.rank()].clone())  # a view would be read wrongly
+        torch.set_rng_state(state["rng"])
+        self.step, self.images, self.seconds, self.best = (state[k] for k in ("step", "images", "seconds", "best"))
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the run that is done, 1 at its end."""
+        minutes = self.options.minutes
+        return min(1.0, self.step / self.total if minutes is None else self.seconds / (60 * minutes))
+
+    def steps(self) -> Iterator[float]:
+        """The progress at each step, from where the run stands to its end; Ctrl-C ends it after the step, saved."""
+        interrupts: list[int] = []
+        before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+        bar = tqdm(
+            total=self.total if self.options.minutes is None else None,
+            initial=self.step,
+            desc=self.folder.name,
+            dynamic_ncols=True,
+            smoothing=0.05,
+            disable=distributed.rank() > 0,
+        )
+        started, images_before, seconds_before = time.monotonic(), self.images, self.seconds
+        try:
+            while self.progress < 1:
+                yield self.progress
+                self.step += 1
+                seconds = seconds_before + time.monotonic() - started
+                self.seconds, interrupted = distributed.from_first(seconds, bool(interrupts))
+                bar.update()
+                due = self.step % self.validate_every == 0 or self.progress == 1 or interrupted
+                if due or self.step % self.LOG_EVERY == 0:
+                    row = self.check()
+                    speed = (self.images - images_before) / (time.monotonic() - started)
+                    bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:.0f} images/s")
+                    if due:
+                        self.generators = distributed.gather(self.train.generator.get_state()[None])
+                    if due and distributed.rank() == 0:
+                        row |= self.validate()
+                        bar.write(f"step {self.step}: held-back images {describe(row)}")
+                        self.save()
+                    self.write_log(row)
+                if interrupted:
+                    bar.close()
+                    done = f"step {self.step}, {100 * self.progress:.0f} % of the run"
+                    say(f"stopped at {done}, saved; go on with --resume")
+                    sys.exit(130)
+        except Stopped as error:
+            bar.close()
+            say(f"stopped at step {self.step}: {error}")
+            sys.exit(1)
+        finally:
+            signal.signal(signal.SIGINT, before)
+            bar.close()
+            self.log_file.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+
+    def record(self, loss: Tensor, embeddings: Tensor, images: int, rate: float) -> None:
+        """Tell the run of a step: its loss, last embeddings (B, D), images seen and learning or meta-step rate."""
+        self.losses.append(loss.detach())
+        self.embeddings, self.rate = embeddings.detach(), rate
+        self.images += images
+
+    def check(self) -> dict:
+        """The mean loss since the last check. Raises Stopped if it is not finite or the embeddings collapsed."""
+        z = nn.functional.normalize(self.embeddings.float())
+        spread = 1 - z.mean(0).square().sum()  # mean of 1 - cosine over all pairs
+        means = torch.stack((torch.stack(self.losses).mean(), spread))
+        self.losses.clear()
+        distributed.average([means])
+        loss, spread = means.tolist()
+        if not math.isfinite(loss):
+            raise Stopped(f"the loss is {loss}; try a lower --lr, or --precision float32")
+        self.collapsed = self.collapsed + 1 if spread < 1e-4 else 0
+        if self.collapsed >= 5:
+            raise Stopped(
+                f"all embeddings point the same way (mean cosine distance {spread:.1e}), a collapse batch-hard mining "
+                "is known for; try --mining all --soft-margin --temperature 0.1, or a lower --lr"
+            )
+        progress = {"step": self.step, "images": self.images, "seconds": self.seconds}
+        return progress | {"loss": loss, "rate": self.rate}
+
+    def validate(self) -> dict:
+        """Metrics of the held-back images and of validation classes; sets the threshold and keeps the best weights."""
+        if self.refreshes:
+            model.refresh_batch_norm(self.net, self.train.kept.images)
+        z, labels = self.embed(self.train.held_back)
+        curve = metrics.roc(z, labels)
+        pair_accuracy, threshold = curve.best()
+        found = {"triplet_accuracy": metrics.triplet_accuracy(z, labels), "pair_accuracy": pair_accuracy}
+        found |= {"auc": curve.auc, "threshold": threshold}
+        self.validation, self.calibration = found, metrics.calibrate(curve, z, labels, ["balanced"])["balanced"]
+        if found["auc"] > self.best["auc"]:
+            self.best = found | {"step": self.step}
+            with cli.writing(self.folder / "best.pt") as path:
+                torch.save(self.inference_state(), path)
+        if self.train.validation is None:
+            return found
+        z, labels = self.embed(self.train.validation)
+        way = min(5, len(labels.unique()))
+        return found | {
+            "new_triplet_accuracy": metrics.triplet_accuracy(z, labels),
+            "new_pair_accuracy": metrics.roc(z, labels).best()[0],
+            "new_one_shot": metrics.few_shot(z, labels, way, 1, episodes=2000)[0],
+        }
+
+    def embed(self, images: data.Images) -> tuple[Tensor, Tensor]:
+        """Normalised embeddings (N, D) and labels (N,) of images."""
+        return nn.functional.normalize(model.embed(self.net, images.images)), images.labels
+
+    def inference_state(self) -> dict:
+        """What evaluation needs, as tensors and plain values."""
+        return {
+            "model": self.net.state_dict(),
+            "network": self.net.settings,
+            "options": dataclasses.asdict(self.options),
+            "data": self.train.facts,
+            "threshold": self.calibration,
+            "validation": self.validation,
+            "step": self.step,
+            "images": self.images,
+            "seconds": self.seconds,
+            "threads": torch.get_num_threads(),
+            "commit": self.commit,
+        }
+
+    def save(self) -> None:
+        """Write last.pt: inference state and everything that resuming needs."""
+        training = {name: part.state_dict() for name, part in self.parts.items()}
+        training |= {"net": self.net.state_dict(), "generator": self.generators}
+        training |= {"tasks": self.train.sampler.tasks.get_state(), "rng": torch.get_rng_state(), "best": self.best}
+        training |= {"step": self.step, "images": self.images, "seconds": self.seconds}
+        with cli.writing(self.folder / "last.pt") as path:
+            torch.save(self.inference_state() | {"training": training}, path)
+
+    def write_log(self, row: dict) -> None:
+        self.log.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        self.log_file.flush()
+        if self.tensorboard is not None:
+            for name in row.keys() - {"step", "images", "seconds"}:
+                self.tensorboard.add_scalar(name, row[name], row["step"])
+
+
+def git_commit() -> str:
+    """The commit of this code, with "+" if files differ from it; "unknown" outside a git checkout."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+    here = Path(__file__).parent
+    try:
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def tensorboard_writer(folder: str | None, step: int):
+    """A writer of TensorBoard's event files after `step`, None for no folder. Raises ValueError without the package."""
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("--log-dir needs TensorBoard: pip install tensorboard") from error
+    return SummaryWriter(folder, purge_step=step + 1 if step else None)
+
+
+def say(text: str) -> None:
+    """Print a last message, once."""
+    if distributed.rank() == 0:
+        print(text, file=sys.stderr)
+
+
+def describe(row: dict) -> str:
+    """The figures of a validation, for the terminal."""
+    text = (
+        f"triplet {row['triplet_accuracy']:.1f} %, pairs {row['pair_accuracy']:.1f} %, AUC {row['auc']:.1f} %, "
+        f"threshold {row['threshold']:.3f}"
+    )
+    if "new_one_shot" in row:
+        new = [row[name] for name in ("new_triplet_accuracy", "new_pair_accuracy", "new_one_shot")]
+        text += "; new classes: triplet {:.1f} %, pairs {:.1f} %, one-shot {:.1f} %".format(*new)
+    return text
