@@ -1,4 +1,7 @@
-"""The scripts' command line: options in groups, errors in one line, tables, the device, files written atomically."""
+"""The scripts' command line: the options of both trainings, errors in one line, tables, files written atomically.
+
+Nothing here needs PyTorch: scripts read their options before they import it, so that --help takes no seconds.
+"""
 
 import contextlib
 import dataclasses
@@ -6,13 +9,73 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
-import torch
 import tyro
 
 T = TypeVar("T")
+
+
+# ------------------------------------------------------------------------------------------- options of both trainings
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    data: str = "cifar100"  # cifar100 (downloaded), glyphs (drawn here), an .npz file, or a folder of class folders
+    data_root: str = "data"  # folder for downloads and caches
+    image_size: int = 32  # side in pixels to which the pictures of a folder are scaled
+    split: str = "90-10"  # seen and unseen shares of the classes, or cifar-fs, cifar-fs+val, fc100, fc100+val
+    split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
+    withhold: float = 0.0  # fraction of the seen classes (the last ones) kept for validation, to compare recipes
+    cutout: float = 0.375  # side of the square blanked in each training image, as a fraction of the image's side
+    rotate: float = 0.25  # probability that a class is shown rotated by 90, 180 or 270 degrees, as a class of its own
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    backbone: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet18"] = "resnet20"  # which network to train
+    width: int = 32  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
+    weights: str | None = None  # start from the weights in this file: a state dict, or a checkpoint of a run
+    pretrained: bool = False  # start resnet18 from torchvision's ImageNet weights (downloaded)
+    freeze: int = 0  # leave the first stages as given: 1 is the first convolution, each further one a layer
+    pixel_mean: tuple[float, float, float] | None = None  # channel means (0..1) that a state dict was trained with
+    pixel_std: tuple[float, float, float] | None = None  # its standard deviations; default: those of the training data
+    stem: Literal["auto", "small", "full"] = "auto"  # first layer of resnet18: small is 3x3, full is 7x7 and pooling
+    enlarge: int = 0  # enlarge images for resnet18 by this factor; 0: to about 128 pixels for the full stem
+    mirror: bool = True  # outside training, average the embeddings of an image and its mirror image: twice the time
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    distance: Literal["cosine", "euclidean", "sqeuclidean"] = "cosine"  # distance between embeddings
+    mining: Literal["hard", "semihard", "all"] = "all"  # which triplets of a batch are used
+    soft_margin: bool = True  # softplus((d_ap - d_an) / temperature) instead of max(0, d_ap - d_an + margin)
+    margin: float = 0.3  # margin with --no-soft-margin, in units of the distance
+    temperature: float = 0.1  # temperature of the soft margin
+
+    @property
+    def triplet(self) -> dict:
+        """The keyword arguments of `triplet.triplet_loss`."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(LossOptions)}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    out: str = "runs/run"  # folder of the run
+    resume: bool = False  # continue the run in --out, bit for bit as if it had not stopped
+    overwrite: bool = False  # replace the run in --out
+    minutes: float | None = None  # train for this many minutes instead of a fixed number of steps
+    seed: int = 0  # random seed for weights, batches and augmentation
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic of the network; auto: bfloat16 where fast
+    compile: bool = False  # compile the network: steps are faster, the first one waits for the compiler
+    deterministic: bool = False  # use only operations that give the same bits again, on a GPU too
+    log_dir: str | None = None  # also log for TensorBoard into this folder
+
+
+# --------------------------------------------------------------------------------------------------- reading and checks
 
 
 def parse(options: type[T], description: str, args: Sequence[str] | None = None) -> T:
@@ -103,35 +166,6 @@ def text_table(header: list[str], rows: list[list], decimals: int = 1) -> str:
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def pick_device(name: str) -> torch.device:
-    """The named device; "auto" is the GPU if there is one. Raises ValueError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The type the network computes in; "auto": bfloat16 where the processor multiplies it natively."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_bfloat16_products()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def has_bfloat16_products() -> bool:
-    """Does this CPU multiply bfloat16 itself (AVX512-BF16 or AMX)? If not, bfloat16 is slower than float32."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import distributed
+from cli import DataOptions
 from sources import Data, Images, load  # noqa: F401 (data.load is how the scripts read a data set)
 
 HELD_BACK = 25  # images of each seen class, its last training images, for the threshold and the best checkpoint
@@ -32,18 +33,6 @@ STANDARD_SPLITS = {
         "baby boy girl man woman",
     ),
 }
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    data: str = "cifar100"  # cifar100 (downloaded), glyphs (drawn here), an .npz file, or a folder of class folders
-    data_root: str = "data"  # folder for downloads and caches
-    image_size: int = 32  # side in pixels to which the pictures of a folder are scaled
-    split: str = "90-10"  # seen and unseen shares of the classes, or cifar-fs, cifar-fs+val, fc100, fc100+val
-    split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
-    withhold: float = 0.0  # fraction of the seen classes (the last ones) kept for validation, to compare recipes
-    cutout: float = 0.375  # side of the square blanked in each training image, as a fraction of the image's side
-    rotate: float = 0.25  # probability that a class is shown rotated by 90, 180 or 270 degrees, as a class of its own
 
 
 # --------------------------------------------------------------------------------------------------------------- splits

@@ -9,28 +9,12 @@ the figures. To choose among recipes, `--on validation` measures held-back image
 place of the unseen ones.
 """
 
-import functools
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
-from torch import Tensor
-from torch.nn.functional import normalize
 
-import adapt
 import cli
-import data
-import metrics
-import model
-import report
-import training
-from metrics import SHARES, Side
-
-PUBLISHED_THRESHOLDS = {"classic": 0.2, "Reptile": 0.7}  # fixed by hand
 
 
 @dataclass(frozen=True)
@@ -77,6 +61,28 @@ class OutputOptions:
 @dataclass(frozen=True)
 class Options(NetworkOptions, DataOptions, ThresholdOptions, AdaptationOptions, OutputOptions):
     pass
+
+
+if __name__ == "__main__":
+    cli.parse(Options, __doc__)  # before PyTorch is imported, so that --help takes no seconds
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import adapt
+import data
+import metrics
+import model
+import report
+from metrics import SHARES, Side
+
+PUBLISHED_THRESHOLDS = {"classic": 0.2, "Reptile": 0.7}  # fixed by hand
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         commit=saved.get("commit") if ours else None,
         training=training_facts(saved) if ours else None,
         calibration=saved["threshold"] if same_names and seen == facts["seen"] and as_trained else None,
-        triplet={name: trained.get(name, default) for name, default in training.LossOptions().triplet.items()},
+        triplet={name: trained.get(name, default) for name, default in cli.LossOptions().triplet.items()},
     )
 
 
@@ -383,7 +389,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = cli.parse(Options, __doc__, args)
     with cli.user_errors():
         check(options)
-        device = cli.pick_device(options.device)
+        device = model.pick_device(options.device)
         loaded = [load(path, options, device) for path in options.checkpoints]
         if options.adapt_steps is not None:
             for each in loaded:

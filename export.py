@@ -8,26 +8,12 @@ PyTorch does. Threshold, criterion, classes and commit are stored in it as metad
 the dot product of their embeddings is above the threshold.
 """
 
-import io
-import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import torch
 import tyro
-from torch import Tensor
 
 import cli
-import model
-import sources
-from model import Recogniser
-
-BOUND = 1e-5  # largest difference of a number in an embedding, whose length is 1
-BATCHES = (1, 7, 64)  # images; the sizes the check tries
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
-Embed = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,6 +24,27 @@ class Options:
     pixels: Literal["uint8", "float32"] = "uint8"  # input type of the exported model; 0..255 either way
     data: str | None = None  # data set whose test images check the export; by default random images do
     data_root: str = "data"  # folder for downloads and caches
+
+
+if __name__ == "__main__":
+    cli.parse(Options, __doc__)  # before PyTorch is imported, so that --help takes no seconds
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import model
+import sources
+from model import Recogniser
+
+BOUND = 1e-5  # largest difference of a number in an embedding, whose length is 1
+BATCHES = (1, 7, 64)  # images; the sizes the check tries
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+Embed = Callable[[Tensor], Tensor]
 
 
 def trace(net: Recogniser, pixels: str) -> torch.export.ExportedProgram:

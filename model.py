@@ -307,6 +307,18 @@ def load(path: str | os.PathLike) -> tuple[Embedder, dict]:
 # ----------------------------------------------------------------------------------------------------------- embeddings
 
 
+def pick_device(name: str) -> torch.device:
+    """The named device; "auto" is the GPU if there is one. Raises ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
 class Recogniser(nn.Module):
     """(B, 3, size, size) pixels, uint8 or float32 in 0..255 -> (B, D) float32 embeddings of length 1."""
 

@@ -7,22 +7,11 @@ A class is a folder with one picture of it, or a few. Each query goes to the cla
 "unknown" if that similarity is not above the checkpoint's threshold. The network need not be trained on these classes.
 """
 
-import csv
-import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 import tyro
-from torch import Tensor
 
 import cli
-import metrics
-import model
-from sources import list_pictures, read_picture
 
 
 @dataclass(frozen=True)
@@ -35,6 +24,24 @@ class Options:
     csv: str | None = None  # write the answers to this file
     json: str | None = None  # write the answers to this file
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+
+
+if __name__ == "__main__":
+    cli.parse(Options, __doc__)  # before PyTorch is imported, so that --help takes no seconds
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import metrics
+import model
+from sources import list_pictures, read_picture
 
 
 def check(options: Options) -> None:
@@ -152,7 +159,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with cli.user_errors():
         check(options)
         net, saved = model.load(options.checkpoint)
-        net = net.to(cli.pick_device(options.device))
+        net = net.to(model.pick_device(options.device))
         stored, errors = saved["threshold"], []
         threshold = stored["value"] if options.threshold == "auto" else cli.check_threshold(options.threshold)
         if options.compare:

@@ -7,22 +7,10 @@ Writes best.pt, last.pt and log.csv into --out; `python evaluate.py runs/classic
 it. Ctrl-C saves; --resume continues.
 """
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 import cli
-import data
-import distributed
-import model
-import training
-from muon import Muon, split_for_muon
-from triplet import triplet_loss
 
 
 @dataclass(frozen=True)
@@ -45,10 +33,26 @@ class OptimisationOptions:
 
 
 @dataclass(frozen=True)
-class Options(
-    data.DataOptions, training.NetworkOptions, training.LossOptions, OptimisationOptions, training.RunOptions
-):
+class Options(cli.DataOptions, cli.NetworkOptions, cli.LossOptions, OptimisationOptions, cli.RunOptions):
     out: str = "runs/classic"
+
+
+if __name__ == "__main__":
+    cli.parse(Options, __doc__)  # before PyTorch is imported, so that --help takes no seconds
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import distributed
+import model
+import training
+from muon import Muon, split_for_muon
+from triplet import triplet_loss
 
 
 class NormalisedSoftmax(nn.Module):

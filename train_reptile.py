@@ -13,19 +13,10 @@ Writes best.pt, last.pt and log.csv into --out; `python evaluate.py runs/reptile
 it. Ctrl-C saves; --resume continues.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
-
 import cli
-import data
-import distributed
-import training
-from muon import Muon, split_for_muon
-from triplet import triplet_loss
 
 
 @dataclass(frozen=True)
@@ -46,10 +37,23 @@ class OptimisationOptions:
 
 
 @dataclass(frozen=True)
-class Options(
-    data.DataOptions, training.NetworkOptions, training.LossOptions, OptimisationOptions, training.RunOptions
-):
+class Options(cli.DataOptions, cli.NetworkOptions, cli.LossOptions, OptimisationOptions, cli.RunOptions):
     out: str = "runs/reptile"
+
+
+if __name__ == "__main__":
+    cli.parse(Options, __doc__)  # before PyTorch is imported, so that --help takes no seconds
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import data
+import distributed
+import training
+from muon import Muon, split_for_muon
+from triplet import triplet_loss
 
 
 def make_optimizers(options: Options, net: nn.Module) -> list[torch.optim.Optimizer]:

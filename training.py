@@ -1,4 +1,4 @@
-"""What both trainings share: options, data, the network to be trained, and the run with its log and checkpoints."""
+"""What both trainings share: checks, the process, the network to be trained, the run with its log and checkpoints."""
 
 import contextlib
 import csv
@@ -11,9 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,57 +26,8 @@ import model
 FIELDS = ("step", "images", "seconds", "loss", "rate", "triplet_accuracy", "pair_accuracy", "auc", "threshold")
 FIELDS += ("new_triplet_accuracy", "new_pair_accuracy", "new_one_shot")  # on validation classes, where there are any
 
-# -------------------------------------------------------------------------------------------------------------- options
 
-
-@dataclass(frozen=True)
-class NetworkOptions:
-    backbone: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet18"] = "resnet20"  # which network to train
-    width: int = 32  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
-    weights: str | None = None  # start from the weights in this file: a state dict, or a checkpoint of a run
-    pretrained: bool = False  # start resnet18 from torchvision's ImageNet weights (downloaded)
-    freeze: int = 0  # leave the first stages as given: 1 is the first convolution, each further one a layer
-    pixel_mean: tuple[float, float, float] | None = None  # channel means (0..1) that a state dict was trained with
-    pixel_std: tuple[float, float, float] | None = None  # its standard deviations; default: those of the training data
-    stem: Literal["auto", "small", "full"] = "auto"  # first layer of resnet18: small is 3x3, full is 7x7 and pooling
-    enlarge: int = 0  # enlarge images for resnet18 by this factor; 0: to about 128 pixels for the full stem
-    mirror: bool = True  # outside training, average the embeddings of an image and its mirror image: twice the time
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    distance: Literal["cosine", "euclidean", "sqeuclidean"] = "cosine"  # distance between embeddings
-    mining: Literal["hard", "semihard", "all"] = "all"  # which triplets of a batch are used
-    soft_margin: bool = True  # softplus((d_ap - d_an) / temperature) instead of max(0, d_ap - d_an + margin)
-    margin: float = 0.3  # margin with --no-soft-margin, in units of the distance
-    temperature: float = 0.1  # temperature of the soft margin
-
-    @property
-    def triplet(self) -> dict:
-        """The keyword arguments of `triplet.triplet_loss`."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(LossOptions)}
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    out: str = "runs/run"  # folder of the run
-    resume: bool = False  # continue the run in --out, bit for bit as if it had not stopped
-    overwrite: bool = False  # replace the run in --out
-    minutes: float | None = None  # train for this many minutes instead of a fixed number of steps
-    seed: int = 0  # random seed for weights, batches and augmentation
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic of the network; auto: bfloat16 where fast
-    compile: bool = False  # compile the network: steps are faster, the first one waits for the compiler
-    deterministic: bool = False  # use only operations that give the same bits again, on a GPU too
-    log_dir: str | None = None  # also log for TensorBoard into this folder
-
-
-@dataclass(frozen=True)
-class Options(data.DataOptions, NetworkOptions, LossOptions, RunOptions):
-    """The options that both trainings have."""
-
-
-def check(options: Options) -> None:
+def check(options: cli.RunOptions) -> None:
     """Raise ValueError unless the options both trainings have make sense."""
     cli.require(options, "temperature", *(["minutes"] if options.minutes is not None else []))
     cli.require(options, "margin", "seed", "enlarge", "withhold", "cutout", "rotate", least=0)
@@ -98,7 +47,7 @@ def check(options: Options) -> None:
         raise ValueError("--freeze keeps given weights; give --pretrained or --weights FILE with it")
 
 
-def prepare_process(options: RunOptions) -> torch.device:
+def prepare_process(options: cli.RunOptions) -> torch.device:
     """Seed PyTorch, set its modes, join the process group, and pick the device. Raises ValueError.
 
     Freed memory stays with the process: each step frees and allocates the same activations, and glibc hands such large
@@ -114,13 +63,30 @@ def prepare_process(options: RunOptions) -> torch.device:
             mallopt = ctypes.CDLL("libc.so.6").mallopt
             mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to this size come from the heap
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at its end stays there
-    return cli.pick_device(distributed.join(options.device))
+    return model.pick_device(distributed.join(options.device))
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The type the network computes in; "auto": bfloat16 where the processor multiplies it natively."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_bfloat16_products()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def has_bfloat16_products() -> bool:
+    """Does this CPU multiply bfloat16 itself (AVX512-BF16 or AMX)? If not, bfloat16 is slower than float32."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 # ---------------------------------------------------------------------------------------------------------- the network
 
 
-def make_network(options: NetworkOptions, train: data.TrainingData) -> model.Embedder:
+def make_network(options: cli.NetworkOptions, train: data.TrainingData) -> model.Embedder:
     """The network to be trained, on the data's device, with given weights and frozen stages. Raises ValueError or
     OSError."""
     state, (mean, std) = given_weights(options, train)
@@ -140,7 +106,7 @@ def make_network(options: NetworkOptions, train: data.TrainingData) -> model.Emb
     return net
 
 
-def given_weights(options: NetworkOptions, train: data.TrainingData) -> tuple[dict | None, tuple]:
+def given_weights(options: cli.NetworkOptions, train: data.TrainingData) -> tuple[dict | None, tuple]:
     """A state dict to start from, if one is given, and the mean and standard deviation of the network's pixels."""
     if options.pretrained:
         return model.pretrained_resnet18(), model.IMAGENET
@@ -182,7 +148,7 @@ class Run:
 
     def __init__(
         self,
-        options: RunOptions,
+        options: cli.RunOptions,
         train: data.TrainingData,
         net: model.Embedder,
         total: int,
@@ -206,7 +172,7 @@ class Run:
         self.losses: list[Tensor] = []
         self.embeddings = self.generators = torch.empty(0)
         self.device = next(net.parameters()).device
-        self.dtype = cli.pick_precision(options.precision, self.device)
+        self.dtype = pick_precision(options.precision, self.device)
         self.embed_batch: Callable[[Tensor], Tensor] = net
         if options.compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # CUDA graphs: many small kernels

@@ -115,8 +115,8 @@ def reptile_step(train: data.TrainingData, device: torch.device) -> tuple[Callab
 
 def main() -> None:
     options = cli.parse(Options, __doc__)
-    device = training.prepare_process(training.RunOptions(device=options.device))
-    train = data.load_for_training(data.DataOptions(data=options.data, data_root=options.data_root), 0, device)
+    device = training.prepare_process(cli.RunOptions(device=options.device))
+    train = data.load_for_training(cli.DataOptions(data=options.data, data_root=options.data_root), 0, device)
     pairs = {"classic": classic_step(train, device), "reptile": reptile_step(train, device)}
     times: dict[str, list[list[float]]] = {name: [[], []] for name in pairs}
     for pair in pairs.values():

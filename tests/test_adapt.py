@@ -8,12 +8,12 @@ import torch
 from torch.nn.functional import normalize
 
 import adapt
+import cli
 import data
 import evaluate
 import metrics
 import model
 import tiny
-import training
 
 PIXELS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
 
@@ -43,7 +43,7 @@ def test_adapting_takes_steps_of_adam_on_a_copy():
 
 
 def support_adaptation(net, **changes):
-    settings = {"loss": training.LossOptions().triplet, "steps": 3, "lr": 3e-3}
+    settings = {"loss": cli.LossOptions().triplet, "steps": 3, "lr": 3e-3}
     return adapt.SupportAdaptation(net, **settings | changes)
 
 

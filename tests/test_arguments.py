@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_triplet import IMPLS, batch
 
 import triplet
+from test_triplet import IMPLS, batch
 from triplet import mine, triplet_loss
 
 

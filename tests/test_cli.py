@@ -2,6 +2,9 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import tiny
 import train_classic
 import train_reptile
 
+ROOT = Path(__file__).parent.parent
 TRAININGS = [train_classic, train_reptile]
 
 
@@ -41,6 +45,21 @@ def test_help_explains_every_option_and_shows_two_examples(monkeypatch, capsys, 
         (entry,) = [entry for entry in entries if entry.startswith(f"{flag} ")]
         explained = re.sub(r"^(\{.*?\}|[A-Z]+) ", "", entry.removeprefix(f"{flag} "))  # the type
         assert len(re.findall("[a-z]{2,}", explained.split("(default")[0])) >= 2, entry
+
+
+@pytest.mark.parametrize("script", [*TRAININGS, evaluate, predict, export])
+def test_help_needs_no_pytorch(script):
+    """It takes seconds to load."""
+    code = f"""
+import runpy, sys
+class Halt:
+    def find_spec(self, name, *more):
+        assert name != "torch", "imports PyTorch"
+sys.meta_path.insert(0, Halt())
+runpy.run_path({script.__file__!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "show this help message" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("script", TRAININGS)

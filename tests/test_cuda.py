@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_triplet import batch
 
 import triplet
+from test_triplet import batch
 from triplet import DISTANCES, MININGS, mine, triplet_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

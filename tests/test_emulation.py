@@ -12,12 +12,12 @@ import numpy as np
 import pybind11
 import pytest
 import torch
-from test_triplet import MININGS, RESOLUTION, TYPES, batch, check_mined
 
 import oracle
 import setup as build
 import triplet
 import triplet_torch
+from test_triplet import MININGS, RESOLUTION, TYPES, batch, check_mined
 from triplet import DISTANCES, Settings
 
 ROOT = Path(__file__).parent.parent

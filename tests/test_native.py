@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_triplet import MININGS, NATIVE, batch
 
 import triplet
+from test_triplet import MININGS, NATIVE, batch
 from triplet import DISTANCES, triplet_loss
 
 pytestmark = pytest.mark.skipif(not NATIVE and os.environ.get("ONESHOT_NATIVE") != "1", reason="pure Python install")

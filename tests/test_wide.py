@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from test_emulation import ROOT, Case, compiled, hold_against_the_oracle, hold_against_torch, run
 from test_triplet import MININGS, TYPES, batch
-
 from triplet import DISTANCES
 
 SOURCES = [*(ROOT / "csrc").glob("*.inc"), *(ROOT / "csrc").glob("*.h"), ROOT / "tests" / "wide.cpp"]
