@@ -1,5 +1,7 @@
 .PHONY: build test lint format bench docs sanitize
 
+CPP = $(shell git ls-files 'csrc/*.*' 'tests/native/*.*')
+
 build:  ## the native op, in place
 	ONESHOT_NATIVE=1 python setup.py -q build_ext --inplace
 
@@ -9,22 +11,22 @@ test: build
 lint:
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run --Werror csrc/*
+	clang-format --dry-run --Werror $(CPP)
 
 format:
 	ruff check --fix .
 	ruff format .
-	clang-format -i csrc/*
+	clang-format -i $(CPP)
 
 bench: build
 	python benchmarks/bench_triplet.py
 
-docs:  ## the README's pictures, from a trained network: make docs CKPT=runs/classic/best.pt
+docs:  ## the pictures of README and docs/results.md, from a trained network: make docs CKPT=runs/classic/best.pt
 	python evaluate.py $(or $(CKPT),runs/classic/best.pt) $(if $(DATA),--data $(DATA)) --report build/report
 	for name in episodes classes similarity map; do for theme in "" -dark; do \
 	cp build/report/$$name$$theme.png docs/report-$$name$$theme.png; done; done
 
-sanitize:  ## the native op's tests under AddressSanitizer and UndefinedBehaviorSanitizer; the usual build is put back
+sanitize:  ## the native op's tests under AddressSanitizer and UndefinedBehaviorSanitizer; the usual build is restored
 	ONESHOT_NATIVE=1 ONESHOT_SANITIZE=1 ONESHOT_CUDA=0 python setup.py -q build_ext --inplace --build-temp build/sanitize
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 ONESHOT_NATIVE=1 \

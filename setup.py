@@ -2,8 +2,8 @@
 
 Two shared libraries are made, both on PyTorch's stable ABI, so that one build serves every later PyTorch:
 
-    oneshot_C        csrc/*.cpp, links libtorch_cpu only, and so loads under CPU-only PyTorch too
-    oneshot_C_cuda   csrc/*.cu, where a CUDA toolkit of PyTorch's major version is found
+    oneshot_C        csrc/ops.cpp and csrc/cpu, links libtorch_cpu only, and so loads under CPU-only PyTorch too
+    oneshot_C_cuda   csrc/cuda, where a CUDA toolkit of PyTorch's major version is found
 
 `triplet.py` finds them by module name (importlib.util.find_spec, the same for editable and regular installs) and loads
 them with torch.ops.load_library; they are never imported. To rebuild in place: `python setup.py build_ext --inplace`.
@@ -125,9 +125,10 @@ def architectures(toolkit: int, gpu: bool) -> str | None:
     return "7.5;8.0;9.0;10.0;12.0+PTX" if toolkit >= 13 else "7.0;7.5;8.0;9.0+PTX"
 
 
-def sources_of(pattern: str) -> list[str]:
-    """Files of csrc, relative to this one."""
-    return [f"csrc/{path.name}" for path in sorted((ROOT / "csrc").glob(pattern))]
+def sources_of(*suffixes: str) -> list[str]:
+    """Files in csrc and its folders, relative to this one."""
+    files = (path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes)
+    return sorted(str(path.relative_to(ROOT)) for path in files)
 
 
 def native_extension() -> Extension:
@@ -137,9 +138,9 @@ def native_extension() -> Extension:
     sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"] if switch("ONESHOT_SANITIZE") else []
     extension = CppExtension(
         "oneshot_C",
-        sources_of("*.cpp"),
-        depends=sources_of("*.h") + sources_of("*.inc"),
-        include_dirs=["csrc"],
+        sources_of(".cpp"),
+        depends=sources_of(".h", ".inc"),
+        include_dirs=[str(ROOT / "csrc")],
         extra_compile_args={"cxx": ["-O3", "-fno-math-errno", "-fvisibility=hidden", *WARNINGS, TARGET, *sanitize]},
         extra_link_args=sanitize,
         py_limited_api=True,
@@ -154,9 +155,9 @@ def cuda_extension(home: Path) -> Extension:
 
     extension = CUDAExtension(
         "oneshot_C_cuda",
-        sources_of("*.cu"),
-        depends=sources_of("*.h") + sources_of("*.cuh"),
-        include_dirs=["csrc"],
+        sources_of(".cu"),
+        depends=sources_of(".h", ".cuh"),
+        include_dirs=[str(ROOT / "csrc")],
         library_dirs=[str(runtimes(home)[0].parent)],
         extra_compile_args={"cxx": ["-O3", TARGET], "nvcc": ["-O3", TARGET, "-DUSE_CUDA"]},
         py_limited_api=True,
@@ -179,7 +180,7 @@ def extensions() -> list[Extension]:
     os.environ["CXX"] = command  # for PyTorch and setuptools alike, whose own defaults differ
     import torch
 
-    home = toolkit_to_use(sources_of("*.cu"), torch.version.cuda)
+    home = toolkit_to_use(sources_of(".cu"), torch.version.cuda)
     if home is None:
         return [native_extension()]
     os.environ["CUDA_HOME"] = str(home)  # before cpp_extension is imported: its own guess trusts nvcc's folder

@@ -1,8 +1,8 @@
 """The triplet loss with mining in the batch: `triplet_loss` and `mine`.
 
 Two implementations keep one contract, written down in `triplet_loss`: the native op (csrc/), which fuses distances,
-mining and loss and holds no (B, B) matrix, and plain PyTorch (triplet_torch.py), which is the easier one to read and
-runs everywhere. This module checks the arguments and calls one of them.
+mining and loss and holds no (B, B) matrix, and plain PyTorch, which is the easier one to read, runs everywhere, and is
+what the native op is tested against. Candidates are the batch's rows and, behind them, the others.
 """
 
 import functools
@@ -11,10 +11,9 @@ import logging
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-import triplet_torch
-from triplet_torch import Settings
+from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger("triplet")
 
@@ -35,7 +34,19 @@ class Mined(NamedTuple):
     negative: Tensor
 
 
+class Settings(NamedTuple):
+    """How a loss is computed; `triplet_loss` explains each."""
+
+    distance: str
+    mining: str
+    soft_margin: bool
+    margin: float
+    temperature: float
+    reduction: str
+
+
 Codes = tuple[int, int, bool, float, float, int]  # `Settings` for the native op
+Others = tuple[Tensor, Tensor] | None
 
 
 def triplet_loss(
@@ -91,7 +102,10 @@ def triplet_loss(
     settings, codes = find(distance, mining, bool(soft_margin), float(margin), float(temperature), reduction, impl)
     if check(embeddings, labels, others, impl):
         return native_loss(embeddings, labels, others, codes)
-    return triplet_torch.loss(embeddings, labels, others, settings)
+    losses, count = losses_and_counts(embeddings, labels, others, settings)
+    if reduction == "mean":
+        return losses.sum() / count.sum().clamp(min=1)
+    return losses.sum() if reduction == "sum" else losses
 
 
 def mine(
@@ -111,8 +125,10 @@ def mine(
     native = check(embeddings, labels, others, impl)
     with torch.no_grad():
         if native:
-            return Mined(*torch.ops.oneshot.triplet_forward(*tensors(embeddings, labels, others), *codes)[2:])
-        return Mined(*triplet_torch.mine(embeddings, labels, others, settings))
+            candidates, labels = candidates_of(embeddings, labels, others)
+            arguments = candidates.contiguous(), labels.contiguous(), len(embeddings), len(embeddings), *codes
+            return Mined(*torch.ops.oneshot.triplet_forward(*arguments)[2:])
+        return Mined(*mined_rows(*prepare(embeddings, labels, others, settings), settings))
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -146,7 +162,7 @@ def codes_of(settings: Settings) -> Codes:
 resolve_once = functools.lru_cache(maxsize=256)(resolve)  # torch.compile warns of it
 
 
-def check(embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, impl: str) -> bool:
+def check(embeddings: Tensor, labels: Tensor, others: Others, impl: str) -> bool:
     """Raise for wrong tensors; return whether the native op is to be used."""
     check_rows("embeddings", embeddings, "labels", labels)
     if others is not None:
@@ -180,12 +196,130 @@ def check_rows(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -
         raise ValueError(f"{label_name} are on {labels.device}, {name} on {embeddings.device}")
 
 
-def tensors(embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, ...]:
-    """The native op's tensor arguments: labels as int64, everything contiguous."""
+def candidates_of(embeddings: Tensor, labels: Tensor, others: Others) -> tuple[Tensor, Tensor]:
+    """All candidates (B + M, D) and their labels (B + M,) int64."""
+    labels = labels if labels.dtype == torch.int64 else labels.long()
     if others is None:
-        labels = labels if labels.dtype == torch.int64 else labels.long()
-        return embeddings.contiguous(), labels.contiguous(), None, None
-    return (*tensors(embeddings, labels, None)[:2], *tensors(*others, None)[:2])
+        return embeddings, labels
+    return torch.cat((embeddings, others[0])), torch.cat((labels, others[1].long()))
+
+
+# -------------------------------------------------------------------------------------------------------- plain PyTorch
+
+
+def prepare(embeddings: Tensor, labels: Tensor, others: Others, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates (B + M, D) in the type of the arithmetic, normalised for cosine, and two masks (B, B + M): who is
+    whose positive, who is whose negative. A non-finite value anywhere makes all candidates NaN."""
+    rows = len(embeddings)
+    x, labels = candidates_of(embeddings, labels, others)
+    x = x if x.dtype == torch.float64 else x.float()
+    finite = x.detach().isfinite().all()
+    x = x * torch.where(finite, 1.0, torch.nan).to(x.dtype)
+    if settings.distance == "cosine":
+        least = 1e-12
+        if x.dtype == torch.float64:  # squares overflow from 1e154
+            largest = x.detach().abs().amax(1, keepdim=True).clamp(min=least)
+            x, least = x / largest, least / largest
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)  # float32 would overflow from 1e18
+        x = torch.where(norm == 0, 0, x / norm.clamp(min=least)).to(x.dtype)
+    same = labels[:rows, None] == labels
+    itself = torch.arange(len(x), device=x.device) == torch.arange(rows, device=x.device)[:, None]
+    return x, same & ~itself, ~same
+
+
+def losses_and_counts(embeddings: Tensor, labels: Tensor, others: Others, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The loss of each anchor (B,) and how many anchors or triplets it stands for in the mean (B,)."""
+    with torch.autocast(embeddings.device.type, enabled=False):
+        x, positives, negatives = prepare(embeddings, labels, others, settings)
+        if settings.mining == "all":
+            losses, count = losses_of_all(x, positives, negatives, settings)
+        else:
+            positive, negative = mined_rows(x, positives, negatives, settings)
+            takes_part, anchor = positive >= 0, x[: len(positives)]
+            gap = separation(anchor, x[positive.clamp(min=0)], settings.distance) - separation(
+                anchor, x[negative.clamp(min=0)], settings.distance
+            )
+            losses, count = torch.where(takes_part, cost(gap, settings), 0), takes_part.long()
+        return losses + 0 * x.detach().sum(), count  # NaN also where no anchor takes part
+
+
+def separation(a: Tensor, b: Tensor, distance: str) -> Tensor:
+    """Distances (B,) of paired rows (B, D), by differences where there are any."""
+    if distance == "cosine":
+        return 1 - (a * b).sum(1)
+    squared = (a - b).square().sum(1)
+    if distance == "sqeuclidean":
+        return squared
+    apart = squared > 0
+    return torch.where(apart, torch.where(apart, squared, 1).sqrt(), 0)
+
+
+def cost(gap: Tensor, settings: Settings) -> Tensor:
+    """The loss of triplets with these d_ap - d_an."""
+    if settings.soft_margin:
+        return F.softplus(gap / settings.temperature, threshold=40)
+    return F.relu(gap + settings.margin)
+
+
+@torch.no_grad()
+def mined_rows(x: Tensor, positives: Tensor, negatives: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Rows (B,) of the mined positives and negatives, -1 in both where an anchor takes no part.
+
+    From what `prepare` made; needs the order of the distances only.
+    """
+    rows = len(positives)
+    if settings.distance == "cosine":
+        order = -(x[:rows] @ x.T)
+    else:  # |a|^2 + |b|^2 - 2ab cancels unless the rows are centred; scaled, it cannot overflow
+        x = x - x.mean(0)
+        x = x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+        squares = x.square().sum(1)
+        order = squares[:rows, None] + squares - 2 * (x[:rows] @ x.T)
+    hardest, positive = torch.where(positives, order, -torch.inf).max(1, keepdim=True)
+    nearest = torch.where(negatives, order, torch.inf)
+    if settings.mining == "semihard":
+        farther = negatives & (order > hardest)
+        beyond = torch.where(farther, order, torch.inf)
+        farthest = torch.where(negatives, order, -torch.inf).argmax(1)
+        negative = torch.where(farther.any(1), beyond.argmin(1), farthest)
+    else:
+        negative = nearest.argmin(1)
+    takes_part = positives.any(1) & negatives.any(1)
+    return torch.where(takes_part, positive[:, 0], -1), torch.where(takes_part, negative, -1)
+
+
+def losses_of_all(x: Tensor, positives: Tensor, negatives: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Summed loss (B,) of all triplets of each anchor, and how many of them count in the mean (B,)."""
+    rows = len(positives)
+    if settings.distance == "cosine":
+        distances = 1 - x[:rows] @ x.T
+    else:
+        distances = torch.cdist(x[:rows], x, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = distances.square() if settings.distance == "sqeuclidean" else distances
+
+    def of_pairs(distances: Tensor, anchor: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and count of the triplets of each pair (anchor, positive): (pairs,) each."""
+        gap = distances[anchor, positive][:, None] - distances[anchor]
+        losses = torch.where(negatives[anchor], cost(gap, settings), 0)
+        return losses.sum(1), (losses > 0).sum(1)
+
+    if torch.compiler.is_compiling():  # no shapes that depend on data
+        gap = distances[:, :, None] - distances[:, None, :]
+        losses = torch.where(positives[:, :, None] & negatives[:, None, :], cost(gap, settings), 0)
+        summed, count = losses.sum((1, 2)), (losses > 0).sum((1, 2))
+    else:
+        summed, count = distances.new_zeros(rows), torch.zeros(rows, dtype=torch.int64, device=x.device)
+        anchors, partners = positives.nonzero(as_tuple=True)
+        at_once = max(1, 2**24 // max(1, x.shape[0]))  # pairs whose triplets are held at a time
+        for anchor, positive in zip(anchors.split(at_once), partners.split(at_once), strict=True):
+            if len(anchors) > at_once:  # recompute in the backward pass, to hold one part only
+                losses, counts = checkpoint(of_pairs, distances, anchor, positive, use_reentrant=False)
+            else:
+                losses, counts = of_pairs(distances, anchor, positive)
+            summed, count = summed.index_add(0, anchor, losses), count.index_add(0, anchor, counts)
+    if settings.soft_margin:
+        count = positives.sum(1) * negatives.sum(1)
+    return summed, count
 
 
 # --------------------------------------------------------------------------------------------------------------- native
@@ -225,15 +359,17 @@ def cuda_library() -> str:
     return why
 
 
-@torch.compiler.assume_constant_result
 def use_native(device: str, impl: str) -> bool:
     """Does the native op run on this device? A constant to torch.compile, which traces neither loading nor logging."""
     return decide_native(device, impl)
 
 
+use_native._dynamo_marked_constant = True  # torch.compiler.assume_constant_result would import the compiler: 2 seconds
+
+
 @functools.cache
 def decide_native(device: str, impl: str) -> bool:
-    """The same, found out and logged once for each device and `impl`."""
+    """The same, decided and logged once for each device and `impl`."""
     libraries = {"cpu": native_library, "cuda": cuda_library}
     why = libraries[device]() if device in libraries else f"there is no native op for {device} tensors"
     if not why:
@@ -245,89 +381,99 @@ def decide_native(device: str, impl: str) -> bool:
     return not why
 
 
-def native_loss(embeddings: Tensor, labels: Tensor, others: tuple[Tensor, Tensor] | None, codes: Codes) -> Tensor:
+def native_loss(embeddings: Tensor, labels: Tensor, others: Others, codes: Codes) -> Tensor:
     """The loss by the native op. Eager mode takes the shorter way round PyTorch's registered autograd."""
-    arguments = tensors(embeddings, labels, others)
-    if torch.compiler.is_compiling():
-        return torch.ops.oneshot.triplet_forward(*arguments, *codes)[0]
-    wants_gradient = embeddings.requires_grad or (others is not None and others[0].requires_grad)
-    if not (wants_gradient and torch.is_grad_enabled()):
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.oneshot.triplet_forward.default(*arguments, *codes)[0]
-    # computed with the loss, gradients cost less, but they wait for the backward pass in memory of the batch's size
-    _, mining, *_, reduction = codes
-    at_once = embeddings.is_cpu and REDUCTIONS[reduction] != "none"
-    if at_once and (MININGS[mining] == "all" or embeddings.numel() <= 2**20):
-        return NativeAtOnce.apply(*arguments, codes)
-    return Native.apply(*arguments, codes)
+    anchors = embeddings.shape[0]
+    wants_others = others is not None and others[0].requires_grad
+    wanted = torch.is_grad_enabled() and (embeddings.requires_grad or wants_others)
+    if wanted and not torch.compiler.is_compiling():
+        # computed with the loss, gradients cost less, but they wait for the backward pass in memory of the batch's size
+        _, mining, *_, reduction = codes
+        at_once = embeddings.is_cpu and REDUCTIONS[reduction] != "none"
+        at_once = at_once and (MININGS[mining] == "all" or embeddings.numel() <= 2**20)
+        far, far_labels = (None, None) if others is None else others
+        return (NativeAtOnce if at_once else Native).apply(embeddings, far, labels, far_labels, codes)
+    candidates, labels = candidates_of(embeddings, labels, others)
+    gradient_rows = candidates.shape[0] if wants_others else anchors
+    arguments = candidates.contiguous(), labels.contiguous(), anchors, gradient_rows, *codes
+    if wanted:
+        return torch.ops.oneshot.triplet_forward(*arguments)[0]
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.oneshot.triplet_forward.default(*arguments)[0]
+
+
+def op_arguments(ctx, embeddings, far, labels, far_labels, codes) -> tuple:
+    """The op's arguments within an autograd function; a gradient of `far` only where it is needed."""
+    candidates, labels = candidates_of(embeddings, labels, None if far is None else (far, far_labels))
+    gradient_rows = candidates.shape[0] if ctx.needs_input_grad[1] else embeddings.shape[0]
+    return candidates.contiguous(), labels.contiguous(), embeddings.shape[0], gradient_rows, *codes
+
+
+def split(gradient: Tensor, anchors: int) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs of `Native` and `NativeAtOnce` from that of the first candidates."""
+    if gradient.shape[0] == anchors:
+        return gradient, None, None, None, None
+    return gradient[:anchors], gradient[anchors:], None, None, None
 
 
 class Native(torch.autograd.Function):
     """The native op in eager mode: half the overhead of autograd registered with the dispatcher."""
 
     @staticmethod
-    def forward(ctx, embeddings, labels, other_embeddings, other_labels, codes):
-        arguments = embeddings, labels, other_embeddings, other_labels, *codes
+    def forward(ctx, embeddings, far, labels, far_labels, codes):
+        arguments = op_arguments(ctx, embeddings, far, labels, far_labels, codes)
         with torch._C._AutoDispatchBelowAutograd():
             output = torch.ops.oneshot.triplet_forward.default(*arguments)
         save_for_backward(ctx, arguments, output)
         return output[0]
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return backward_of_op(ctx, grad)[:5]
+        gradient = torch.ops.oneshot.triplet_backward(grad, *ctx.saved_tensors, *ctx.options)
+        return split(gradient, ctx.options[0])
 
 
 class NativeAtOnce(torch.autograd.Function):
     """The same with the gradients computed in the forward pass; the backward pass scales them."""
 
     @staticmethod
-    def forward(ctx, embeddings, labels, other_embeddings, other_labels, codes):
-        arguments = embeddings, labels, other_embeddings, other_labels, *codes
-        loss, ctx.own, ctx.others = torch.ops.oneshot.triplet_loss_and_gradient.default(*arguments)
+    def forward(ctx, embeddings, far, labels, far_labels, codes):
+        ctx.anchors = embeddings.shape[0]
+        arguments = op_arguments(ctx, embeddings, far, labels, far_labels, codes)
+        loss, ctx.gradient = torch.ops.oneshot.triplet_loss_and_gradient.default(*arguments)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the native triplet loss can be differentiated once only; impl='torch' knows no such limit"
-            )
-        return ctx.own * grad, None, ctx.others * grad if ctx.needs_input_grad[2] else None, None, None
+            raise RuntimeError("the native triplet loss can be differentiated only once; use impl='torch' for more")
+        return split(ctx.gradient * grad, ctx.anchors)
 
 
 def save_for_backward(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:4], *output[1:])
-    ctx.codes = inputs[4:]
+    ctx.save_for_backward(*inputs[:2], *output[1:])
+    ctx.options = inputs[2:]  # anchors, gradient rows, codes
 
 
 @torch.autograd.function.once_differentiable
 def backward_of_op(ctx, grad, *unused):
-    """Gradients of the op's ten inputs; only the two of embeddings are not None."""
-    embeddings, labels, other_embeddings, other_labels, count, positive, negative = ctx.saved_tensors
-    grads = torch.ops.oneshot.triplet_backward(
-        grad, embeddings, labels, other_embeddings, other_labels, count, positive, negative, *ctx.codes
-    )
-    return grads[0], None, grads[1] if other_embeddings is not None else None, *(None,) * 7
+    """Gradients of the op's ten inputs; only that of the candidates is not None."""
+    gradient = torch.ops.oneshot.triplet_backward(grad, *ctx.saved_tensors, *ctx.options)
+    missing = ctx.saved_tensors[0].shape[0] - gradient.shape[0]
+    return F.pad(gradient, (0, 0, 0, missing)) if missing else gradient, *(None,) * 9
 
 
-def fake_forward(
-    embeddings, labels, other_embeddings, other_labels, distance, mining, soft, margin, temperature, reduction
-):
-    rows = embeddings.shape[0]
-    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-    loss = embeddings.new_empty((rows,) if REDUCTIONS[reduction] == "none" else (), dtype=dtype)
-    count = labels.new_empty(())
-    mined = (labels.new_empty((rows,)), labels.new_empty((rows,)))
-    return loss, count, *mined
+def fake_forward(candidates, labels, anchors, gradient_rows, *codes):
+    dtype = torch.float64 if candidates.dtype == torch.float64 else torch.float32
+    loss = candidates.new_empty((anchors,) if REDUCTIONS[codes[-1]] == "none" else (), dtype=dtype)
+    return loss, labels.new_empty(()), labels.new_empty((anchors,)), labels.new_empty((anchors,))
 
 
-def fake_backward(grad, embeddings, labels, other_embeddings, other_labels, *unused):
-    grad_others = embeddings.new_empty((0,)) if other_embeddings is None else torch.empty_like(other_embeddings)
-    return torch.empty_like(embeddings), grad_others
+def fake_backward(grad, candidates, labels, count, positive, negative, anchors, gradient_rows, *codes):
+    return candidates.new_empty((gradient_rows, candidates.shape[1]))
 
 
-def fake_loss_and_gradient(embeddings, labels, other_embeddings, other_labels, *codes):
-    loss = fake_forward(embeddings, labels, other_embeddings, other_labels, *codes)[0]
-    grad_others = None if other_embeddings is None else torch.empty_like(other_embeddings)
-    return loss, torch.empty_like(embeddings), grad_others
+def fake_loss_and_gradient(candidates, labels, anchors, gradient_rows, *codes):
+    loss = fake_forward(candidates, labels, anchors, gradient_rows, *codes)[0]
+    return loss, candidates.new_empty((gradient_rows, candidates.shape[1]))

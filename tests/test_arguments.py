@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import triplet
-from test_triplet import IMPLS, batch
+from contract import IMPLS, batch
 from triplet import mine, triplet_loss
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import triplet
-from test_triplet import batch
+from contract import batch
 from triplet import DISTANCES, MININGS, mine, triplet_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]

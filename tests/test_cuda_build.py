@@ -27,7 +27,7 @@ needs_nvcc = pytest.mark.skipif(TOOLKIT is None and not REQUIRED, reason="no CUD
 
 # every kernel that the op launches, and no other
 SOURCE = """
-#include "triplet_steps.cuh"
+#include "cuda/launch.cuh"
 
 namespace triplet::gpu {
 struct Launch {
@@ -40,7 +40,7 @@ struct Launch {
 template <typename In, typename T>
 void all_kernels(Launch& launch, const Batch<In>& batch, const Settings& settings, const Upstream<T>& up) {
   forward<T>(launch, Machine{}, batch, settings, nullptr, Outputs<T>{}, static_cast<T*>(nullptr), nullptr);
-  backward<T>(launch, batch, settings, nullptr, up, static_cast<In*>(nullptr), static_cast<In*>(nullptr));
+  backward<T>(launch, batch, settings, nullptr, up, static_cast<In*>(nullptr), 0);
 }
 """
 SOURCE += "".join(
@@ -109,7 +109,12 @@ def kernels(tmp_path_factory):
 def test_kernels_keep_everything_in_registers(kernels, architecture):
     found = kernels[architecture]
     names = {kernel.name for kernel in found}
-    assert {"mine<float, float, 8>", "mine<double, double, 4>", "mine_mma<Bfloat16>", "sort_pairs"} <= names
+    assert {
+        "search_pairs<float, float, 8>",
+        "search_pairs<double, double, 4>",
+        "search_pairs_mma<Bfloat16>",
+        "sort_pairs",
+    } <= names
     assert len(names) == len(found) > 40
     assert [kernel for kernel in found if kernel.stack or kernel.spilled] == []
     assert [kernel for kernel in found if kernel.shared > 48 << 10] == []  # what a block has without asking for more
@@ -117,7 +122,7 @@ def test_kernels_keep_everything_in_registers(kernels, architecture):
 
 @needs_nvcc
 def test_two_blocks_of_the_searches_share_a_processor(kernels):
-    searches = [kernel for kernel in kernels[90] if kernel.name.startswith("mine")]
+    searches = [kernel for kernel in kernels[90] if kernel.name.startswith("search_pairs")]
     assert len(searches) == 9 and all(kernel.blocks(H100) >= 2 for kernel in searches)
 
 

@@ -1,137 +1,19 @@
-"""The CUDA kernels, compiled by g++ and run on the CPU by tests/simt.h, against the oracle and the torch code."""
-
-import importlib.util
-import os
-import subprocess
-import sys
-import sysconfig
-from pathlib import Path
-from typing import NamedTuple
+"""The CUDA kernels, compiled by g++ and run on the CPU by tests/native/simt.h, against the oracle and plain PyTorch."""
 
 import numpy as np
-import pybind11
 import pytest
 import torch
 
 import oracle
-import setup as build
-import triplet
-import triplet_torch
-from test_triplet import MININGS, RESOLUTION, TYPES, batch, check_mined
-from triplet import DISTANCES, Settings
-
-ROOT = Path(__file__).parent.parent
-SOURCES = [*(ROOT / "csrc").glob("triplet*"), ROOT / "tests" / "emulation.cpp", ROOT / "tests" / "simt.h"]
-LARGE, SMALL = 1, 10**6  # processors of the device: few are filled by large tiles, for many the tiles are small
-
-
-def compiled(name: str, sources: list[Path], *flags: str):
-    """The module of tests/NAME.cpp, compiled anew where its sources have changed."""
-    if build.compiler() is None and os.environ.get("ONESHOT_NATIVE") != "1":
-        pytest.skip("no C++ compiler")
-    library = ROOT / "build" / name / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists() or library.stat().st_mtime < max(path.stat().st_mtime for path in sources):
-        library.parent.mkdir(parents=True, exist_ok=True)
-        includes = [ROOT / "csrc", ROOT / "tests", pybind11.get_include(), sysconfig.get_path("include")]
-        common = ["-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", *[f"-I{path}" for path in includes]]
-        command = [build.compiler() or "c++", *common, *flags, ROOT / "tests" / f"{name}.cpp", "-o", library]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    spec = importlib.util.spec_from_file_location(name, library)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+from contract import MININGS, TYPES, batch
+from kernels import LARGE, SMALL, Case, compiled, hold_against_the_oracle, hold_against_torch, run
+from triplet import DISTANCES
 
 
 @pytest.fixture(scope="session")
 def emulation():
     """The emulated kernels."""
-    return compiled("emulation", SOURCES, "-O1", "-U_FORTIFY_SOURCE")
-
-
-class Case(NamedTuple):
-    """A batch and how its loss is computed, and on what device."""
-
-    x: torch.Tensor
-    labels: torch.Tensor
-    others: tuple[torch.Tensor, torch.Tensor] | None
-    kind: str = "cosine"
-    mining: str = "hard"
-    soft: bool = False
-    reduction: str = "none"
-    processors: int = LARGE
-    tensor_cores: bool = False
-    seed: int = 0
-
-    def settings(self) -> Settings:
-        return Settings(self.kind, self.mining, self.soft, 0.3, 0.5, self.reduction)
-
-    def rows(self) -> torch.Tensor:
-        """All candidates (B + M, D), float64."""
-        return torch.cat((self.x, self.others[0])).double() if self.others else self.x.double()
-
-    def names(self) -> torch.Tensor:
-        return torch.cat((self.labels, self.others[1])) if self.others else self.labels
-
-
-def bits(x: torch.Tensor) -> np.ndarray:
-    return x.view(torch.uint16).numpy() if x.dtype in (torch.bfloat16, torch.float16) else x.numpy()
-
-
-def guarded(case: Case) -> list[np.ndarray]:
-    """The kernel's arrays. Behind the rows stand copies of them in classes of their own: whoever reads beyond an end
-    finds a nearer negative there."""
-    arrays = []
-    for rows, labels in ((case.x, case.labels), case.others or (case.x[:0], case.labels[:0])):
-        n = len(rows)
-        held = torch.cat((rows, case.x)).contiguous()
-        names = torch.cat((labels, case.labels.max() + 1 + torch.arange(len(case.x))))
-        arrays += [bits(held)[:n], names.numpy()[:n]]
-    return arrays
-
-
-def run(emulation, case: Case, weights: torch.Tensor | None = None) -> dict:
-    """Loss, count, mined rows and, for these weights of the anchors' losses, gradients (B + M, D)."""
-    kind = str(case.x.dtype).removeprefix("torch.")
-    arrays = guarded(case)
-    vectors = case.x.shape[1] % 4 == 0
-    codes = triplet.codes_of(case.settings())
-    arguments = (kind, *arrays, vectors, codes)
-    loss, losses, count, positive, negative = emulation.forward(
-        *arguments, case.processors, case.tensor_cores, case.seed
-    )
-    found = dict(loss=loss[0], losses=losses, count=int(count[0]), positive=positive, negative=negative)
-    assert max(positive.max(), negative.max()) < len(case.rows())
-    if weights is not None:
-        grad = weights.to(torch.float64 if case.x.dtype == torch.float64 else torch.float32).numpy()
-        grads = emulation.backward(*arguments, case.seed, grad, count, positive, negative)
-        found["grads"] = torch.cat([torch.from_numpy(g).view(case.x.dtype) for g in grads])
-    return found
-
-
-def hold_against_the_oracle(emulation, case: Case) -> None:
-    rows, names = case.rows().tolist(), case.names().tolist()
-    scale = max(1.0, max(oracle.distance(rows[0], row, case.kind) for row in rows))
-    spread = (case.rows() - case.x.double().mean(0)).abs().max().item()
-    slack = RESOLUTION[case.x.dtype] * (scale if case.kind == "cosine" else max(scale, case.x.shape[1] * spread**2))
-    weights = torch.linspace(-1, 1, len(case.x), dtype=torch.float64)
-    found = run(emulation, case, weights)
-    given = None
-    if case.mining != "all":
-        given = list(zip(found["positive"].tolist(), found["negative"].tolist(), strict=True))
-        check_mined(given, rows, names, case.kind, case.mining, slack)
-    losses, count, gradient = oracle.triplet_loss(
-        rows, names, len(case.x), case.kind, case.mining, 0.3, case.soft, 0.5, given=given
-    )
-    summands = float(len(names)) ** 2 if case.mining == "all" else 1.0
-    rtol = 1e-4 * (case.x.dtype != torch.float64)
-    assert np.allclose(found["losses"], losses, rtol=rtol, atol=8 * slack * summands)
-    assert abs(found["count"] - count) <= (0.001 * count if case.x.dtype != torch.float64 else 0)
-    exact = torch.tensor(gradient(weights.tolist()), dtype=torch.float64)
-    close = {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 8e-3, torch.float16: 2e-3}[case.x.dtype]
-    error = (found["grads"].double() - exact).abs().max()
-    assert error <= close * max(1.0, float(exact.abs().max())), (error, exact.abs().max())
+    return compiled("emulation", "-O1", "-U_FORTIFY_SOURCE")
 
 
 @pytest.mark.parametrize("kind", DISTANCES)
@@ -148,26 +30,6 @@ def test_agrees_with_the_oracle(emulation, kind, mining, dtype):
     ):
         made = batch(rows, width=width, dtype=dtype, others=others)
         hold_against_the_oracle(emulation, Case(*made, kind, mining, soft, processors=processors))
-
-
-def hold_against_torch(emulation, case: Case) -> None:
-    """Beyond the oracle's reach: float64 by plain PyTorch. Random rows have no near-ties: the mined ones are equal."""
-    weights = torch.linspace(-1, 1, len(case.x), dtype=torch.float64)
-    found = run(emulation, case, weights)
-    x = case.rows().requires_grad_()
-    others = (x[len(case.x) :], case.others[1]) if case.others else None
-    losses, count = triplet_torch.losses_and_counts(x[: len(case.x)], case.labels, others, case.settings())
-    if case.mining != "all":
-        with torch.no_grad():
-            positive, negative = triplet_torch.mine(x[: len(case.x)], case.labels, others, case.settings())
-        assert found["positive"].tolist() == positive.tolist()
-        assert found["negative"].tolist() == negative.tolist()
-    close = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 8e-3, torch.float16: 2e-3}[case.x.dtype]
-    losses_close = min(close, 1e-4)
-    assert np.allclose(found["losses"], losses.detach().numpy(), rtol=losses_close, atol=losses_close)
-    assert found["count"] == pytest.approx(int(count.sum()), rel=0 if case.mining != "all" else 1e-3)
-    (exact,) = torch.autograd.grad(losses, x, weights)
-    assert (found["grads"].double() - exact).abs().max() <= close * max(1.0, float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("kind", DISTANCES)
@@ -302,6 +164,15 @@ def test_reductions(emulation, mining, reduction):
     divisor = each["count"] if reduction == "mean" else 1
     assert whole["loss"] == pytest.approx(each["losses"].sum() / divisor, rel=1e-5)
     assert torch.allclose(whole["grads"], each["grads"] / divisor, atol=1e-6)
+
+
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("kind", ("cosine", "euclidean"))
+def test_gradients_of_the_first_rows_only(emulation, kind, mining):
+    """Those of the others, where nobody wants them, are not computed; the rest stays the same."""
+    case = Case(*batch(70, width=9, dtype=torch.float32, others=30), kind, mining)
+    whole, part = (run(emulation, case, torch.linspace(-1, 1, 70), rows)["grads"] for rows in (100, 70))
+    assert whole.shape == (100, 9) and torch.equal(whole[:70], part)
 
 
 @pytest.mark.parametrize("mining", MININGS)

@@ -1,5 +1,6 @@
 """What only the native op on the CPU has: its registration, narrower instruction sets, memory, gradients at once."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,27 +9,89 @@ from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import triplet
-from test_triplet import MININGS, NATIVE, batch
+from contract import MININGS, NATIVE, batch
 from triplet import DISTANCES, triplet_loss
 
 pytestmark = pytest.mark.skipif(not NATIVE and os.environ.get("ONESHOT_NATIVE") != "1", reason="pure Python install")
-CONTRACT = str(Path(__file__).with_name("test_triplet.py"))
 NARROW = "native and (larger_batches or implementation_at_size or gradcheck or (oracle and float32))"
 
 
 def test_opcheck():
-    x, labels, others = batch(9, dtype=torch.float32, others=4)
-    for mining, reduction in product((0, 1, 2), (0, 1, 2)):
+    x, labels, (far, far_labels) = batch(9, dtype=torch.float32, others=4)
+    for mining, reduction, others in product((0, 1, 2), (0, 1, 2), (False, True)):
         codes = (0, mining, False, 0.3, 1.0, reduction)
-        far = (others[0].requires_grad_(), others[1])
-        for tail in ((None, None), far):
-            arguments = (x.requires_grad_(), labels, *tail, *codes)
-            torch.library.opcheck(torch.ops.oneshot.triplet_forward.default, arguments)
+        candidates = torch.cat((x, far)) if others else x
+        names = torch.cat((labels, far_labels)) if others else labels
+        for gradient_rows in {9, len(candidates)}:
+            arguments = (candidates.requires_grad_(), names, 9, gradient_rows, *codes)
+            opcheck = torch.library.opcheck
+            if gradient_rows == len(candidates):  # without a gradient for some rows, autograd gives zeros for these
+                opcheck(torch.ops.oneshot.triplet_forward.default, arguments)
             if reduction:
-                plain = tuple(t.detach() if isinstance(t, torch.Tensor) else t for t in arguments)
-                torch.library.opcheck(torch.ops.oneshot.triplet_loss_and_gradient.default, plain)
+                plain = (candidates.detach(), *arguments[1:])
+                opcheck(torch.ops.oneshot.triplet_loss_and_gradient.default, plain)
+
+
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("reduction", ("none", "mean"))
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_is_computed_for_others_without_gradient(mining, reduction, compiled):
+    """The op then returns the gradients of the anchors alone, and they are the same as with those of the others."""
+    x, labels, (far, far_labels) = batch(20, dtype=torch.float32, others=9)
+    shapes, found = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if "triplet_backward" in str(function) or "triplet_loss_and_gradient" in str(function):
+                shapes.append(tuple((out if isinstance(out, torch.Tensor) else out[1]).shape))
+            return out
+
+    def watch_graph(graph, inputs):
+        nodes = [node for node in graph.graph.nodes if "triplet_backward" in str(node.target)]
+        shapes.extend(tuple(node.meta["val"].shape) for node in nodes)
+        return make_boxed_func(graph)
+
+    def loss(a, b):
+        return triplet_loss(a, labels, mining=mining, reduction=reduction, others=(b, far_labels), impl="native").sum()
+
+    torch.compiler.reset()
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=watch_graph)
+    function = torch.compile(loss, backend=backend, fullgraph=True) if compiled else loss
+    for needed in (False, True):
+        leaf, other = x.clone().requires_grad_(), far.clone().requires_grad_(needed)
+        with contextlib.nullcontext() if compiled else Watch():
+            found.append(torch.autograd.grad(function(leaf, other), [leaf, other] if needed else [leaf]))
+    assert shapes == [(20, 5), (29, 5)]
+    assert torch.equal(found[0][0], found[1][0]) and found[1][1].abs().sum() > 0
+
+
+def test_wrong_arguments_of_the_op_itself_are_refused():
+    x, labels, _ = batch(9, dtype=torch.float32)
+    codes = (0, 0, False, 0.3, 1.0, 1)
+    op = torch.ops.oneshot
+    loss, count, positive, negative = op.triplet_forward(x, labels, 9, 9, *codes)
+    good = {"grad": torch.ones(()), "count": count, "positive": positive, "negative": negative}
+    for changes, anchors, rows, message in (
+        ({}, 10, 10, r"anchors must be in 1..9, got 10"),
+        ({}, 9, 8, r"gradient_rows must be in 9..9, got 8"),
+        ({}, 9, 10, r"gradient_rows must be in 9..9, got 10"),
+        ({"positive": positive[:5]}, 9, 9, r"positive must be \(9,\), got 1 dimensions and 5 values"),
+        ({"negative": negative.int()}, 9, 9, "negative must be int64"),
+        ({"count": count.double()}, 9, 9, "count must be one int64"),
+        ({"grad": torch.ones(9)}, 9, 9, "the gradient must have the shape and type of the loss"),
+        ({"positive": positive + 9}, 9, 9, r"mined rows must be in -1..8"),
+        ({"negative": torch.full_like(negative, -1)}, 9, 9, r"mined rows must be in -1..8"),
+    ):
+        given = good | changes
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            mined = given["count"], given["positive"], given["negative"]
+            op.triplet_backward(given["grad"], x, labels, *mined, anchors, rows, *codes)
 
 
 @pytest.mark.parametrize("kind", DISTANCES)
@@ -40,7 +103,7 @@ def test_gradients_at_once_are_those_of_the_backward_op(kind, mining):
     results = []
     for function in (triplet.Native, triplet.NativeAtOnce):
         leaves = [x.clone().requires_grad_(), others[0].clone().requires_grad_()]
-        loss = function.apply(leaves[0], labels, leaves[1], others[1], triplet.codes_of(settings))
+        loss = function.apply(leaves[0], leaves[1], labels, others[1], triplet.codes_of(settings))
         results.append((loss.detach(), *torch.autograd.grad(loss * -3, leaves)))
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
@@ -50,7 +113,7 @@ def test_second_derivatives_are_refused():
     x, labels, _ = batch(12)
     (grad,) = torch.autograd.grad(triplet_loss(x.requires_grad_(), labels, impl="torch"), x, create_graph=True)
     assert grad.requires_grad
-    with pytest.raises(RuntimeError, match="differentiated once"):
+    with pytest.raises(RuntimeError, match="differentiated only once"):
         torch.autograd.grad(triplet_loss(x, labels, impl="native"), x, create_graph=True)
 
 

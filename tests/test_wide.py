@@ -8,17 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from test_emulation import ROOT, Case, compiled, hold_against_the_oracle, hold_against_torch, run
-from test_triplet import MININGS, TYPES, batch
+from contract import MININGS, TYPES, batch
+from kernels import Case, compiled, hold_against_the_oracle, hold_against_torch, run
 from triplet import DISTANCES
-
-SOURCES = [*(ROOT / "csrc").glob("*.inc"), *(ROOT / "csrc").glob("*.h"), ROOT / "tests" / "wide.cpp"]
 
 
 @pytest.fixture(scope="session")
 def wide():
     headers = Path(torch.__file__).parent / "include"
-    return compiled("wide", SOURCES, f"-I{headers}", "-O0", "-march=native", "-fno-math-errno", "-w")
+    return compiled("wide", f"-I{headers}", "-O0", "-march=native", "-fno-math-errno", "-w")
 
 
 @pytest.mark.parametrize("kind", DISTANCES)
@@ -47,6 +45,16 @@ def test_gradients_at_once_are_those_of_the_backward_pass(wide, kind, mining):
     each = run(wide, case, torch.ones(70))
     whole = run(wide, case._replace(reduction="mean"), torch.ones(()))
     assert torch.allclose(whole["grads"], each["grads"] / each["count"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ("cosine", "euclidean"))
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("reduction", ("none", "mean"))
+def test_gradients_of_the_first_rows_only(wide, kind, mining, reduction):
+    case = Case(*batch(70, width=20, dtype=torch.float32, others=40), kind, mining, reduction=reduction)
+    weights = torch.linspace(-1, 1, 70) if reduction == "none" else torch.ones(())
+    whole, part = (run(wide, case, weights, rows)["grads"] for rows in (110, 70))
+    assert whole.shape == (110, 20) and torch.equal(whole[:70], part)
 
 
 def test_several_blocks_of_all_triplets(wide):

@@ -1,7 +1,7 @@
 // What the search and the cosine need of a batch: scales, column means, squared lengths, and whether all is finite.
 #pragma once
 
-#include "triplet_kernels.cuh"
+#include "cuda/common.cuh"
 
 namespace triplet::gpu {
 
@@ -11,9 +11,11 @@ __global__ static void __launch_bounds__(kThreads) clear(Key* keys, int64_t coun
   if (i < count) keys[i] = 0;
 }
 
-// Largest |x| of all rows, whether all are finite, and for cosine 1 / |x| of each. One warp a row.
+// Largest |x| of all rows, whether all are finite, and for cosine 1 / |x| of each. One warp a row. For halves a
+// processor holds 4 blocks at least: without that bound ptxas spills.
 template <typename In, typename T>
-__global__ void __launch_bounds__(kThreads) measure(Batch<In> batch, Distance distance, Prepared<T> prepared) {
+__global__ void __launch_bounds__(kThreads, sizeof(In) == 2 ? 4 : 0)
+    measure(Batch<In> batch, Distance distance, Prepared<T> prepared) {
   const int j = warp_row();
   if (j >= batch.candidates) return;
   const In* x = batch.row(j);

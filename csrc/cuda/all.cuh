@@ -3,7 +3,7 @@
 // the backward pass weighs the pairs of kAnchorsAtOnce anchors at a time.
 #pragma once
 
-#include "triplet_kernels.cuh"
+#include "cuda/common.cuh"
 
 namespace triplet::gpu {
 
@@ -22,11 +22,11 @@ struct Circle {
 template <typename In, typename T>
 __device__ int gather_positives(const Batch<In>& batch, int anchor, int& from, Circle<T>& circle) {
   const int t = int(threadIdx.x), warp = t / 32;
-  const int64_t label = batch.label(anchor);
+  const int64_t label = batch.labels[anchor];
   int gathered = 0;
   for (; from < batch.candidates; from += kThreads) {
     const int j = from + t;
-    const bool positive = j < batch.candidates && j != anchor && batch.label(j) == label;
+    const bool positive = j < batch.candidates && j != anchor && batch.labels[j] == label;
     const unsigned votes = __ballot_sync(kAllLanes, positive);
     if (lane() == 0) circle.found.set(warp, __popc(votes));
     __syncthreads();
@@ -51,7 +51,7 @@ template <typename In, typename T, typename Visit, typename Done>
 __device__ void walk(const Batch<In>& batch, Distance distance, const T* scale, int anchor, Circle<T>& circle,
                      Visit visit, Done done) {
   const int t = int(threadIdx.x), warp = t / 32;
-  const int64_t label = batch.label(anchor);
+  const int64_t label = batch.labels[anchor];
   for (int from = 0, positives; (positives = gather_positives(batch, anchor, from, circle));) {
     for (int p = warp; p < positives; p += kWarps) {
       const T near = measure_pair(batch, distance, scale, anchor, circle.rows.get(p)).distance;
@@ -61,7 +61,7 @@ __device__ void walk(const Batch<In>& batch, Distance distance, const T* scale, 
       for (int k = warp; k < kThreads; k += kWarps) {
         const int j = begin + k;
         T far = T(NAN);
-        if (j < batch.candidates && batch.label(j) != label) {
+        if (j < batch.candidates && batch.labels[j] != label) {
           far = measure_pair(batch, distance, scale, anchor, j).distance;
         }
         if (lane() == 0) circle.far.set(k, far);
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // sums += what the pairs of `anchors` anchors from `first` on, of these factors, pull at a row: differences of rows,
-// for cosine directions that finish_gradient makes orthogonal. One block a row; sums (candidates, width).
+// for cosine directions that finish_gradient makes orthogonal. One block a row; sums (gradient_rows, width).
 template <typename In, typename T>
 __global__ void __launch_bounds__(kThreads)
     pull_rows(Batch<In> batch, Distance distance, const T* scale, const T* factors, int first, int anchors, T* sums) {
@@ -174,11 +174,10 @@ __global__ void __launch_bounds__(kThreads)
 template <typename In, typename T>
 __global__ void __launch_bounds__(kThreads)
     finish_gradient(Batch<In> batch, Distance distance, const T* scale, const int64_t* count, const T* sums,
-                    In* own_gradient, In* other_gradient) {
+                    In* gradients, int gradient_rows) {
   const int row = warp_row();
-  if (row >= batch.candidates) return;
-  In* gradient = row < batch.rows ? own_gradient + int64_t(row) * batch.width
-                                  : other_gradient + int64_t(row - batch.rows) * batch.width;
+  if (row >= gradient_rows) return;
+  In* gradient = gradients + int64_t(row) * batch.width;
   const In* x = batch.row(row);
   const T* sum = sums + int64_t(row) * batch.width;
   const bool cosine = distance == Distance::cosine, sound = *count >= 0;

@@ -1,8 +1,8 @@
-// The CUDA kernels on the CPU, by tests/simt.h, for tests/test_emulation.py; and toy kernels with a fault each, which
+// The CUDA kernels on the CPU, by simt.h, for tests/test_emulation.py; and toy kernels with a fault each, which
 // the emulation must find. Arrays are NumPy's, C-contiguous, halves as uint16.
 #include "simt.h"
 
-#include "triplet_steps.cuh"
+#include "cuda/launch.cuh"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -49,54 +49,49 @@ struct Guarded {
   }
 };
 
-struct Arrays {
-  py::array x, labels, others, other_labels;
-  bool vectors;
-};
-
 template <typename In>
-Batch<In> make_batch(const Arrays& a) {
-  const int rows = int(a.x.shape(0)), other_rows = int(a.others.shape(0));
-  const auto values = [](const py::array& a) { return static_cast<const In*>(a.data()); };
-  const auto labels = [](const py::array& a) { return static_cast<const int64_t*>(a.data()); };
-  return {values(a.x), values(a.others),  labels(a.labels),  labels(a.other_labels),
-          rows,        rows + other_rows, int(a.x.shape(1)), a.vectors};
+Batch<In> make_batch(const py::array& x, const py::array& labels, int anchors, bool vectors) {
+  return {static_cast<const In*>(x.data()),
+          static_cast<const int64_t*>(labels.data()),
+          anchors,
+          int(x.shape(0)),
+          int(x.shape(1)),
+          vectors};
 }
 
 template <typename In>
 py::tuple run_forward(const Batch<In>& batch, const Settings& settings, Machine machine, unsigned seed) {
   using T = decltype(widen(In()));
   Emulated launch{seed};
-  Guarded<T> losses(batch.rows), loss(1);
-  Guarded<int64_t> count(1), positive(batch.rows), negative(batch.rows);
+  Guarded<T> losses(batch.anchors), loss(1);
+  Guarded<int64_t> count(1), positive(batch.anchors), negative(batch.anchors);
   Guarded<char> memory(forward_bytes<T>(batch));
   forward<T>(launch, machine, batch, settings, memory.data(),
              Outputs<T>{losses.data(), positive.data(), negative.data(), nullptr}, loss.data(), count.data());
   memory.check();
-  const py::ssize_t rows = batch.rows;
+  const py::ssize_t rows = batch.anchors;
   return py::make_tuple(loss.array({1}), losses.array({rows}), count.array({1}), positive.array({rows}),
                         negative.array({rows}));
 }
 
 template <typename In>
-py::tuple run_backward(const Batch<In>& batch, const Settings& settings, unsigned seed, const py::array& grad,
+py::array run_backward(const Batch<In>& batch, const Settings& settings, unsigned seed, const py::array& grad,
                        const py::array_t<int64_t>& count, const py::array_t<int64_t>& positive,
-                       const py::array_t<int64_t>& negative) {
+                       const py::array_t<int64_t>& negative, int gradient_rows) {
   using T = decltype(widen(In()));
   Emulated launch{seed};
-  const py::ssize_t rows = batch.rows, other_rows = batch.candidates - batch.rows, width = batch.width;
-  Guarded<char> memory(backward_bytes<T>(batch, settings.mining));
-  Guarded<In> own(rows * width), others(other_rows * width);
+  Guarded<char> memory(backward_bytes<T>(batch, settings.mining, gradient_rows));
+  Guarded<In> gradient(int64_t(gradient_rows) * batch.width);
   const int64_t stride = settings.reduction == Reduction::none ? grad.strides(0) / int64_t(sizeof(T)) : 0;
   const Upstream<T> up{static_cast<const T*>(grad.data()), stride, count.data(), positive.data(), negative.data()};
-  backward<T>(launch, batch, settings, memory.data(), up, own.data(), others.data());
+  backward<T>(launch, batch, settings, memory.data(), up, gradient.data(), gradient_rows);
   memory.check();
   using Bits = std::conditional_t<sizeof(In) == 2, uint16_t, In>;
-  return py::make_tuple(own.template array<Bits>({rows, width}), others.template array<Bits>({other_rows, width}));
+  return gradient.template array<Bits>({gradient_rows, batch.width});
 }
 
 template <typename F>
-py::tuple by_type(const std::string& type, F&& f) {
+decltype(std::declval<F>()(double())) by_type(const std::string& type, F&& f) {
   if (type == "float64") return f(double());
   if (type == "float32") return f(float());
   if (type == "bfloat16") return f(Bfloat16());
@@ -133,19 +128,19 @@ PYBIND11_MODULE(emulation, m) {
   // codes: distance, mining, soft_margin, margin, temperature, reduction, as the native op's
   using Codes = std::tuple<int64_t, int64_t, bool, double, double, int64_t>;
   static const auto settings_of = [](const Codes& codes) { return std::apply(make_settings, codes); };
-  m.def("forward", [](const std::string& type, py::array x, py::array labels, py::array others, py::array other_labels,
-                      bool vectors, Codes codes, int processors, bool tensor_cores, unsigned seed) {
+  m.def("forward", [](const std::string& type, py::array x, py::array labels, int anchors, bool vectors, Codes codes,
+                      int processors, bool tensor_cores, unsigned seed) {
     return by_type(type, [&](auto in) {
-      const auto batch = make_batch<decltype(in)>({x, labels, others, other_labels, vectors});
+      const auto batch = make_batch<decltype(in)>(x, labels, anchors, vectors);
       return run_forward(batch, settings_of(codes), {processors, tensor_cores}, seed);
     });
   });
-  m.def("backward", [](const std::string& type, py::array x, py::array labels, py::array others, py::array other_labels,
-                       bool vectors, Codes codes, unsigned seed, py::array grad, py::array_t<int64_t> count,
+  m.def("backward", [](const std::string& type, py::array x, py::array labels, int anchors, bool vectors, Codes codes,
+                       int gradient_rows, unsigned seed, py::array grad, py::array_t<int64_t> count,
                        py::array_t<int64_t> positive, py::array_t<int64_t> negative) {
     return by_type(type, [&](auto in) {
-      const auto batch = make_batch<decltype(in)>({x, labels, others, other_labels, vectors});
-      return run_backward(batch, settings_of(codes), seed, grad, count, positive, negative);
+      const auto batch = make_batch<decltype(in)>(x, labels, anchors, vectors);
+      return run_backward(batch, settings_of(codes), seed, grad, count, positive, negative, gradient_rows);
     });
   });
   m.def("toy", run_toy);

@@ -1,11 +1,10 @@
-// The triplet loss on CUDA: what all kernels share. Preparation of a batch: triplet_prepare.cuh; search for the mined
-// rows: triplet_mine.cuh, triplet_mma.cuh; their loss and gradients: triplet_mined.cuh; all triplets: triplet_all.cuh;
-// the order of the launches: triplet_steps.cuh. No PyTorch headers: tests/emulation.cpp compiles the same source with
-// g++.
+// The triplet loss on CUDA: what all kernels share. Preparation of a batch: prepare.cuh; search for the mined rows:
+// search.cuh, search_mma.cuh; their loss and gradients: mined.cuh; all triplets: all.cuh; the order of the launches:
+// launch.cuh. No PyTorch headers: tests/native/emulation.cpp compiles the same source with g++.
 #pragma once
 
 #ifdef __CUDACC__
-#include "triplet_device.cuh"
+#include "cuda/device.cuh"
 #endif
 #include "triplet.h"
 
@@ -43,18 +42,15 @@ __device__ inline void narrow(float x, Bfloat16& out) {  // to nearest even
   out.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Candidates: the batch's own rows, then the others'. Row-major, contiguous.
+// (candidates, width) rows, contiguous; the first of them are the anchors.
 template <typename In>
 struct Batch {
-  const In *own, *others;
-  const int64_t *own_labels, *other_labels;
-  int rows, candidates, width;
+  const In* x;
+  const int64_t* labels;
+  int anchors, candidates, width;
   bool vectors;  // rows can be read four values at a time
 
-  __device__ const In* row(int j) const {
-    return j < rows ? own + int64_t(j) * width : others + int64_t(j - rows) * width;
-  }
-  __device__ int64_t label(int j) const { return j < rows ? own_labels[j] : other_labels[j - rows]; }
+  __device__ const In* row(int j) const { return x + int64_t(j) * width; }
 };
 
 // What a search sees of a row x is x * scale[row] - shift: for cosine x / |x|, for the euclidean distances centred and
@@ -67,7 +63,7 @@ struct Prepared {
   Key* unsound;      // 1: something is not finite
 };
 
-// What the forward pass gives for each anchor, (rows,) each.
+// What the forward pass gives for each anchor, (anchors,) each.
 template <typename T>
 struct Outputs {
   T* losses;
@@ -78,7 +74,7 @@ struct Outputs {
 // The upstream gradient and what the forward pass left.
 template <typename T>
 struct Upstream {
-  const T* grad;  // () or, for Reduction::none, (rows,) of this stride
+  const T* grad;  // () or, for Reduction::none, (anchors,) of this stride
   int64_t stride;
   const int64_t *count, *positive, *negative;
 
@@ -86,6 +82,42 @@ struct Upstream {
   __device__ T weight(int anchor, Reduction reduction) const {
     const T given = grad[reduction == Reduction::none ? anchor * stride : 0];
     return reduction == Reduction::mean && *count > 1 ? given / T(*count) : given;
+  }
+};
+
+// Order of a key is order of value; no number gives 0.
+__device__ inline uint32_t ordered(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ inline uint64_t ordered(double x) {
+  const uint64_t bits = bits_as<uint64_t>(x);
+  return bits >> 63 ? ~bits : bits | 0x8000000000000000u;
+}
+__device__ inline float unordered(uint32_t key) { return bits_as<float>(key >> 31 ? key & 0x7fffffffu : ~key); }
+__device__ inline double unordered(uint64_t key) {
+  return bits_as<double>(key >> 63 ? key & 0x7fffffffffffffffu : ~key);
+}
+
+// Where the search left its winners, (3, anchors) each: farthest positive; negative; nearest negative beyond the
+// positive.
+template <typename T>
+struct Winners {
+  Key* values;  // float: value and row; double: value alone
+  Key* found;   // double: row alone; float: null
+  int anchors;
+
+  __device__ int row(int slot, int anchor) const {  // -1: none
+    const Key key = (found ? found : values)[int64_t(slot) * anchors + anchor];
+    return key == 0 ? -1 : int(~uint32_t(key));
+  }
+  __device__ T value(int slot, int anchor) const {  // NaN: none
+    const Key key = values[int64_t(slot) * anchors + anchor];
+    if constexpr (sizeof(T) == 4) {
+      return unordered(uint32_t(key >> 32));
+    } else {
+      return unordered(uint64_t(key));
+    }
   }
 };
 
@@ -187,10 +219,10 @@ __device__ inline Total total_of_block(Total mine, Shared<Total, kThreads>& tota
 // finite). One block.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    reduce(Outputs<T> each, int rows, Reduction reduction, const Key* unsound, T* loss, int64_t* count) {
+    reduce(Outputs<T> each, int anchors, Reduction reduction, const Key* unsound, T* loss, int64_t* count) {
   __shared__ Shared<Total, kThreads> totals;
   Total total{0, 0};
-  for (int a = int(threadIdx.x); a < rows; a += kThreads) {
+  for (int a = int(threadIdx.x); a < anchors; a += kThreads) {
     total.sum += double(each.losses[a]);
     total.count += each.counts[a];
   }

@@ -1,8 +1,8 @@
 // The CPU kernels for any processor: vectors of 16 bytes, which SSE2 and NEON have.
-#include "triplet_cpu_sets.h"
+#include "cpu/kernels.h"
 
 namespace triplet::portable {
 constexpr int kBytes = 16, kRows = 4;
 constexpr bool kBfloat16Dots = false;
-#include "triplet_cpu.inc"
+#include "kernels.inc"
 }  // namespace triplet::portable

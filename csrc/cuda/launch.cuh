@@ -1,12 +1,13 @@
 // The kernels in their order, for a `launch(kernel, blocks, arguments...)` that runs them one after another, with
-// kThreads threads a block: on a stream by triplet_cuda.cu, under emulation by the tests.
+// kThreads threads a block: on a stream by op.cu, under emulation by the tests.
 #pragma once
 
 #include <limits>
 
-#include "triplet_all.cuh"
-#include "triplet_mma.cuh"
-#include "triplet_prepare.cuh"
+#include "cuda/all.cuh"
+#include "cuda/mined.cuh"
+#include "cuda/search_mma.cuh"
+#include "cuda/prepare.cuh"
 
 namespace triplet::gpu {
 
@@ -30,7 +31,7 @@ struct Workspace {
   Prepared<T> prepared;
   Winners<T> winners;
   double* sums;     // (stripes, width)
-  int64_t* counts;  // (rows,)
+  int64_t* counts;  // (anchors,)
   Key* zeroed;      // the first `zeroes` keys of the allocation start as 0
   int64_t zeroes;
   int stripes;
@@ -40,14 +41,14 @@ struct Workspace {
     zeroed = arena.take<Key>(2);
     prepared.extreme = zeroed;
     prepared.unsound = zeroed + 1;
-    winners.rows = batch.rows;
-    winners.values = arena.take<Key>(3 * int64_t(batch.rows));
-    winners.found = sizeof(T) == 8 ? arena.take<Key>(3 * int64_t(batch.rows)) : nullptr;
+    winners.anchors = batch.anchors;
+    winners.values = arena.take<Key>(3 * int64_t(batch.anchors));
+    winners.found = sizeof(T) == 8 ? arena.take<Key>(3 * int64_t(batch.anchors)) : nullptr;
     prepared.shift = arena.take<T>(batch.width);
     zeroes = arena.used / int64_t(sizeof(Key));
     stripes = int(parts_of(batch.candidates, 512) < 128 ? parts_of(batch.candidates, 512) : 128);
     sums = arena.take<double>(int64_t(stripes) * batch.width);
-    counts = arena.take<int64_t>(batch.rows);
+    counts = arena.take<int64_t>(batch.anchors);
     prepared.scale = arena.take<T>(batch.candidates);
     prepared.norms = arena.take<T>(batch.candidates);
   }
@@ -63,7 +64,7 @@ struct MinedWorkspace {
 
   template <typename In>
   MinedWorkspace(const Batch<In>& batch, Arena& arena) {
-    const int64_t pair_count = 2 * int64_t(batch.rows), before = arena.used;
+    const int64_t pair_count = 2 * int64_t(batch.anchors), before = arena.used;
     lists.chosen_by = arena.take<int>(batch.candidates);
     lists.placed = arena.take<int>(batch.candidates);
     lists.used = arena.take<int>(1);
@@ -80,14 +81,14 @@ struct MinedWorkspace {
 // And that of all triplets.
 template <typename T>
 struct AllWorkspace {
-  T *factors, *sums;  // (anchors, candidates), (candidates, width)
+  T *factors, *sums;  // (anchors, candidates), (gradient_rows, width)
   int anchors;
 
   template <typename In>
-  AllWorkspace(const Batch<In>& batch, Arena& arena) {
-    anchors = batch.rows < kAnchorsAtOnce ? batch.rows : kAnchorsAtOnce;
+  AllWorkspace(const Batch<In>& batch, int gradient_rows, Arena& arena) {
+    anchors = batch.anchors < kAnchorsAtOnce ? batch.anchors : kAnchorsAtOnce;
     factors = arena.take<T>(int64_t(anchors) * batch.candidates);
-    sums = arena.take<T>(int64_t(batch.candidates) * batch.width);
+    sums = arena.take<T>(int64_t(gradient_rows) * batch.width);
   }
 };
 
@@ -100,11 +101,11 @@ int64_t forward_bytes(const Batch<In>& batch) {
 }
 
 template <typename T, typename In>
-int64_t backward_bytes(const Batch<In>& batch, Mining mining) {
+int64_t backward_bytes(const Batch<In>& batch, Mining mining, int gradient_rows) {
   Arena arena{nullptr};
   Workspace<T>(batch, arena);
   if (mining == Mining::all) {
-    AllWorkspace<T>(batch, arena);
+    AllWorkspace<T>(batch, gradient_rows, arena);
   } else {
     MinedWorkspace<T>(batch, arena);
   }
@@ -136,10 +137,10 @@ void prepare(Launch& launch, const Batch<In>& batch, Distance distance, const Wo
 
 template <typename In>
 dim3 tiles_of(const Batch<In>& batch, int64_t size) {
-  const int64_t own = parts_of(batch.rows, size), others = parts_of(batch.candidates - batch.rows, size);
+  const int64_t own = parts_of(batch.anchors, size), others = parts_of(batch.candidates - batch.anchors, size);
   const int64_t tiles = own * (own + 1) / 2 + own * others;
-  require(tiles <= std::numeric_limits<int32_t>::max(), "too many rows for the CUDA op: ", batch.rows, " and ",
-          batch.candidates - batch.rows, " others");
+  require(tiles <= std::numeric_limits<int32_t>::max(), "too many rows for the CUDA op: ", batch.anchors, " and ",
+          batch.candidates - batch.anchors, " others");
   return dim3(unsigned(tiles));
 }
 
@@ -151,15 +152,16 @@ void search(Launch& launch, const Machine& machine, const Batch<In>& batch, Dist
   if (sizeof(T) == 4 && large.x >= unsigned(machine.processors)) {
     if constexpr (sizeof(In) == 2) {
       if (machine.tensor_cores && distance == Distance::cosine) {
-        return launch(&mine_mma<In>, large, batch, work.prepared, work.winners, pass);
+        return launch(&search_pairs_mma<In>, large, batch, work.prepared, work.winners, pass);
       }
     }
-    if constexpr (sizeof(T) == 4) return launch(&mine<In, T, 8>, large, batch, work.prepared, work.winners, pass);
+    if constexpr (sizeof(T) == 4)
+      return launch(&search_pairs<In, T, 8>, large, batch, work.prepared, work.winners, pass);
   }
-  launch(&mine<In, T, 4>, tiles_of(batch, 64), batch, work.prepared, work.winners, pass);
+  launch(&search_pairs<In, T, 4>, tiles_of(batch, 64), batch, work.prepared, work.winners, pass);
 }
 
-// `each` but for its counts, and `loss` unless it is null.
+// `each` except its counts, and `loss` unless it is null.
 template <typename T, typename Launch, typename In>
 void forward(Launch& launch, const Machine& machine, const Batch<In>& batch, const Settings& settings, char* memory,
              Outputs<T> each, T* loss, int64_t* count) {
@@ -175,41 +177,42 @@ void forward(Launch& launch, const Machine& machine, const Batch<In>& batch, con
     if (sizeof(T) == 8) search(launch, machine, batch, settings.distance, work, {pass.farthest, beyond, true});
   }
   if (all) {
-    launch(&sum_triplets<In, T>, dim3(unsigned(batch.rows)), batch, settings, work.prepared, each);
+    launch(&sum_triplets<In, T>, dim3(unsigned(batch.anchors)), batch, settings, work.prepared, each);
   } else {
-    launch(&finish<In, T>, warps_for(batch.rows), batch, settings, work.prepared, work.winners, each);
+    launch(&finish<In, T>, warps_for(batch.anchors), batch, settings, work.prepared, work.winners, each);
   }
-  launch(&reduce<T>, dim3(1), each, batch.rows, settings.reduction, work.prepared.unsound, loss, count);
+  launch(&reduce<T>, dim3(1), each, batch.anchors, settings.reduction, work.prepared.unsound, loss, count);
 }
 
+// The gradients (gradient_rows, width) of the first candidates.
 template <typename T, typename Launch, typename In>
 void backward(Launch& launch, const Batch<In>& batch, const Settings& settings, char* memory, const Upstream<T>& up,
-              In* own, In* others) {
+              In* gradient, int gradient_rows) {
   Arena arena{memory};
   const Workspace<T> work(batch, arena);
   const Distance distance = settings.distance;
   const T* scale = work.prepared.scale;
-  const dim3 a_block_each(unsigned(batch.candidates));
+  const dim3 a_block_each(unsigned(gradient_rows), 1, 1);
   if (distance == Distance::cosine) prepare(launch, batch, distance, work, false);
   if (settings.mining == Mining::all) {
-    const AllWorkspace<T> space(batch, arena);
-    for (int first = 0; first < batch.rows; first += space.anchors) {
-      const int anchors = batch.rows - first < space.anchors ? batch.rows - first : space.anchors;
+    const AllWorkspace<T> space(batch, gradient_rows, arena);
+    for (int first = 0; first < batch.anchors; first += space.anchors) {
+      const int anchors = batch.anchors - first < space.anchors ? batch.anchors - first : space.anchors;
       launch(&weigh_triplets<In, T>, dim3(unsigned(anchors)), batch, settings, scale, up, first, space.factors);
       launch(&pull_rows<In, T>, a_block_each, batch, distance, scale, space.factors, first, anchors, space.sums);
     }
-    launch(&finish_gradient<In, T>, warps_for(batch.candidates), batch, distance, scale, up.count, space.sums, own,
-           others);
+    launch(&finish_gradient<In, T>, warps_for(gradient_rows), batch, distance, scale, up.count, space.sums, gradient,
+           gradient_rows);
     return;
   }
   const MinedWorkspace<T> space(batch, arena);
-  const int pairs = 2 * batch.rows;
+  const int pairs = 2 * batch.anchors;
   launch(&clear, threads_for(space.zeroes), space.zeroed, space.zeroes);
-  launch(&weigh_pairs<In, T>, warps_for(batch.rows), batch, settings, scale, up, space.pairs, space.lists);
+  launch(&weigh_pairs<In, T>, warps_for(batch.anchors), batch, settings, scale, up, space.pairs, space.lists);
   launch(&allot, threads_for(batch.candidates), space.lists, batch.candidates);
   launch(&place_pairs, threads_for(pairs), space.pairs.chosen, pairs, space.lists);
   launch(&sort_pairs, threads_for(pairs), space.pairs.chosen, pairs, space.lists);
-  launch(&row_gradient<In, T>, a_block_each, batch, distance, scale, up.count, space.pairs, space.lists, own, others);
+  launch(&row_gradient<In, T>, a_block_each, batch, distance, scale, up.count, space.pairs, space.lists, gradient);
 }
 
 }  // namespace triplet::gpu

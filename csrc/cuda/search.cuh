@@ -1,8 +1,9 @@
-// The search for the winners: tiles of x.y products, each pair of own tiles visited once, winners of its rows and of
-// its columns kept as keys that atomicMax reduces. Here for every type; triplet_mma.cuh has tensor cores for some.
+// The search for the winners: tiles of x.y products, each pair of the anchors' tiles visited once, winners of its rows
+// and of its columns kept as keys that atomicMax reduces. Here for every type; search_mma.cuh has tensor cores for
+// some.
 #pragma once
 
-#include "triplet_mined.cuh"
+#include "cuda/common.cuh"
 
 namespace triplet::gpu {
 
@@ -22,19 +23,20 @@ struct Place {
   bool columns_are_anchors, itself;
 };
 
-// own x own: the tiles (i, j) with i <= j, j-th triangle after j-th triangle; then own x others, row by row
+// anchors x anchors: the tiles (i, j) with i <= j, j-th triangle after j-th triangle; then anchors x other candidates,
+// row by row
 template <int kTile, typename In>
 __device__ Place place(const Batch<In>& batch) {
-  const int64_t own = (batch.rows + kTile - 1) / kTile, triangle = own * (own + 1) / 2, t = blockIdx.x;
+  const int64_t own = (batch.anchors + kTile - 1) / kTile, triangle = own * (own + 1) / 2, t = blockIdx.x;
   if (t < triangle) {
     int64_t j = int64_t((sqrt(8.0 * double(t) + 1) - 1) / 2);
     while (j * (j + 1) / 2 > t) --j;  // sqrt may round either way
     while ((j + 1) * (j + 2) / 2 <= t) ++j;
     const int64_t i = t - j * (j + 1) / 2;
-    return {int(i) * kTile, batch.rows, int(j) * kTile, batch.rows, i != j, i == j};
+    return {int(i) * kTile, batch.anchors, int(j) * kTile, batch.anchors, i != j, i == j};
   }
   const int64_t i = (t - triangle) % own, j = (t - triangle) / own;
-  return {int(i) * kTile, batch.rows, batch.rows + int(j) * kTile, batch.candidates, false, false};
+  return {int(i) * kTile, batch.anchors, batch.anchors + int(j) * kTile, batch.candidates, false, false};
 }
 
 // A thread's share of a tile: kSide x kSide values, rows and columns in groups of four so that shared memory is read as
@@ -64,9 +66,9 @@ __device__ void load_ends(const Batch<In>& batch, const T* norms, const Winners<
   const int t = int(threadIdx.x), j = t < kTile ? at.rows + t : at.columns + t - kTile;
   if (t >= 2 * kTile) return;
   const bool inside = j < (t < kTile ? at.row_end : at.column_end);
-  ends.labels.set(t, inside ? batch.label(j) : 0);
+  ends.labels.set(t, inside ? batch.labels[j] : 0);
   ends.norms.set(t, inside ? norms[j] : T(NAN));
-  ends.limits.set(t, inside && pass.beyond && j < batch.rows ? winners.value(0, j) : -T(INFINITY));
+  ends.limits.set(t, inside && pass.beyond && j < batch.anchors ? winners.value(0, j) : -T(INFINITY));
 }
 
 // A block's winners for the search, (2, parts, tile): positives, negatives.
@@ -155,7 +157,7 @@ __device__ void search(const T (&order)[Share::kRows][Share::kColumns], uint64_t
       best = key > best ? key : best;
     }
     Key* all = pass.rows ? winners.found : winners.values;
-    if (best) atomicMax(all + int64_t(pass.slot(which)) * winners.rows + a, best);
+    if (best) atomicMax(all + int64_t(pass.slot(which)) * winners.anchors + a, best);
   }
 }
 
@@ -259,7 +261,7 @@ __device__ void multiply(Panel<T, kSide>& x, Panel<T, kSide>& y, int buffer, T (
 // One tile a block, the next step's values on their way from memory while this step's are multiplied.
 template <typename In, typename T, int kSide>
 __global__ void __launch_bounds__(kThreads, 2)
-    mine(Batch<In> batch, Prepared<T> prepared, Winners<T> winners, Pass pass) {
+    search_pairs(Batch<In> batch, Prepared<T> prepared, Winners<T> winners, Pass pass) {
   using Share = SimtShare<kSide>;
   constexpr int kTile = Share::kTile, kStep = kDepth<kSide>;
   __shared__ Panel<T, kSide> x, y;

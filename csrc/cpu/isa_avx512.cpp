@@ -1,5 +1,5 @@
 // The CPU kernels for AVX-512, and those for processors that also multiply pairs of bfloat16.
-#include "triplet_cpu_sets.h"
+#include "cpu/kernels.h"
 
 #ifdef TRIPLET_X86
 #include <immintrin.h>
@@ -9,7 +9,7 @@
 namespace triplet::avx512 {
 constexpr int kBytes = 64, kRows = 12;
 constexpr bool kBfloat16Dots = false;
-#include "triplet_cpu.inc"
+#include "kernels.inc"
 }  // namespace triplet::avx512
 #pragma GCC pop_options
 
@@ -24,10 +24,10 @@ inline Sums dot_pairs(Sums sum, Pairs a, Pairs b) {
   return (Sums)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 
-#include "triplet_cpu_common.inc"
-#include "triplet_cpu_geometry.inc"
-#include "triplet_cpu_miner.inc"
-#include "triplet_cpu_mined.inc"
+#include "simd.inc"
+#include "geometry.inc"
+#include "search.inc"
+#include "mined.inc"
 
 bool forward(const Batch<BFloat16>& batch, const Settings& settings, const Threads& threads,
              Result<BFloat16, float>& result) {

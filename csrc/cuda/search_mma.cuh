@@ -1,9 +1,9 @@
-// The search of triplet_mine.cuh on tensor cores, for cosine on bfloat16 and float16 rows. A product of two such
+// The search of search.cuh on tensor cores, for cosine on bfloat16 and float16 rows. A product of two such
 // numbers is exact in float32, in which they are added: the order of the distances is as good as that of the SIMT
 // kernel.
 #pragma once
 
-#include "triplet_mine.cuh"
+#include "cuda/search.cuh"
 
 namespace triplet::gpu {
 
@@ -92,10 +92,10 @@ __device__ void multiply_mma(MmaPanel& x, MmaPanel& y, int buffer,
   }
 }
 
-// One tile a block, as `mine`.
+// One tile a block, as `search_pairs`.
 template <typename In>
 __global__ void __launch_bounds__(kThreads, 2)
-    mine_mma(Batch<In> batch, Prepared<float> prepared, Winners<float> winners, Pass pass) {
+    search_pairs_mma(Batch<In> batch, Prepared<float> prepared, Winners<float> winners, Pass pass) {
   constexpr int kTile = MmaShare::kTile;
   __shared__ MmaPanel x, y;
   __shared__ Ends<float, kTile> ends;

@@ -3,51 +3,16 @@
 // of the pairs, so that bits repeat.
 #pragma once
 
-#include "triplet_kernels.cuh"
+#include "cuda/common.cuh"
 
 namespace triplet::gpu {
-
-// Order of a key is order of value; no number gives 0.
-__device__ inline uint32_t ordered(float x) {
-  const uint32_t bits = bits_as<uint32_t>(x);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-__device__ inline uint64_t ordered(double x) {
-  const uint64_t bits = bits_as<uint64_t>(x);
-  return bits >> 63 ? ~bits : bits | 0x8000000000000000u;
-}
-__device__ inline float unordered(uint32_t key) { return bits_as<float>(key >> 31 ? key & 0x7fffffffu : ~key); }
-__device__ inline double unordered(uint64_t key) {
-  return bits_as<double>(key >> 63 ? key & 0x7fffffffffffffffu : ~key);
-}
-
-// Where the search left its winners, (3, rows) each: farthest positive; negative; nearest negative beyond the positive.
-template <typename T>
-struct Winners {
-  Key* values;  // float: value and row; double: value alone
-  Key* found;   // double: row alone; float: null
-  int rows;
-
-  __device__ int row(int slot, int anchor) const {  // -1: none
-    const Key key = (found ? found : values)[int64_t(slot) * rows + anchor];
-    return key == 0 ? -1 : int(~uint32_t(key));
-  }
-  __device__ T value(int slot, int anchor) const {  // NaN: none
-    const Key key = values[int64_t(slot) * rows + anchor];
-    if constexpr (sizeof(T) == 4) {
-      return unordered(uint32_t(key >> 32));
-    } else {
-      return unordered(uint64_t(key));
-    }
-  }
-};
 
 // The mined rows and the exact loss of each anchor. One warp an anchor.
 template <typename In, typename T>
 __global__ void __launch_bounds__(kThreads)
     finish(Batch<In> batch, Settings settings, Prepared<T> prepared, Winners<T> winners, Outputs<T> out) {
   const int a = warp_row();
-  if (a >= batch.rows) return;
+  if (a >= batch.anchors) return;
   const bool sound = *prepared.unsound == 0;
   const int positive = winners.row(0, a), beyond = winners.row(2, a);
   const int negative = settings.mining == Mining::semihard && beyond >= 0 ? beyond : winners.row(1, a);
@@ -75,11 +40,11 @@ struct Pull {
   T factor, cosine;
 };
 
-// Pairs 0..rows: (anchor, positive); rows..2 rows: (anchor, negative).
+// Pairs 0..anchors: (anchor, positive); anchors..2 anchors: (anchor, negative).
 template <typename T>
 struct Pairs {
-  Pull<T>* pulls;  // (2 rows,)
-  int* chosen;     // (2 rows,) the positive's or negative's row, -1 where the anchor takes no part
+  Pull<T>* pulls;  // (2 anchors,)
+  int* chosen;     // (2 anchors,) the positive's or negative's row, -1 where the anchor takes no part
 };
 
 // The pairs that chose a row r: listed[starts[r]] .. listed[starts[r] + chosen_by[r] - 1], ascending.
@@ -88,7 +53,7 @@ struct Lists {
   int* placed;             // (candidates,), from 0: how many are in the list so far
   int* used;               // (), from 0: end of the lists so far
   int* starts;             // (candidates,)
-  int *unsorted, *listed;  // (2 rows,)
+  int *unsorted, *listed;  // (2 anchors,)
 };
 
 // One warp an anchor.
@@ -96,7 +61,7 @@ template <typename In, typename T>
 __global__ void __launch_bounds__(kThreads)
     weigh_pairs(Batch<In> batch, Settings settings, const T* scale, Upstream<T> up, Pairs<T> pairs, Lists lists) {
   const int a = warp_row();
-  if (a >= batch.rows) return;
+  if (a >= batch.anchors) return;
   const int positive = int(up.positive[a]), negative = int(up.negative[a]);
   Pull<T> toward{0, 0}, away{0, 0};
   if (positive >= 0) {
@@ -108,9 +73,9 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (lane() == 0) {
     pairs.pulls[a] = toward;
-    pairs.pulls[batch.rows + a] = away;
+    pairs.pulls[batch.anchors + a] = away;
     pairs.chosen[a] = positive;
-    pairs.chosen[batch.rows + a] = negative;
+    pairs.chosen[batch.anchors + a] = negative;
     if (positive >= 0) {
       atomicAdd(lists.chosen_by + positive, 1);
       atomicAdd(lists.chosen_by + negative, 1);
@@ -171,25 +136,24 @@ __device__ void pull(const Batch<In>& batch, Distance distance, const T* scale, 
   }
 }
 
-// Gradient of one row, own or other. One block a row: its warps share the list of the anchors that chose the row, since
-// a row can be the choice of many.
+// Gradient of one row. One block a row: its warps share the list of the anchors that chose the row, since a row can be
+// the choice of many. For double a processor holds 4 blocks at least: without that bound ptxas spills.
 template <typename In, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 4 : 0)
     row_gradient(Batch<In> batch, Distance distance, const T* scale, const int64_t* count, Pairs<T> pairs, Lists lists,
-                 In* own_gradient, In* other_gradient) {
+                 In* gradients) {
   __shared__ Shared<T, kWarps * kStripWidth> parts;
   const int row = int(blockIdx.x), warp = int(threadIdx.x) / 32;
-  const bool own = row < batch.rows, sound = *count >= 0;
-  In* gradient =
-      own ? own_gradient + int64_t(row) * batch.width : other_gradient + int64_t(row - batch.rows) * batch.width;
+  const bool is_anchor = row < batch.anchors, sound = *count >= 0;
+  In* gradient = gradients + int64_t(row) * batch.width;
   const int *list = lists.listed + lists.starts[row], size = lists.chosen_by[row];
   const auto add = [&](int begin, T(&sum)[kStrip]) {
-    if (own && warp < 2) {  // as an anchor
-      const int pair = warp * batch.rows + row, other = pairs.chosen[pair];
+    if (is_anchor && warp < 2) {
+      const int pair = warp * batch.anchors + row, other = pairs.chosen[pair];
       if (other >= 0) pull(batch, distance, scale, pairs.pulls[pair], row, other, begin, sum);
     }
     for (int i = warp; i < size; i += kWarps) {  // as the choice of others
-      pull(batch, distance, scale, pairs.pulls[list[i]], row, list[i] % batch.rows, begin, sum);
+      pull(batch, distance, scale, pairs.pulls[list[i]], row, list[i] % batch.anchors, begin, sum);
     }
   };
   sum_row<T>(batch.width, parts, add, [&](int d, T sum) { narrow(sound ? sum : T(NAN), gradient[d]); });
