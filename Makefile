@@ -1,6 +1,6 @@
 .PHONY: build test lint format bench docs sanitize
 
-CPP = $(shell git ls-files 'csrc/*.*' 'tests/native/*.*')
+CPP = $(wildcard csrc/*.* csrc/*/*.* tests/native/*.*)
 
 build:  ## the native op, in place
 	ONESHOT_NATIVE=1 python setup.py -q build_ext --inplace

@@ -23,6 +23,7 @@ import triplet  # noqa: E402
 ARCHITECTURES = (75, 80, 90, 100, 120)
 TOOLKIT = build.find_toolkit(torch.version.cuda, build.toolkit_candidates())[0]
 REQUIRED = os.environ.get("ONESHOT_CUDA") == "1"  # then a missing toolkit or library is a failure
+pytestmark = pytest.mark.slow
 needs_nvcc = pytest.mark.skipif(TOOLKIT is None and not REQUIRED, reason="no CUDA toolkit")
 
 # every kernel that the op launches, and no other

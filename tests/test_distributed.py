@@ -12,6 +12,8 @@ import model
 import tiny
 from tiny import CLASSIC, REPTILE, same
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 STEP = """

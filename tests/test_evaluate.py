@@ -52,6 +52,7 @@ def test_report(folder, capsys, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "given", "kept", "told"),
     [("weights", "far/given.pt", "given.pt", "given.pt"), ("pretrained", True, True, "ImageNet")],
@@ -161,6 +162,7 @@ def test_a_threshold_goes_with_the_size_of_the_pictures(folder, tmp_path):
         assert loaded.calibration == wanted
 
 
+@pytest.mark.slow
 def test_averaging_over_mirror_images_can_be_left_out(folder, tmp_path):
     """Another network, in effect: the stored threshold, which goes with the other, is not used."""
     reports = []
@@ -208,6 +210,7 @@ def test_store(folder, tmp_path):
     assert all(after[name] == value for name, value in before.items() if name != "threshold")
 
 
+@pytest.mark.slow
 def test_checkpoints_are_compared_on_the_same_images(folder, tmp_path, capsys):
     best, untrained = folder / "run" / "best.pt", tmp_path / "untrained.pt"
     saved = model.load_checkpoint(best)

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not NATIVE and os.environ.get("ONESHOT_NATIVE") 
 NARROW = "native and (larger_batches or implementation_at_size or gradcheck or (oracle and float32))"
 
 
+@pytest.mark.slow
 def test_opcheck():
     x, labels, (far, far_labels) = batch(9, dtype=torch.float32, others=4)
     for mining, reduction, others in product((0, 1, 2), (0, 1, 2), (False, True)):
@@ -117,6 +118,7 @@ def test_second_derivatives_are_refused():
         torch.autograd.grad(triplet_loss(x, labels, impl="native"), x, create_graph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_narrower_instruction_sets(isa):
     """The kernels for other processors, in a process that is told to take them."""

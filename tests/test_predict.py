@@ -147,6 +147,7 @@ def test_bad_input_gives_one_message(folder, tmp_path, refusal, arguments, messa
 # -------------------------------------------------------------------------------------------------------------- export
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "pixels"), [("onnx", "uint8"), ("onnx", "float32"), ("torch", "uint8")])
 def test_export(folder, tmp_path, capsys, form, pixels):
     out = tmp_path / f"model{export.SUFFIXES[form]}"
@@ -171,6 +172,7 @@ def test_export(folder, tmp_path, capsys, form, pixels):
         assert torch.allclose(found.norm(dim=1), torch.ones(len(batch)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_export_needs_no_data_set(folder, tmp_path, capsys):
     saved = model.load_checkpoint(folder / "best.pt")
     saved["options"]["data"] = "nowhere.npz"

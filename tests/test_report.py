@@ -51,6 +51,7 @@ def make(folder, unseen_classes):
     return report.write(folder, made, measured, names), made
 
 
+@pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("unseen_classes", [7, 0])
 def test_the_page_in_a_browser(tmp_path, unseen_classes):
@@ -59,6 +60,7 @@ def test_the_page_in_a_browser(tmp_path, unseen_classes):
     assert browser.look(page) == []
 
 
+@pytest.mark.slow
 @needs_browser
 def test_the_browser_sees_faults(tmp_path):
     (tmp_path / "bad.html").write_text(
@@ -71,6 +73,7 @@ def test_the_browser_sees_faults(tmp_path):
     assert "an error on the console" in found and "asks the network for http://localhost:9/x.png" in found
 
 
+@pytest.mark.slow
 def test_files_and_figures(tmp_path):
     page, made = make(tmp_path, 7)
     text = page.read_text()

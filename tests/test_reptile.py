@@ -1,5 +1,6 @@
 """train_reptile.py's own parts: tasks, inner optimizers, meta-step."""
 
+import pytest
 import torch
 
 import data
@@ -8,6 +9,7 @@ import train_reptile
 from tiny import REPTILE
 
 
+@pytest.mark.slow
 def test_a_domain_is_one_class_against_all_others(train, tmp_path, monkeypatch):
     original = train_reptile.triplet_loss
     batches = []

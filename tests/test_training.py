@@ -49,6 +49,7 @@ def test_training_learns_and_leaves_its_files(train, tmp_path, script, arguments
     assert steps == sorted(set(steps)) and float(rows[-1]["auc"]) > 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
 def test_resuming_gives_the_same_bits(train, tmp_path, monkeypatch, script, arguments):
     whole = train(script, arguments, tmp_path / "whole")
@@ -75,6 +76,7 @@ def test_resuming_gives_the_same_bits(train, tmp_path, monkeypatch, script, argu
     assert same(*ends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
 def test_a_run_can_be_as_long_as_there_is_time(train, tmp_path, script, arguments):
     """Whatever the number of steps; the rate falls to 0 by the clock."""
@@ -89,6 +91,7 @@ def test_a_run_can_be_as_long_as_there_is_time(train, tmp_path, script, argument
     assert (out / "best.pt").read_bytes() == before and model.load_checkpoint(out / "last.pt")["step"] == saved["step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
 def test_two_runs_agree_and_another_seed_differs(train, tmp_path, script, arguments):
     runs = [train(script, arguments, tmp_path / str(i), *more) for i, more in enumerate(([], [], ["--seed", "1"]))]
@@ -131,6 +134,7 @@ def test_collapsed_embeddings_stop_the_run(train, tmp_path, capsys, monkeypatch)
     assert stop.value.code == 1 and "all embeddings point the same way" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_shell_saves_and_says_how_to_go_on(npz, tmp_path):
     command = [
         sys.executable,
@@ -172,7 +176,7 @@ PUBLISHED_REPTILE += "--mining all --no-soft-margin --margin 0.3"
     ],
 )
 def test_the_published_settings_are_available(train, tmp_path, monkeypatch, script, published, shorter):
-    """The command lines of the README, but for how long they train; the loss is what they say."""
+    """The command lines of docs/published.md, except for their length; the loss is what they say."""
     original = script.triplet_loss
     settings = []
 
@@ -197,6 +201,7 @@ def test_adam_without_decay_keeps_its_learning_rate(train, tmp_path):
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
 def test_a_compiled_network_learns_the_same(train, tmp_path, monkeypatch, script, arguments, device):
@@ -215,6 +220,7 @@ def test_a_compiled_network_learns_the_same(train, tmp_path, monkeypatch, script
     assert first_losses[1] == pytest.approx(first_losses[0], rel=close) and len(compiled) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
 def test_deterministic_runs_agree_bit_for_bit(train, tmp_path, monkeypatch, script, arguments, device):

@@ -59,6 +59,7 @@ def train(arguments, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ONE_STEP)
 def test_resnet18_from_a_file_with_frozen_stages(train, published, script, capsys, tmp_path):
     path, state = published

@@ -12,6 +12,8 @@ from contract import MININGS, TYPES, batch
 from kernels import Case, compiled, hold_against_the_oracle, hold_against_torch, run
 from triplet import DISTANCES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def wide():
