@@ -142,6 +142,7 @@ def test_gain_by_hand():
 # ------------------------------------------------------------------------------------------------- published variant
 
 
+@pytest.mark.slow
 def test_adapting_brings_the_class_together_and_keeps_batch_norms_statistics(known):
     loaded, net, seen, _, _ = known
     own, rest = loaded.train.of([6]), loaded.train.of(seen)

@@ -27,6 +27,7 @@ def errors(similarity, same, threshold):
     return 100 * (similarity[~same] > threshold).mean(), 100 * (similarity[same] <= threshold).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("criterion", ["balanced", "eer", "far:0.1", "far:0.01"])
 def test_thresholds_by_trying_all(criterion):
     z, labels, similarity, same = pairs()

@@ -139,6 +139,7 @@ def test_narrower_instruction_sets(isa):
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout
 
 
+@pytest.mark.slow
 def test_no_square_matrix_is_held():
     """Peak memory of forward and backward at B = 20000 grows by far less than the (B, B) matrix's 1.6 GB."""
     code = (

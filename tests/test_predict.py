@@ -186,6 +186,7 @@ def test_export_needs_no_data_set(folder, tmp_path, capsys):
     assert torch.equal(images, export.random_images(64, 32))
 
 
+@pytest.mark.slow
 def test_a_wrong_export_is_not_written(folder, monkeypatch, tmp_path, refusal):
     original = export.to_torch
 

@@ -214,6 +214,7 @@ def test_an_interrupted_download_is_refused_and_then_repeated(tmp_path, server, 
     assert torch.equal(data.load("cifar100", tmp_path / "root").train.images, pixels_of(archive))
 
 
+@pytest.mark.slow
 def test_a_silent_server_is_not_waited_for(tmp_path, server, monkeypatch):
     server.cut, server.stall = 100, 3.0
     monkeypatch.setattr(sources, "PATIENCE", 0.2)

@@ -264,6 +264,7 @@ def test_without_tensorboard_one_message_says_how_to_get_it(train, tmp_path, cap
     assert (out / "log.csv").read_bytes() == before and (out / "last.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_picture_of_runs(train, tmp_path):
     out = train(train_classic, CLASSIC, tmp_path / "run", "--epochs", "2")
     script = ROOT / "benchmarks" / "plot_runs.py"

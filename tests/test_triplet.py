@@ -20,6 +20,7 @@ def test_agrees_with_the_oracle(impl, device, kind, mining, dtype):
         compare(impl, device, *batch(rows, dtype=dtype, others=others), kind, mining, soft)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("mining", ("hard", "semihard"))
@@ -270,6 +271,7 @@ def test_compiles_to_one_graph(impl, device, mining):
         assert torch.allclose(eager, compiled, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("temperature", [0.02, 0.09, 0.1, 1.0])
