@@ -25,15 +25,15 @@ from data import Data, Images, augment
 from triplet import triplet_loss
 
 STEPS, BATCH, MARGIN = 30, 128, 0.3  # the published settings, with cosine distance
-EPISODES = 600  # in which one-shot adaptation is scored
-VIEWS = 8  # augmented views of each support image; each step draws from those of a class
-VIEWS_A_STEP = 4  # of each class
+EPISODES = 600  # episodes in which one-shot adaptation is scored
+VIEWS = 8  # augmented views of each support image, from which each step draws
+VIEWS_A_STEP = 4  # views of each class in a step
 
 
 def adapt(net: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int, lr: float, beta1: float = 0.9) -> nn.Module:
     """A copy of `net` after `steps` steps of Adam, each on a new value of `loss(copy)`.
 
-    Batch norm keeps its statistics: they are of many classes, the batches may be of few.
+    Batch norm keeps its statistics, which come from many classes; these batches may have few.
     """
     adapted = copy.deepcopy(net).eval().requires_grad_(True)
     optimizer = torch.optim.Adam(adapted.parameters(), lr, betas=(beta1, 0.999))
@@ -49,7 +49,7 @@ def adapt(net: nn.Module, loss: Callable[[nn.Module], Tensor], steps: int, lr: f
 
 @dataclass(frozen=True)
 class SupportAdaptation:
-    """How a network is adapted to the support images of an episode: its last block alone, the rest is frozen.
+    """Adaptation of a network to the support images of an episode: only its last block learns.
 
     The output of the frozen part, for each image and each augmented view, is computed once for all episodes.
     """
@@ -70,7 +70,7 @@ class SupportAdaptation:
         return torch.cat(kept)
 
     def answers(self, pictures: Images, episodes: Tensor, shot: int, seed: int = 0) -> Tensor:
-        """The class, 0..way-1, that each query goes to without adaptation and with it: (2, E, way, queries).
+        """The class, 0..way-1, given to each query without and with adaptation: (2, E, way, queries).
 
         `episodes` (E, way, shot + queries) as from `metrics.draw_episodes`. The same seed gives the same answers.
         """
@@ -81,7 +81,7 @@ class SupportAdaptation:
         supports, place = episodes[:, :, :shot].unique(return_inverse=True)  # (S,), (E, way, shot)
         views = self.block_inputs(augment(pictures.images, supports.repeat_interleave(VIEWS), generator))
         rows = (place[..., None] * VIEWS + torch.arange(VIEWS)).flatten(2)  # of `views`: (E, way, shot * VIEWS)
-        own = torch.arange(episodes[0].numel()).view(1, *episodes.shape[1:])  # an episode's images among themselves
+        own = torch.arange(episodes[0].numel()).view(1, *episodes.shape[1:])  # one episode, as rows of its own images
         found = []
         for images, own_rows in zip(episodes, rows, strict=True):
             loss = partial(support_loss, views=views, rows=own_rows, generator=generator, loss=self.loss)

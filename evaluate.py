@@ -222,7 +222,7 @@ def pick_thresholds(loaded: Loaded, options: Options) -> tuple[dict, dict[str, f
 
 
 def store(loaded: Loaded, threshold: dict) -> None:
-    """Put what predict.py and export.py need into a checkpoint. Raises ValueError or OSError."""
+    """Write what predict.py and export.py need into a checkpoint. Raises ValueError or OSError."""
     saved = model.load_checkpoint(loaded.path)
     if not model.is_ours(saved):
         raise ValueError(f"{loaded.path} is a bare state dict: --store needs a checkpoint of the training scripts")
@@ -238,8 +238,8 @@ def make_report(
 ) -> dict:
     """The JSON report; figures in percent unless a name says otherwise.
 
-    `facts`: checkpoint, commit, data, split, training. threshold: the one in force, with its criterion and, where it
-    was calibrated, its errors on the images it was calibrated on. seen, unseen: null or the figures of the test images
+    `facts`: checkpoint, commit, data, split, training. threshold: the one in force, with its criterion and, if it was
+    calibrated, its errors on the images of the calibration. seen, unseen: null or the figures of the test images
     of these classes, ci95 by resampling classes; few_shot: by way and shot, with half the width of the 95 % interval.
     adapted: where asked for, few-shot accuracy with and without adaptation to the support images of the same episodes
     (adapt.SupportAdaptation.report), and figures by the published way of adapting (adapt.published_variant).

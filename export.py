@@ -41,8 +41,8 @@ import model
 import sources
 from model import Recogniser
 
-BOUND = 1e-5  # largest difference of a number in an embedding, whose length is 1
-BATCHES = (1, 7, 64)  # images; the sizes the check tries
+BOUND = 1e-5  # largest allowed difference between numbers of two embeddings of length 1
+BATCHES = (1, 7, 64)  # batch sizes that the check tries
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 Embed = Callable[[Tensor], Tensor]
 
@@ -56,7 +56,7 @@ def trace(net: Recogniser, pixels: str) -> torch.export.ExportedProgram:
 
 
 def to_torch(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> tuple[bytes, Embed]:
-    """The file, and what it computes when loaded again."""
+    """The file, and the function it computes when loaded again."""
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
     loaded = torch.export.load(io.BytesIO(file.getvalue())).module()
@@ -64,7 +64,7 @@ def to_torch(program: torch.export.ExportedProgram, metadata: dict[str, str]) ->
 
 
 def to_onnx(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> tuple[bytes, Embed]:
-    """The file, and what ONNX Runtime computes from it. Raises ValueError without the packages this needs."""
+    """The file, and the function ONNX Runtime computes from it. Raises ValueError without the packages this needs."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401

@@ -80,7 +80,7 @@ def open_faces() -> dict[str, FT2Font]:
 
 
 def covers(face: str, font: FT2Font, char: str) -> bool:
-    """Whether the face has this character. The cm faces hold what they say for ASCII letters and digits only."""
+    """Does the face have this character? The cm faces have the right glyphs only for ASCII letters and digits."""
     return ord(char) in font.get_charmap() and (not face.startswith("cm") or (char.isascii() and char.isalnum()))
 
 
@@ -126,7 +126,7 @@ class Chance:
         return F.interpolate(values, size=SIDE, mode="bilinear", align_corners=True)
 
     def colour(self, luminance: Tensor) -> Tensor:
-        """(count, 3, 1, 1) random colours of this luminance (count, 1), but for clipping to 0..1."""
+        """(count, 3, 1, 1) random colours of this luminance (count, 1), clipped to 0..1."""
         tint = self.uniform(-0.45, 0.45, 3)
         tint = tint - (tint @ LUMINANCE)[:, None]
         return (luminance + tint).clamp(0, 1)[:, :, None, None]
@@ -167,7 +167,7 @@ def blur(images: Tensor, strength: Tensor) -> Tensor:
 
 
 def draw(masks: Tensor, count: int, seed: int) -> np.ndarray:
-    """`count` images of the character whose `masks` (faces, CANVAS, CANVAS) are given: (count, SIDE, SIDE, 3) uint8."""
+    """`count` images of the character with these `masks` (faces, CANVAS, CANVAS): (count, SIDE, SIDE, 3) uint8."""
     chance = Chance(count, seed)
     gap = chance.uniform(0.3, 0.75, 1)  # luminance between glyph and background
     dark = chance.uniform(0, 1, 1) * (1 - gap)
@@ -216,7 +216,7 @@ def cache_path(cache_dir: Path) -> Path:
 
 
 def load(cache_dir: Path) -> Arrays:
-    """The data set, from `cache_dir` or drawn anew (some 10 seconds) and kept there (184 MB)."""
+    """The data set, from `cache_dir`, or drawn in about 10 seconds and kept there (184 MB)."""
     path = cache_path(Path(cache_dir))
     try:
         with np.load(path, allow_pickle=False) as arrays:  # zip members carry a checksum

@@ -155,7 +155,7 @@ class PairTable:
     total: Tensor
 
     def accuracy(self, weight: Tensor | None = None) -> Tensor:
-        """Balanced pair accuracy in percent; `weight` (R, C) counts each class so many times in each of R resamples."""
+        """Balanced pair accuracy in percent; `weight` (R, C): how often each class counts in each of R resamples."""
         weight = torch.ones(1, len(self.total)) if weight is None else weight
         weight = weight.double()
         accepted, total = self.accepted.diagonal(), self.total.diagonal()
@@ -348,7 +348,7 @@ def classify(z: Tensor, images: Tensor, shot: int) -> Tensor:
 
 
 def episode_accuracies(z: Tensor, labels: Tensor, way: int, shot: int, **settings: int) -> Tensor | None:
-    """Accuracy (episodes,) in each episode of `draw_episodes`, whose settings these are; None if there are none."""
+    """Accuracy (episodes,) in each episode that `draw_episodes` gives with these settings; None if it gives none."""
     truth = torch.arange(way)[:, None]
     found = [
         (classify(z, images, shot) == truth).double().mean((1, 2))
@@ -368,7 +368,7 @@ def few_shot(z: Tensor, labels: Tensor, way: int, shot: int, **settings: int) ->
 
 @dataclass(frozen=True)
 class Side:
-    """Test images of the seen or of the unseen classes, and what is measured of them at one threshold."""
+    """Test images of the seen or the unseen classes, and their measurements at one threshold."""
 
     images: Tensor  # (N, 3, H, W) uint8
     labels: Tensor  # (N,)

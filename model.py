@@ -216,7 +216,7 @@ def pretrained_resnet18() -> dict[str, Tensor]:
 
 
 def bare_state(saved: dict, name: str) -> dict[str, Tensor]:
-    """The state dict in what the file `name` holds, without a prefix of DataParallel. Raises ValueError."""
+    """The state dict in the contents of the file `name`, without DataParallel's prefix. Raises ValueError."""
     state = saved.get("model", saved.get("state_dict", saved))
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(f"{name} is neither a checkpoint of this project nor a state dict")

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5: chosen by Jordan to be steep at 0
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5; Jordan chose them to be steep at 0
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """Push all singular values of matrices (N, rows, columns) towards 1; they end between about 0.7 and 1.2.
 
-    Newton-Schulz iterations of a fifth-degree polynomial, which need products only (Jordan et al. 2024, "Muon: an
+    Newton-Schulz iterations of a fifth-degree polynomial, which need only products (Jordan et al. 2024, "Muon: an
     optimizer for hidden layers in neural networks").
     """
     a, b, c = COEFFICIENTS
@@ -23,7 +23,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def split_for_muon(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """What is to be trained of a network: the convolutions after the first, whose inputs are colours; all the rest."""
+    """(weights for Muon, all others) among those to be trained: Muon gets the convolutions except the first."""
     trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
     hidden = {name: each for name, each in trained.items() if each.ndim == 4 and name != "conv1.weight"}
     return list(hidden.values()), [each for name, each in trained.items() if name not in hidden]
@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
     """Gradient descent in which each weight (out, in, height, width) moves by an orthogonal matrix (out, rest).
 
     The step is the orthogonalised Nesterov momentum, scaled so that its entries have root mean square 0.2 * lr, as
-    Adam's typically have (Liu et al. 2025, arXiv:2502.16982, eq. 4). Weights of one shape are done together.
+    Adam's typically have (Liu et al. 2025, arXiv:2502.16982, eq. 4). Weights of one shape are processed together.
     """
 
     def __init__(self, parameters, lr: float = 0.02, momentum: float = 0.9, weight_decay: float = 0.05):

@@ -99,7 +99,7 @@ def classify(net: model.Embedder, support: Tensor, names: list[str], path: Path,
 
 
 def recognise(net: model.Embedder, options: Options, threshold: float) -> tuple[list[dict], list[str]]:
-    """An answer for each query that can be read, and what was wrong with the others. Raises ValueError or OSError."""
+    """An answer for each readable query, and an error message for each other one. Raises ValueError or OSError."""
     classes = support_classes(Path(options.support))
     queries = query_pictures(options.query)
     support = F.normalize(torch.stack([embed(net, paths).mean(0) for paths in classes.values()]))

@@ -243,7 +243,7 @@ def show(report: dict) -> None:
 
 
 def start_text(report: dict) -> str:
-    """Whose weights the training started from, to follow a name; empty if none, or if that is not known."""
+    """The weights that training started from, as a suffix to a name; empty if there were none or it is unknown."""
     options = (report["training"] or {}).get("options", {})
     given = "ImageNet" if options.get("pretrained") else options.get("weights")
     return f", trained on from the weights of {given}" if given else ""

@@ -65,7 +65,7 @@ def compiler() -> str | None:
 
 
 def toolkit_candidates() -> list[Path]:
-    """Where a CUDA toolkit may be. `nvcc` on PATH comes last: it may be a wrapper whose folder is no toolkit."""
+    """Where a CUDA toolkit may be. `nvcc` on PATH comes last: it may be a wrapper outside a toolkit."""
     named = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     usual = [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True)]
     on_path = shutil.which("nvcc")
@@ -118,8 +118,8 @@ def toolkit_to_use(sources: list[str], torch_cuda: str | None) -> Path | None:
 
 
 def architectures(toolkit: int, gpu: bool) -> str | None:
-    """Value for TORCH_CUDA_ARCH_LIST, None to leave it to PyTorch, whose guess needs a GPU. Without one: what a toolkit
-    of this major version compiles for (13 dropped Volta), and PTX for later GPUs."""
+    """Value for TORCH_CUDA_ARCH_LIST; None leaves it to PyTorch, whose guess needs a GPU. Without one: what a toolkit of
+    this major version compiles for (13 dropped Volta), and PTX for later GPUs."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST") or gpu:
         return None
     return "7.5;8.0;9.0;10.0;12.0+PTX" if toolkit >= 13 else "7.0;7.5;8.0;9.0+PTX"
@@ -177,7 +177,7 @@ def extensions() -> list[Extension]:
             raise SystemExit(notice)
         tell(notice)
         return []
-    os.environ["CXX"] = command  # for PyTorch and setuptools alike, whose own defaults differ
+    os.environ["CXX"] = command  # PyTorch and setuptools have different defaults
     import torch
 
     home = toolkit_to_use(sources_of(".cu"), torch.version.cuda)

@@ -249,7 +249,7 @@ def class_pictures(folder: Path) -> list[Path]:
 
 
 def read_pictures(files: list[Path], size: int) -> tuple[Tensor, list[str]]:
-    """Pictures (N, 3, size, size) uint8, channels last, and for each what is wrong with it, "" if nothing is.
+    """Pictures (N, 3, size, size) uint8, channels last, and an error message for each, "" if it was read.
 
     Decoders release the GIL, so threads decode on all cores.
     """

@@ -62,7 +62,7 @@ def prepare_process(options: cli.RunOptions) -> torch.device:
         with contextlib.suppress(OSError, AttributeError):  # another C library
             mallopt = ctypes.CDLL("libc.so.6").mallopt
             mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to this size come from the heap
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free at its end stays there
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the heap's end is kept
     return model.pick_device(distributed.join(options.device))
 
 

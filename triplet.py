@@ -339,7 +339,7 @@ def load_library(name: str, what: str) -> str:
 
 @functools.cache
 def native_library() -> str:
-    """Load the native op and register what the stable ABI cannot: "" if it is there, else why it is not."""
+    """Load the native op and register what the stable ABI cannot: "" if that works, else the reason."""
     why = load_library("oneshot_C", "the native op")
     if why:
         return why

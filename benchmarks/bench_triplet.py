@@ -1,13 +1,14 @@
-"""Speed and memory of the fused triplet op on the CPU, beside what else computes the same loss.
+"""Speed and memory of the fused triplet op on the CPU, compared with other ways to compute the same loss.
 
     python benchmarks/bench_triplet.py                     # the whole table: about 7 minutes, on an idle machine
     python benchmarks/bench_triplet.py --quick             # a few sizes, about a minute
     python benchmarks/bench_triplet.py --json results/bench_cpu.json --plot docs/bench_cpu.png
+    python benchmarks/bench_triplet.py --bfloat16 --json results/bench_cpu_bfloat16.json  # what AVX512-BF16 is worth
 
 Each contender is checked against the float64 reference first, loss and gradient. Then all of them run in one process,
-turn by turn. A turn is one call, whose time counts as "cold" (caches hold what the contender before left there), and
-then as many as fit 10 ms, whose mean counts; the median of the turns is shown. Peak memory is taken in a fresh process
-for each contender.
+turn by turn. A turn is one call, timed as "cold" (the caches hold the previous contender's data), and then as many as
+fit 10 ms, of which the mean counts; the median of the turns is shown. Peak memory is taken in a fresh process for each
+contender.
 """
 
 import json
@@ -42,11 +43,13 @@ TRIPLETS = 3e7  # where triplets are listed one by one, contenders stop here
 @dataclass(frozen=True)
 class Options:
     quick: bool = False  # fewer sizes and turns
-    threads: int = 2
+    bfloat16: bool = False  # only cosine on bfloat16 rows, with and without the processor's products of bfloat16 pairs
+    threads: int = 2  # threads of each contender
     seconds: float = 0.6  # time for each contender at each size, at least 3 turns
     json: str | None = None  # write the figures to this file
     plot: str | None = None  # draw time against batch size into this file (PNG)
     memory_of: str | None = None  # internal: "contender B D mining", print the growth of peak memory in MB
+    serve: str | None = None  # internal: "B D mining", print milliseconds of bfloat16 calls for each line of input
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ CASES = [
     *(Case(rows, width, "all", soft) for soft in (False, True) for rows, width in ((128, 64), (1024, 128))),
 ]
 QUICK = [Case(128, 64), Case(1024, 128), Case(4096, 128), Case(128, 64, "semihard"), Case(128, 64, "all", True)]
+
+BFLOAT16 = [(128, 64), (1024, 128), (4096, 128), (4096, 512), (8192, 128)]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -214,6 +219,34 @@ def print_memory(told: str) -> None:
     print(run(case))
 
 
+def bfloat16_pairs(case: Case, threads: int, turns: int) -> dict:
+    """Milliseconds of forward + backward by cosine on bfloat16 rows, with products of bfloat16 pairs and, in a second
+    process that takes its turns, without (ONESHOT_ISA=avx512); the ratio is the median of the turns' ratios."""
+    command = [sys.executable, __file__, "--threads", str(threads), "--serve"]
+    command.append(f"{case.rows} {case.width} {case.mining}")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(command, env=os.environ | {"ONESHOT_ISA": isa}, **pipes) for isa in ("", "avx512")]
+    times: list[list[float]] = [[], []]
+    for _ in range(turns + 1):
+        for worker, taken in zip(workers, times, strict=True):
+            print(file=worker.stdin, flush=True)
+            taken.append(float(worker.stdout.readline()))
+    for worker in workers:
+        worker.communicate()
+    ratio = median(without / pairs for pairs, without in zip(*(taken[1:] for taken in times), strict=True))
+    row = {"rows": case.rows, "width": case.width, "mining": case.mining}
+    return row | {"milliseconds": median(times[0][1:]), "without_pairs": median(times[1][1:]), "ratio": ratio}
+
+
+def serve(told: str) -> None:
+    """The worker's part of `bfloat16_pairs`."""
+    rows, width, mining = told.split()
+    x, labels = Case(int(rows), int(width), mining).batch()
+    x = x.bfloat16().requires_grad_()
+    for _ in sys.stdin:
+        print(1e3 * turn(lambda: triplet_loss(x, labels, mining=mining, impl="native").backward())[1], flush=True)
+
+
 def describe_machine(threads: int) -> dict:
     names = ("torch", "pytorch-metric-learning")
     model = next(
@@ -301,8 +334,22 @@ def main() -> None:
     if options.memory_of:
         print_memory(options.memory_of)
         return
+    if options.serve:
+        serve(options.serve)
+        return
     if triplet.native_library():
         sys.exit(f"error: {triplet.native_library()}; build it with: {triplet.NATIVE_BUILD}")
+    if options.bfloat16:
+        if not torch.cpu.get_capabilities().get("avx512_bf16"):
+            sys.exit("error: this processor has no products of bfloat16 pairs (AVX512-BF16)")
+        cases = [Case(rows, width, mining) for mining in ("hard", "semihard") for rows, width in BFLOAT16]
+        found = {"machine": describe_machine(options.threads), "rows": []}
+        for case in cases:
+            found["rows"].append(bfloat16_pairs(case, options.threads, 25))
+            print(found["rows"][-1], flush=True)
+        if options.json:
+            Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+        return
     report: dict = {"machine": describe_machine(options.threads), "sgemm_gflops": sgemm_rate(), "rows": []}
     print(report["machine"], f"best sgemm {report['sgemm_gflops']:.0f} GFLOP/s", flush=True)
     for case in QUICK if options.quick else CASES:

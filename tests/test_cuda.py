@@ -27,7 +27,7 @@ def test_agrees_with_the_torch_implementation(kind, mining, dtype):
     rows = 300 if mining == "all" else 3000
     x, labels, others = on("cuda", batch(rows, width=100, dtype=dtype, others=rows // 2))
     wide = (others[0].double().requires_grad_(), others[1])
-    alike = torch.ones(rows, dtype=torch.bool, device="cuda")  # anchors whose mined rows do not hang on rounding
+    alike = torch.ones(rows, dtype=torch.bool, device="cuda")  # anchors whose mined rows do not depend on rounding
     if mining != "all":
         found = mine(x, labels, distance=kind, mining=mining, others=others, impl="native")
         exact = mine(x.double(), labels, distance=kind, mining=mining, others=wide, impl="torch")

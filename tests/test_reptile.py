@@ -34,7 +34,7 @@ def test_a_domain_is_one_class_against_all_others(train, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_classes_of_a_task_stay_upright_or_turned(train, tmp_path, monkeypatch):
-    """Each is turned anew with each task, not with each step, and is one class among the others."""
+    """Rotations are drawn for each task, not for each step; a rotated class is a class among the others."""
     original, turned = data.TrainingData.batch, []
 
     def recording(self, normalise, index, turns):

@@ -143,7 +143,7 @@ def cifar_archive(folder: Path) -> Path:
 
 
 class Server:
-    """Serves a small CIFAR-100 from loopback. `cut` sends so many bytes of it and, after `stall` seconds, hangs up."""
+    """Serves a small CIFAR-100 from loopback. `cut` sends that many bytes and, after `stall` seconds, hangs up."""
 
     def __init__(self, archive: Path):
         self.requested, self.cut, self.stall = [], None, 0.0

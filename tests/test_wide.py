@@ -1,4 +1,4 @@
-"""The CPU kernels for 64-byte vectors, compiled for the machine at hand, against the oracle and the torch code.
+"""The CPU kernels for 64-byte vectors, compiled for this machine, against the oracle and plain PyTorch.
 
 The native op runs them where the processor has AVX-512 only; here they run everywhere, on more instructions.
 """

@@ -112,7 +112,7 @@ int64_t backward_bytes(const Batch<In>& batch, Mining mining, int gradient_rows)
   return arena.used;
 }
 
-// What the device can do, as far as the choice of kernels depends on it.
+// Properties of the device on which the choice of kernels depends.
 struct Machine {
   int processors;     // streaming multiprocessors
   bool tensor_cores;  // mma m16n8k16 of halves: compute capability 8.0 and above

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(In) == 2 ? 4 : 0)
   }
 }
 
-// The power of two that brings the largest |x| near 1, as far as T can hold it.
+// The power of two that brings the largest |x| near 1, within the range of T.
 template <typename T>
 __device__ inline T common_scale(const Key* extreme) {
   constexpr int kMost = sizeof(T) == 4 ? 120 : 1000;
