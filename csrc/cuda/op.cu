@@ -130,7 +130,7 @@ Tensor backward_op(Tensor grad, Tensor candidates, Tensor labels, Tensor count, 
     const auto batch = make_batch<In>(candidates, labels, anchors);
     check_gradient_rows(gradient_rows, anchors, candidates);
     check_backward(grad, candidates, count, positive, negative, anchors, settings.reduction);
-    gradient = torch::stable::new_empty(candidates, {gradient_rows, batch.width});
+    gradient = torch::stable::new_empty(candidates, {gradient_rows, candidates.size(1)});
     const int rows = int(gradient_rows);
     const Tensor memory = allocate(candidates, backward_bytes<T>(batch, settings.mining, rows), ScalarType::Byte);
     const Upstream<T> up{values<T>(grad), settings.reduction == Reduction::none ? grad.stride(0) : 0,
