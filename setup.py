@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # PyTorch 2.10, the oldest one that can load the libraries
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-ignored-attributes", "-Wno-psabi"]
 NO_COMPILER = (
-    "one-shot: no working C++ compiler was found ({}), so the triplet loss will run in plain PyTorch. "
+    "one-shot: no working C++ compiler was found ({}){}. "
     "For the native op install a compiler (Debian: apt-get install g++) and run `pip install -e .` again."
 )
 
@@ -54,10 +54,10 @@ def compiler() -> str | None:
     """The C++ compiler to build with: the first that works, its standard library included. CXX is the only candidate
     where it is set."""
     for command in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
-        check = [*shlex.split(command), "-x", "c++", "-fsyntax-only", "-"]
         try:
+            check = [*shlex.split(command), "-x", "c++", "-fsyntax-only", "-"]
             works = subprocess.run(check, input="#include <vector>\n", capture_output=True, text=True).returncode == 0
-        except OSError:
+        except (OSError, ValueError):  # no such program; an open quote
             works = False
         if works:
             return command
@@ -172,8 +172,10 @@ def extensions() -> list[Extension]:
     command = None if wanted is False else compiler()
     if command is None:
         tried = f"CXX={os.environ['CXX']}" if os.environ.get("CXX") else "c++, g++, clang++"
-        notice = "one-shot: ONESHOT_NATIVE=0, pure Python" if wanted is False else NO_COMPILER.format(tried)
-        if wanted or switch("ONESHOT_CUDA"):
+        required = wanted or switch("ONESHOT_CUDA")
+        instead = "" if required else ", so the triplet loss will run in plain PyTorch"
+        notice = "one-shot: ONESHOT_NATIVE=0, pure Python" if wanted is False else NO_COMPILER.format(tried, instead)
+        if required:
             raise SystemExit(notice)
         tell(notice)
         return []

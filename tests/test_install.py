@@ -106,6 +106,8 @@ def test_the_compiler_must_work(tmp_path, monkeypatch):
     assert build.compiler() is None
     monkeypatch.setenv("CXX", "/no/such/compiler")
     assert build.compiler() is None
+    monkeypatch.setenv("CXX", 'g++ "')
+    assert build.compiler() is None
 
 
 def run_setup(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
@@ -131,6 +133,7 @@ def test_without_a_compiler_the_package_is_pure_python(tmp_path):
 def test_a_missing_compiler_is_an_error_where_the_native_op_is_required(tmp_path):
     done = run_setup(tmp_path, "build", ONESHOT_NATIVE="1", CXX="/no/such/compiler")
     assert done.returncode != 0 and "CXX=/no/such/compiler" in done.stderr and "Traceback" not in done.stderr
+    assert "plain PyTorch" not in done.stderr  # it does not fall back
 
 
 def test_left_out_or_forced_against_each_other(tmp_path):
