@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger("triplet")
@@ -23,7 +24,7 @@ MININGS = ("hard", "semihard", "all")
 REDUCTIONS = ("none", "mean", "sum")
 IMPLS = ("auto", "native", "torch")
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 NATIVE_BUILD = "pip install -e . (with a C++ compiler and, for GPUs, a CUDA toolkit)"
 
 
@@ -176,7 +177,23 @@ def check(embeddings: Tensor, labels: Tensor, others: Others, impl: str) -> bool
             raise ValueError(f"others are on {others[0].device}, embeddings on {embeddings.device}")
     if impl == "torch":
         return False
+    if not torch.compiler.is_compiling() and is_transformed(embeddings, others):
+        if impl == "native":
+            raise RuntimeError(
+                "the native triplet loss has no torch.func transforms and no forward-mode gradients; use impl='torch'"
+            )
+        return False
     return use_native("cpu" if embeddings.is_cpu else embeddings.device.type, impl)
+
+
+def is_transformed(embeddings: Tensor, others: Others) -> bool:
+    """Is this call under a torch.func transform, or do tensors carry forward-mode gradients?"""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    leaves = [embeddings, *(others[:1] if others else ())]
+    return any(forward_ad.unpack_dual(leaf).tangent is not None for leaf in leaves)
 
 
 def check_rows(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -> None:
@@ -216,15 +233,20 @@ def prepare(embeddings: Tensor, labels: Tensor, others: Others, settings: Settin
     finite = x.detach().isfinite().all()
     x = x * torch.where(finite, 1.0, torch.nan).to(x.dtype)
     if settings.distance == "cosine":
-        least = 1e-12
-        if x.dtype == torch.float64:  # squares overflow from 1e154
+        least, wider = 1e-12, torch.float64 if has_float64(x.device) else torch.float32
+        if x.dtype == wider:  # squares overflow: float64 from 1e154, float32 from 1e18
             largest = x.detach().abs().amax(1, keepdim=True).clamp(min=least)
             x, least = x / largest, least / largest
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float64)  # float32 would overflow from 1e18
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wider)
         x = torch.where(norm == 0, 0, x / norm.clamp(min=least)).to(x.dtype)
     same = labels[:rows, None] == labels
     itself = torch.arange(len(x), device=x.device) == torch.arange(rows, device=x.device)[:, None]
     return x, same & ~itself, ~same
+
+
+def has_float64(device: torch.device) -> bool:
+    """Can this device compute in float64? Apple's GPUs cannot."""
+    return device.type != "mps"
 
 
 def losses_and_counts(embeddings: Tensor, labels: Tensor, others: Others, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -428,8 +450,8 @@ class Native(torch.autograd.Function):
         return output[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        refuse_second_derivatives()
         gradient = torch.ops.oneshot.triplet_backward(grad, *ctx.saved_tensors, *ctx.options)
         return split(gradient, ctx.options[0])
 
@@ -446,9 +468,13 @@ class NativeAtOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise RuntimeError("the native triplet loss can be differentiated only once; use impl='torch' for more")
+        refuse_second_derivatives()
         return split(ctx.gradient * grad, ctx.anchors)
+
+
+def refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("the native triplet loss can be differentiated only once; use impl='torch' for more")
 
 
 def save_for_backward(ctx, inputs, output) -> None:

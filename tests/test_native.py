@@ -110,12 +110,44 @@ def test_gradients_at_once_are_those_of_the_backward_op(kind, mining):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-def test_second_derivatives_are_refused():
+@pytest.mark.parametrize("reduction", ["none", "mean"])  # two autograd functions
+def test_second_derivatives_are_refused(reduction):
     x, labels, _ = batch(12)
-    (grad,) = torch.autograd.grad(triplet_loss(x.requires_grad_(), labels, impl="torch"), x, create_graph=True)
+    losses = triplet_loss(x.requires_grad_(), labels, reduction=reduction, impl="torch")
+    (grad,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
     assert grad.requires_grad
+    losses = triplet_loss(x, labels, reduction=reduction, impl="native")
     with pytest.raises(RuntimeError, match="differentiated only once"):
-        torch.autograd.grad(triplet_loss(x, labels, impl="native"), x, create_graph=True)
+        torch.autograd.grad(losses.sum(), x, create_graph=True)
+
+
+def test_transforms_and_forward_gradients_fall_back_or_are_refused():
+    """The op knows neither: impl "auto" takes plain PyTorch, "native" raises instead of giving 0."""
+    x, labels, _ = batch(12)
+    tangent = torch.randn_like(x)
+
+    def loss(impl):
+        return lambda x: triplet_loss(x, labels, impl=impl)
+
+    def dual(impl):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, tangent)
+            return torch.autograd.forward_ad.unpack_dual(triplet_loss(dual, labels, impl=impl)).tangent
+
+    (expected,) = torch.autograd.grad(loss("torch")(leaf := x.clone().requires_grad_()), leaf)
+    slope = (expected * tangent).sum()
+    assert torch.allclose(torch.func.grad(loss("auto"))(x), expected)
+    assert torch.allclose(torch.func.jvp(loss("auto"), (x,), (tangent,))[1], slope) and slope.abs() > 1e-3
+    assert torch.allclose(dual("auto"), slope)
+    assert torch.allclose(torch.func.vmap(loss("auto"))(torch.stack((x, x))), loss("torch")(x))
+    for refused in (
+        lambda: torch.func.grad(loss("native"))(x),
+        lambda: torch.func.jvp(loss("native"), (x,), (tangent,)),
+        lambda: torch.func.vmap(loss("native"))(torch.stack((x, x))),
+        lambda: dual("native"),
+    ):
+        with pytest.raises(RuntimeError, match="use impl='torch'"):
+            refused()
 
 
 @pytest.mark.slow

@@ -4,8 +4,10 @@ from itertools import product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
+import triplet
 from contract import IMPLS, MININGS, TYPES, batch, compare
 from triplet import DISTANCES, mine, triplet_loss
 
@@ -52,7 +54,7 @@ def test_label_patterns(impl, device, mining, labels):
 
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+@pytest.mark.parametrize("dtype", [kind for kind in triplet.LABEL_TYPES if kind != torch.int64])
 def test_label_types_and_strides(impl, device, dtype):
     x, labels, _ = batch(33)
     expected = triplet_loss(x.to(device), labels.to(device), impl=impl)
@@ -311,3 +313,30 @@ def test_same_input_same_bits(impl, device, mining):
         runs.append(once())
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("mining", MININGS)
+def test_on_a_device_without_float64(monkeypatch, kind, mining):
+    """Such as Apple's GPUs, simulated: no operation gives or takes a float64 tensor, and the answer is the same."""
+
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            tensors = [value for value in (*args, out) if isinstance(value, torch.Tensor)]
+            assert all(tensor.dtype != torch.float64 for tensor in tensors), function
+            return out
+
+    def found(x):
+        leaf = x.clone().requires_grad_()
+        loss = triplet_loss(leaf, labels, distance=kind, mining=mining, impl="torch")
+        return loss.detach(), *torch.autograd.grad(loss, leaf)
+
+    x, labels, _ = batch(33, dtype=torch.float32)
+    expected = found(x)
+    monkeypatch.setattr(triplet, "has_float64", lambda device: False)
+    with NoFloat64():
+        for a, b in zip(found(x), expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+        if kind == "cosine":  # squares beyond float32
+            assert torch.allclose(found(x * 1e25)[0], expected[0], rtol=1e-5)

@@ -1,5 +1,5 @@
-// What the kernels need of the device, for nvcc. tests/simt.h defines the same names for g++, so that the kernels run
-// on the CPU in the tests; nothing else in the kernels differs between the two.
+// What the kernels need of the device, for nvcc. tests/native/simt.h defines the same names for g++, so that the
+// kernels run on the CPU in the tests; nothing else in the kernels differs between the two.
 #pragma once
 
 #include <cstdint>
