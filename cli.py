@@ -4,16 +4,26 @@ Nothing here needs PyTorch: scripts read their options before they import it, so
 """
 
 import contextlib
+import csv
 import dataclasses
+import json
 import math
 import os
+import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import tyro
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 T = TypeVar("T")
 
@@ -103,18 +113,22 @@ def user_errors() -> Iterator[None]:
     """Around set-up: a mistake the user can fix (ValueError, OSError) ends the program with its message, status 2."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one of several processes reports it
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 
-def require(options: object, *names: str, least: float | None = None) -> None:
-    """Raise ValueError unless each of these options is finite and above 0, or at least `least`."""
+def require(options: object, *names: str, least: float | None = None, most: float = math.inf) -> None:
+    """Raise ValueError unless each of these options is finite, above 0 or at least `least`, and at most `most`."""
     for name in names:
         value = getattr(options, name)
-        if not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
-            bound = "above 0" if least is None else f"at least {least}"
+        if not (math.isfinite(value) and (value > 0 if least is None else value >= least) and value <= most):
+            bound = "above 0" if least is None else f"at least {least:g}"
+            bound += "" if most == math.inf else f" and at most {most:g}"
             raise ValueError(f"--{name.replace('_', '-')} must be {bound}, got {value}")
 
 
@@ -149,15 +163,32 @@ def check_threshold(text: str) -> float:
     return value
 
 
-def check_folder_of(option: str, path: str | os.PathLike | None) -> None:
-    """Raise ValueError if the file that an option names would lie in a folder that does not exist."""
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"{option}: no such folder: {Path(path).parent}")
+def check_output(option: str, path: str | os.PathLike | None, *inputs: str | os.PathLike) -> None:
+    """Raise ValueError if the file that an option names cannot be written, or is one of the inputs."""
+    if path is None:
+        return
+    path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{option}: no such folder: {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{option}: {path} is a folder, not a file")
+    for each in inputs:
+        if path.exists() and os.path.exists(each) and path.samefile(each):
+            raise ValueError(f"{option}: {path} is an input; it would be overwritten")
+    target = path if path.exists() else path.absolute().parent
+    if not os.access(target, os.W_OK):
+        raise ValueError(f"{option}: no permission to write {path}")
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: control characters and bytes that are no UTF-8 are escaped."""
+    escaped = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(escaped).encode("utf-8", "backslashreplace").decode()
 
 
 def cell(value: object, decimals: int = 1, dash: str = "-") -> str:
     """A table's cell: floats with `decimals`, None as a dash."""
-    return dash if value is None else f"{value:.{decimals}f}" if isinstance(value, float) else str(value)
+    return dash if value is None else f"{value:.{decimals}f}" if isinstance(value, float) else printable(str(value))
 
 
 def text_table(header: list[str], rows: list[list], decimals: int = 1) -> str:
@@ -168,18 +199,152 @@ def text_table(header: list[str], rows: list[list], decimals: int = 1) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path`, which replaces it at the end of the block unless there was an error.
+    """A temporary path whose file replaces `path` at the end of the block unless there was an error.
 
-    A reader, or a crash, finds the old file or the new one, never half of one.
+    A reader, or a crash, finds the old file or the new one, never half of one. Links are followed. What is no regular
+    file, such as a pipe or /dev/stdout, is written to.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    device = path.exists() and (not path.is_file() or str(path.absolute()).startswith(("/dev/", "/proc/")))
+    target = Path(os.path.realpath(path))
+    folder = Path(tempfile.gettempdir()) if device else target.parent
+    temporary = folder / f".{path.name if device else target.name}.{os.getpid()}"
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        if device:
+            sys.stdout.flush()
+            with open(path, "ab", buffering=0) as file:
+                file.write(temporary.read_bytes())
+            return
+        with open(temporary, "r+b") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, content: object) -> None:
+    """Write valid JSON: numbers that are not finite become null."""
+
+    def finite(value: object) -> object:
+        if isinstance(value, dict):
+            return {name: finite(each) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+
+
+class RunFolder:
+    """A run's last.pt, best.pt and log.csv, which always belong together; one process at a time has the folder.
+
+    A run that is to be replaced stays until the new one has its first last.pt: until then the new files lie in a hidden
+    folder, `place`. If the process dies in between, the next one finishes the replacement or undoes it.
+    """
+
+    FILES = ("best.pt", "log.csv", "last.pt")  # in this order they take the place of another run's
+
+    def __init__(self, folder: str | os.PathLike, resume: bool, overwrite: bool):
+        """Check that the folder may be used, and lock it if it exists. Raises ValueError or OSError."""
+        self.folder = self.place = Path(folder)
+        self.new = self.folder / ".new"
+        self.log_file = self.handle = None
+        if self.folder.is_dir():
+            self.lock()
+            self.clean_up()
+        holds = [name for name in ("last.pt", "best.pt") if (self.folder / name).exists()]
+        if holds and not (resume or overwrite):
+            ways = "--resume continues it, --overwrite replaces it, --out goes elsewhere"
+            raise ValueError(f"{self.folder} holds a run: {ways}")
+        if holds and not resume:
+            self.place = self.new
+
+    def lock(self) -> None:
+        """Keep other processes out until this one ends. Raises ValueError if another run is in the folder."""
+        if fcntl is None:
+            return
+        self.handle = os.open(self.folder, os.O_RDONLY)  # closed, and so unlocked, when the process ends
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another run is writing to {self.folder}; wait for it, or give another --out") from error
+        except OSError:  # a file system without locks
+            pass
+
+    def clean_up(self) -> None:
+        """Finish or undo what a process that died has left."""
+        if (self.new / "last.pt").exists():
+            self.adopt()
+        shutil.rmtree(self.new, ignore_errors=True)
+        for path in self.folder.iterdir():
+            found = re.fullmatch(r"\.(?:best\.pt|last\.pt|log\.csv)\.(\d+)", path.name)
+            if found and not is_running(int(found[1])):
+                path.unlink(missing_ok=True)
+
+    def start(self, fields: Sequence[str], rows: list[dict]) -> None:
+        """Make the folder, and log.csv with these rows. Raises ValueError or OSError."""
+        fresh = not self.folder.is_dir()
+        self.place.mkdir(parents=True, exist_ok=True)
+        if fresh:
+            self.lock()
+        with writing(self.place / "log.csv") as path, open(path, "w", newline="") as file:
+            log = csv.DictWriter(file, fields)
+            log.writeheader()
+            log.writerows(rows)
+        self.fields = fields
+        self.open_log()
+
+    def open_log(self) -> None:
+        self.log_file = open(self.place / "log.csv", "a", newline="")
+        self.log = csv.DictWriter(self.log_file, self.fields)
+
+    def write_row(self, row: dict) -> None:
+        """Add a row to log.csv."""
+        self.log.writerow(row)
+        self.log_file.flush()
+
+    def committed(self) -> None:
+        """To be called when last.pt has been written: from now on the new run has the folder."""
+        if self.place == self.new:
+            self.log_file.close()
+            self.adopt()
+            self.open_log()
+
+    def adopt(self) -> None:
+        """Replace the old run by the new one. While both are there, neither has a last.pt in the folder."""
+        (self.folder / "last.pt").unlink(missing_ok=True)
+        for name in self.FILES:
+            if (self.new / name).exists():
+                os.replace(self.new / name, self.folder / name)
+        shutil.rmtree(self.new, ignore_errors=True)
+        self.place = self.folder
+
+    def close(self) -> None:
+        """Let other processes in."""
+        if self.log_file is not None:
+            self.log_file.close()
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
+
+    __del__ = close
+
+
+def is_running(pid: int) -> bool:
+    """Is there a process of this number? True where asking would end it, on Windows."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True

@@ -4,6 +4,7 @@ A data set is one uint8 tensor; a batch is a tensor of indices into it; cropping
 gathered. There are no worker processes and no Python code that runs once per image. sources.py reads the images.
 """
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -236,7 +237,7 @@ class TrainingData:
     cutout: float  # fraction of an image's side
     rotate: float  # probability that a class is shown rotated
     pixel_statistics: tuple[list[float], list[float]]  # mean and standard deviation of the kept images' channels
-    facts: dict  # name, source, classes, seen, validation, unseen
+    facts: dict  # name, source, classes, seen, validation, unseen, fingerprint
 
     @property
     def size(self) -> int:
@@ -260,6 +261,15 @@ class TrainingData:
         return images, self.kept.labels[index.to(self.kept.labels.device)]
 
 
+def fingerprint(kept: Images, held_back: Images, facts: dict) -> str:
+    """A hash of all that a training sees of its data, so that a run is not resumed with other images or labels."""
+    found = hashlib.sha256(repr([facts[name] for name in ("classes", "seen", "validation", "unseen")]).encode())
+    for images in (kept, held_back):
+        found.update(images.images.permute(0, 2, 3, 1).contiguous().numpy())
+        found.update(images.labels.numpy())
+    return found.hexdigest()
+
+
 def load_for_training(options: DataOptions, seed: int, device: torch.device) -> TrainingData:
     """Load the data, take the seen classes and hold back their last images. Raises ValueError or OSError."""
     with distributed.first_process_first():  # it downloads
@@ -277,6 +287,7 @@ def load_for_training(options: DataOptions, seed: int, device: torch.device) -> 
         raise ValueError("two seen classes need 4 training images or more: some are held back to set the threshold")
     facts = {"name": loaded.name, "source": options.data, "classes": loaded.class_names}
     facts |= {"seen": seen, "validation": withheld, "unseen": unseen}
+    facts["fingerprint"] = fingerprint(kept, held_back, facts)
     generator = torch.Generator().manual_seed(seed)
     tasks = generator
     if distributed.world() > 1:

@@ -67,7 +67,6 @@ if __name__ == "__main__":
     cli.parse(Options, __doc__)  # before PyTorch is imported, so that --help takes no seconds
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -179,7 +178,7 @@ def load_network(saved: dict, path: str, backbone: str, options: Options, kept: 
     """
     state, size = model.bare_state(saved, path), kept.shape[2]
     own = model.settings_of(saved) if model.is_ours(saved) else {}
-    settings = own
+    settings = dict(own)
     if "backbone" not in own or options.backbone is not None or options.width is not None:
         settings = model.fit(backbone, options.width or saved.get("options", {}).get("width", 16), size, state)
     if own:
@@ -190,8 +189,8 @@ def load_network(saved: dict, path: str, backbone: str, options: Options, kept: 
         mean, std = model.IMAGENET if backbone == "resnet18" else data.channel_statistics(kept)
     trained = settings.get("mirror", False)
     mirror = trained if options.mirror == "auto" else options.mirror == "yes"
-    net = model.build(**settings | {"mirror": mirror, "size": size, "mean": mean, "std": std})
-    ignored = model.load_weights(net, state)
+    settings |= {"mirror": mirror, "size": size, "mean": mean, "std": std}
+    net, ignored = model.build_with_weights(settings, state)
     if ignored:
         print(f"{path}: left out {', '.join(ignored)}")
     return net, mirror == trained and size == own.get("size")
@@ -378,11 +377,16 @@ def check(options: Options) -> None:
         cli.check_threshold(options.threshold)
     if options.on == "validation" and options.adapt_published:
         raise ValueError("--adapt-published trains on the images that --on validation measures; give one of them")
-    cli.check_folder_of("--json", options.json)
+    cli.check_output("--json", options.json, *options.checkpoints, *([options.data] if options.data else []))
     if options.report and Path(options.report).exists() and not Path(options.report).is_dir():
         raise ValueError(f"--report: {options.report} is not a folder")
+    if options.report:
+        Path(options.report).mkdir(parents=True, exist_ok=True)
+        cli.check_output("--report", Path(options.report, "index.html"))
     if options.store and options.threshold != "auto":
         raise ValueError("--store keeps a calibrated threshold; it does not go with --threshold NUMBER")
+    for path in options.checkpoints if options.store else ():
+        cli.check_output("--store", path)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -413,8 +417,7 @@ def main(args: Sequence[str] | None = None) -> None:
             folder = Path(options.report, *([str(len(reports))] if len(loaded) > 1 else []))
             print(f"\nreport: {report.write(folder, made, sides, each.data.class_names)}")
     if options.json:
-        with cli.writing(options.json) as file:
-            file.write_text(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1) + "\n")
+        cli.write_json(options.json, reports[0] if len(reports) == 1 else reports)
 
 
 if __name__ == "__main__":

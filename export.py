@@ -118,7 +118,7 @@ def main(args: Sequence[str] | None = None) -> None:
         net, saved = model.load(options.checkpoint)
         recogniser, size = Recogniser(net).eval(), net.size
         out = Path(options.out or Path(options.checkpoint).with_suffix(SUFFIXES[options.format]))
-        cli.check_folder_of("--out", out)
+        cli.check_output("--out", out, options.checkpoint, *([options.data] if options.data else []))
         images = random_images(max(BATCHES), size)
         if options.data is not None:
             images = sources.load(options.data, options.data_root, size).test.images[: max(BATCHES)]

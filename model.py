@@ -7,9 +7,10 @@ ResNet-18 as in torchvision, so that published weights load. A network owns the 
 normalised with.
 """
 
+import math
 import os
-import pickle
 import textwrap
+import zipfile
 from collections.abc import Iterable, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -218,23 +219,37 @@ def pretrained_resnet18() -> dict[str, Tensor]:
 def bare_state(saved: dict, name: str) -> dict[str, Tensor]:
     """The state dict in the contents of the file `name`, without DataParallel's prefix. Raises ValueError."""
     state = saved.get("model", saved.get("state_dict", saved))
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(x, str) and isinstance(y, Tensor) for x, y in state.items()):
         raise ValueError(f"{name} is neither a checkpoint of this project nor a state dict")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def build_with_weights(settings: dict, state: dict[str, Tensor]) -> tuple[Embedder, list[str]]:
+    """A network with the weights `state`, and the names left out. Raises ValueError.
+
+    Nothing is allocated before the weights are known to fit.
+    """
+    with torch.device("meta"):
+        load_weights(build(**settings), state)
+    net = build(**settings)
+    return net, load_weights(net, state)
 
 
 def load_weights(net: nn.Module, state: dict[str, Tensor]) -> list[str]:
     """Load a state dict of ours, of the CIFAR ResNet family or of torchvision into `net`; return the names left out.
 
     A "module." prefix (DataParallel) is dropped and a classifier (linear.*, fc.*) left out. Raises ValueError if
-    anything else is missing, left over or of another shape.
+    anything else is missing, left over or of another shape, or if a weight is not finite.
     """
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     ignored = [name for name in state if name.split(".")[0] in ("linear", "fc")]
     for name in ignored:
         del state[name]
+    broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"the weights are of no use: {broken[0]} holds NaN or infinity")
     try:
-        net.load_state_dict(state)
+        net.load_state_dict(state, assign=next(net.parameters()).is_meta)  # meta tensors cannot be copied to
     except RuntimeError as error:
         why = f"the weights do not fit this network (wrong --backbone or --width?): {error}"
         raise ValueError(textwrap.shorten(why, 400)) from error
@@ -265,16 +280,79 @@ def count(net: nn.Module, side: int) -> tuple[int, int]:
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
-    """A dict of tensors and plain values; no code in the file is run. Raises ValueError or OSError."""
+    """A dict of tensors and plain values, its checksums verified; no code in the file is run. Raises ValueError or
+    OSError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile("a checksum is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a checkpoint that can be read: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # damaged files raise errors of every kind
+        raise ValueError(f"{path} is not a checkpoint that can be read: {what_it_is(path, error)}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    if is_ours(checkpoint):
+        check_structure(checkpoint, path)
     return checkpoint
+
+
+def what_it_is(path: str | os.PathLike, error: Exception) -> str:
+    """What a file is that is no checkpoint, for the user."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start:
+        return "it is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; `git lfs pull` fetches the file it stands for"
+    if start.lstrip().startswith(b"<"):
+        return "it is a web page; download the file itself"
+    if "Unsupported global" in str(error) or "GLOBAL" in str(error):
+        return "it holds more than tensors and plain values, which could run programs"
+    return "it is damaged, cut short or of another kind"
+
+
+def check_structure(saved: dict, path: str | os.PathLike) -> None:
+    """Raise ValueError unless a checkpoint of ours has the fields, types and values that the scripts rely on."""
+
+    def numbers(values: object, count: int, low: float, high: float) -> bool:
+        known = isinstance(values, (list, tuple)) and len(values) == count
+        return known and all(isinstance(value, (int, float)) and low <= value <= high for value in values)
+
+    def labels(values: object, classes: list) -> bool:
+        return isinstance(values, list) and all(type(label) is int and 0 <= label < len(classes) for label in values)
+
+    data, threshold, network = saved["data"], saved["threshold"], saved.get("network", {})
+    wrong = []
+    if not isinstance(saved["options"], dict):
+        wrong.append("options")
+    classes = data.get("classes") if isinstance(data, dict) else None
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        wrong.append("classes")
+    elif (
+        not all(labels(data.get(name, []), classes) for name in ("seen", "validation", "unseen")) or "seen" not in data
+    ):
+        wrong.append("labels of the classes")
+    if not isinstance(network, dict):
+        wrong.append("network settings")
+    elif not wrong:
+        settings = {name: data[name] for name in ("size", "mean", "std") if name in data} | network
+        known = {"backbone", "width", "stem", "enlarge", "mirror", "size", "mean", "std"}
+        sizes = [settings.get(name, 1) for name in ("width", "enlarge", "size")]
+        if not (settings.keys() <= known and all(type(size) is int for size in sizes) and numbers(sizes, 3, 1, 2**16)):
+            wrong.append("network settings")
+        if not numbers(settings.get("mean", [0, 0, 0]), 3, 0, 1) or not numbers(
+            settings.get("std", [1, 1, 1]), 3, 1e-9, 1
+        ):
+            wrong.append("pixel statistics")
+    if threshold is not None:
+        value = threshold.get("value") if isinstance(threshold, dict) else None
+        if not numbers([value], 1, -1, 1) or not numbers(threshold.get("logistic", [0, 0]), 2, -math.inf, math.inf):
+            wrong.append("threshold")
+    if wrong:
+        raise ValueError(f"{path} is a damaged checkpoint: {', '.join(wrong)} missing or of no use")
 
 
 def is_ours(saved: dict) -> bool:
@@ -299,8 +377,7 @@ def load(path: str | os.PathLike) -> tuple[Embedder, dict]:
     settings, threshold = settings_of(saved), saved["threshold"]
     if threshold is None or "logistic" not in threshold or not {"backbone", "size"} <= settings.keys():
         raise ValueError(f"{path} lacks a calibration: `python evaluate.py {path} --store` adds it")
-    net = build(**settings)
-    load_weights(net, saved["model"])
+    net, _ = build_with_weights(settings, bare_state(saved, str(path)))
     return net.eval().requires_grad_(False), saved
 
 
@@ -308,12 +385,12 @@ def load(path: str | os.PathLike) -> tuple[Embedder, dict]:
 
 
 def pick_device(name: str) -> torch.device:
-    """The named device; "auto" is the GPU if there is one. Raises ValueError."""
+    """The named device; "auto" is the GPU, NVIDIA's or Apple's, if there is one. Raises ValueError."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device

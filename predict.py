@@ -30,7 +30,6 @@ if __name__ == "__main__":
     cli.parse(Options, __doc__)  # before PyTorch is imported, so that --help takes no seconds
 
 import csv
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,8 +49,10 @@ def check(options: Options) -> None:
         raise ValueError("--compare goes without --support and --query")
     if not options.compare and not (options.support and options.query):
         raise ValueError("give --support FOLDER and --query PICTURES, or --compare A B")
-    cli.check_folder_of("--csv", options.csv)
-    cli.check_folder_of("--json", options.json)
+    for option, path in (("--csv", options.csv), ("--json", options.json)):
+        cli.check_output(option, path, options.checkpoint, *options.query, *(options.compare or ()))
+    if options.csv and options.json and Path(options.csv).absolute() == Path(options.json).absolute():
+        raise ValueError(f"--csv and --json are both {options.csv}; give two files")
 
 
 def support_classes(folder: Path) -> dict[str, list[Path]]:
@@ -102,8 +103,18 @@ def recognise(net: model.Embedder, options: Options, threshold: float) -> tuple[
     """An answer for each readable query, and an error message for each other one. Raises ValueError or OSError."""
     classes = support_classes(Path(options.support))
     queries = query_pictures(options.query)
-    support = F.normalize(torch.stack([embed(net, paths).mean(0) for paths in classes.values()]))
-    answers, errors = [], []
+    answers, errors, rows = [], [], []
+    for name, paths in classes.items():
+        found = []
+        for path in paths:
+            try:
+                found.append(embed(net, [path]))
+            except ValueError as error:
+                errors.append(str(error))
+        if not found:
+            raise ValueError(f"no picture of class {name} can be read: {errors[-1]}")
+        rows.append(torch.cat(found).mean(0))
+    support = F.normalize(torch.stack(rows))
     for path in queries:
         try:
             answers.append(classify(net, support, list(classes), path, threshold))
@@ -145,10 +156,10 @@ def show(answers: list[dict], threshold: float, stored: dict) -> None:
 def write(answers: list[dict], threshold: float, options: Options) -> None:
     if options.json:
         found = {"checkpoint": options.checkpoint, "threshold": threshold, "answers": answers}
-        with cli.writing(options.json) as path:
-            path.write_text(json.dumps(found, indent=1) + "\n")
+        cli.write_json(options.json, found)
     if options.csv:
-        with cli.writing(options.csv) as path, open(path, "w", newline="") as file:
+        text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # names keep their bytes
+        with cli.writing(options.csv) as path, open(path, "w", **text) as file:
             rows = csv.DictWriter(file, answers[0].keys() if answers else [])
             rows.writeheader()
             rows.writerows(answers)
@@ -169,9 +180,9 @@ def main(args: Sequence[str] | None = None) -> None:
         show(answers, threshold, stored)
         write(answers, threshold, options)
         for error in errors:
-            print(error, file=sys.stderr)
+            print(cli.printable(error), file=sys.stderr)
         if errors:
-            raise ValueError(f"{len(errors)} of {len(errors) + len(answers)} pictures could not be read")
+            raise ValueError(f"{len(errors)} of the pictures could not be read")
 
 
 if __name__ == "__main__":

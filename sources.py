@@ -10,11 +10,12 @@ import os
 import socket
 import sys
 import tarfile
+import threading
 import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -30,6 +31,8 @@ LISTED = 20  # unreadable pictures that are named one by one
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
 MAX_PIXELS = 80_000_000  # 320 MB as RGBA
+LARGE_PIXELS = 8_000_000  # of pictures larger than this, one is decoded at a time
+LARGE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,8 @@ def read_member(archive: zipfile.ZipFile, key: str) -> np.ndarray:
         if "Object arrays" in str(error):
             raise ValueError(f"{key} holds pickled objects, which could run programs; save a plain array") from error
         raise ValueError(f"{key} is damaged or cut short: {error}") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{key} is damaged: {error}") from error  # RuntimeError: encrypted, or an unknown compression
+    except Exception as error:  # damaged headers and members raise errors of every kind
+        raise ValueError(f"{key} is damaged: {error}") from error
 
 
 def from_arrays(name: str, train_images, train_labels, test_images, test_labels, class_names) -> Data:
@@ -225,6 +228,12 @@ def read_classes(root: Path, size: int, least: int) -> tuple[Images, list[str]]:
     if not folders:
         raise ValueError(f"{root} has no folders; each class needs a folder of its own with its pictures in it")
     files = [class_pictures(folder) for folder in folders]
+    owners: dict[str, Path] = {}
+    for folder, pictures in zip(folders, files, strict=True):
+        for path in pictures:
+            owner = owners.setdefault(os.path.realpath(path), folder)
+            if owner != folder:
+                raise ValueError(f"{path} counts for two classes by a link, {owner.name} and {folder.name}")
     labels = torch.arange(len(folders)).repeat_interleave(torch.tensor([len(each) for each in files]))
     images, errors = read_pictures(sum(files, []), size)
     good = torch.tensor([not error for error in errors], dtype=torch.bool)
@@ -241,8 +250,12 @@ def read_classes(root: Path, size: int, least: int) -> tuple[Images, list[str]]:
 
 def class_pictures(folder: Path) -> list[Path]:
     """The picture files in a folder and in folders inside it, hidden ones aside, always in the same order."""
-    found = []
+    found, visited = [], set()
     for inside, subfolders, _ in os.walk(folder, followlinks=True):
+        if os.path.realpath(inside) in visited:  # a link back
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(inside))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         found += list_pictures(Path(inside))
     return found
@@ -291,7 +304,9 @@ def read_picture(path: Path, size: int) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
             with Image.open(path, formats=FORMATS) as image:
-                square = centre_square(image, size)
+                large = image.width * image.height > LARGE_PIXELS
+                with LARGE if large else nullcontext():
+                    square = centre_square(image, size)
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{path} is not a picture in a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # decoders raise errors of many kinds over broken files
@@ -318,8 +333,11 @@ def colours(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers of no known range")
     if image.mode.startswith("I"):  # one channel of 16 bits; some decoders hand it out as 32
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"pixel values {values.min()}..{values.max()} are not of 8 or 16 bits")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        levels = np.empty(values.shape, np.uint8)
+        for row, line in enumerate(values):  # line by line: no copy of the whole in a wider type
+            levels[row] = (line.astype(np.int32) + 128) // 257
+        image = Image.fromarray(levels)
     return image.convert("RGBA" if image.has_transparency_data else "RGB")

@@ -116,9 +116,10 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 def check(options: Options) -> None:
     """Raise ValueError unless the options make sense."""
-    cli.require(options, "epochs", "lr", "muon_lr", "softmax_scale", "validate_every")
+    cli.require(options, "epochs", "validate_every", most=1e6)
+    cli.require(options, "lr", "muon_lr", "softmax_scale")
     cli.require(options, "warmup", "triplet_weight", "softmax_weight", "weight_decay", "muon_weight_decay", least=0)
-    cli.require(options, "batch_classes", "images_per_class", least=2)
+    cli.require(options, "batch_classes", "images_per_class", least=2, most=100_000)
     if options.warmup >= 1:
         raise ValueError(f"--warmup is a fraction of the run, below 1, got {options.warmup}")
     if options.backbone_lr is not None:

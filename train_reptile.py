@@ -108,10 +108,10 @@ def meta_step(weights: list[Tensor], adapted: list[list[Tensor]], size: float) -
 
 def check(options: Options) -> None:
     """Raise ValueError unless the options make sense."""
-    cli.require(options, "iters", "inner_steps", "meta_batch", "validate_every", least=1)
+    cli.require(options, "iters", "inner_steps", "meta_batch", "validate_every", least=1, most=1_000_000_000)
     cli.require(options, "lr", "muon_lr", "meta_step_size")
     cli.require(options, "muon_weight_decay", least=0)
-    cli.require(options, "way", "images_per_class", least=2)
+    cli.require(options, "way", "images_per_class", least=2, most=100_000)
     if not 0 <= options.beta1 < 1:
         raise ValueError(f"--beta1 must be in 0..1, below 1, got {options.beta1}")
     if options.rotate and options.task == "domain":

@@ -29,12 +29,15 @@ FIELDS += ("new_triplet_accuracy", "new_pair_accuracy", "new_one_shot")  # on va
 
 def check(options: cli.RunOptions) -> None:
     """Raise ValueError unless the options both trainings have make sense."""
-    cli.require(options, "temperature", *(["minutes"] if options.minutes is not None else []))
-    cli.require(options, "margin", "seed", "enlarge", "withhold", "cutout", "rotate", least=0)
-    cli.require(options, "image_size", least=8)
+    cli.require(options, "temperature", least=1e-6, most=1e6)
+    if options.minutes is not None:
+        cli.require(options, "minutes", most=1e6)
+    cli.require(options, "margin", "seed", "withhold", least=0)
+    cli.require(options, "cutout", "rotate", least=0, most=1)
+    cli.require(options, "enlarge", least=0, most=64)
+    cli.require(options, "width", least=1, most=1024)
+    cli.require(options, "image_size", least=8, most=4096)
     cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
-    if options.rotate > 1:
-        raise ValueError(f"--rotate is a probability, at most 1, got {options.rotate}")
     if options.seed >= 2**63:
         raise ValueError(f"--seed must be below 2**63, got {options.seed}")
     if options.pretrained and options.backbone != "resnet18":
@@ -91,9 +94,8 @@ def make_network(options: cli.NetworkOptions, train: data.TrainingData) -> model
     OSError."""
     state, (mean, std) = given_weights(options, train)
     settings = model.fit(options.backbone, options.width, train.size, state, stem=options.stem, enlarge=options.enlarge)
-    net = model.build(**settings, mirror=options.mirror, mean=mean, std=std)
-    if state is not None:
-        model.load_weights(net, state)
+    settings |= {"mirror": options.mirror, "mean": mean, "std": std}
+    net = model.build(**settings) if state is None else model.build_with_weights(settings, state)[0]
     net.freeze(options.freeze)
     net.to(train.kept.images.device)
     parameters, multiply_adds = model.count(net, train.size)
@@ -170,14 +172,14 @@ class Run:
         self.validation: dict = {}
         self.calibration: dict | None = None
         self.losses: list[Tensor] = []
-        self.embeddings = self.generators = torch.empty(0)
+        self.embeddings = torch.empty(0)
+        self.of_processes: dict[str, Tensor] = {}  # what each has of its own, (processes, ...)
         self.device = next(net.parameters()).device
         self.dtype = pick_precision(options.precision, self.device)
         self.embed_batch: Callable[[Tensor], Tensor] = net
         if options.compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"  # CUDA graphs: many small kernels
             self.embed_batch = torch.compile(net, mode=mode, dynamic=False)
-        self.folder = Path(options.out)
         self.open_folder()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -187,45 +189,57 @@ class Run:
 
     def open_folder(self) -> None:
         """Make the run's folder, or resume what is in it. Raises ValueError or OSError."""
-        last = self.folder / "last.pt"
-        if self.options.resume:
-            self.restore(model.load_checkpoint(last))
-        elif last.exists() and not self.options.overwrite:
-            ways = "--resume continues it, --overwrite replaces it, --out goes elsewhere"
-            raise ValueError(f"{self.folder} holds a run: {ways}")
-        first, path = distributed.rank() == 0, self.folder / "log.csv"
-        self.tensorboard = tensorboard_writer(self.options.log_dir if first else None, self.step)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        if self.options.resume and first and path.exists():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
-        self.log_file = open(path if first else os.devnull, "w", newline="")
-        self.log = csv.DictWriter(self.log_file, FIELDS)
-        self.log.writeheader()
-        self.log.writerows(rows)
+        out, first = Path(self.options.out), distributed.rank() == 0
+        with distributed.first_process_first():
+            self.folder = cli.RunFolder(out, self.options.resume, self.options.overwrite) if first else None
+        try:
+            self.rows = self.restore(model.load_checkpoint(out / "last.pt")) if self.options.resume else []
+            self.tensorboard = tensorboard_writer(self.options.log_dir if first else None, self.step)
+            if first:
+                self.folder.start(FIELDS, self.rows)
+        except (ValueError, OSError):
+            if first:
+                self.folder.close()
+            raise
 
-    def restore(self, saved: dict) -> None:
-        """Take up the saved state. Raises ValueError if it was made with other options."""
-        if "training" not in saved:
-            raise ValueError(f"{self.folder}/last.pt holds no training state to resume")
+    def restore(self, saved: dict) -> list[dict]:
+        """Take up the saved state; return the rows of its log. Raises ValueError if it was made with other options."""
+        folder = self.options.out
+        if not isinstance(saved.get("training"), dict):
+            raise ValueError(f"{folder}/last.pt holds no training state to resume")
         free = {"resume", "overwrite", "device", "out", "data_root", "log_dir"}
         now = dataclasses.asdict(self.options)
         differing = [name for name in now if name not in free and saved["options"].get(name, now[name]) != now[name]]
         if differing:
             was = ", ".join(f"--{name.replace('_', '-')} {saved['options'][name]}" for name in differing)
-            raise ValueError(f"{self.folder} was trained with other options; to resume it give {was}")
+            raise ValueError(f"{folder} was trained with other options; to resume it give {was}")
+        theirs, ours = saved["data"], self.train.facts
+        if (
+            theirs.get("fingerprint", ours["fingerprint"]) != ours["fingerprint"]
+            or theirs["classes"] != ours["classes"]
+        ):
+            raise ValueError(f"{folder} was trained on other images, labels or classes than --data holds now")
         state = saved["training"]
-        self.net.load_state_dict(state["net"])
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
         generators = torch.atleast_2d(state["generator"])
         if len(generators) != distributed.world():
-            raise ValueError(f"{self.folder} was trained by {len(generators)} processes; resume it with as many")
-        self.train.sampler.tasks.set_state(state.get("tasks", generators[0].clone()))
-        self.train.generator.set_state(generators[distributed.rank()].clone())  # a view would be read wrongly
-        torch.set_rng_state(state["rng"])
-        self.step, self.images, self.seconds, self.best = (state[k] for k in ("step", "images", "seconds", "best"))
+            raise ValueError(f"{folder} was trained by {len(generators)} processes; resume it with as many")
+        try:
+            self.net.load_state_dict(state["net"])
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.train.sampler.tasks.set_state(state.get("tasks", generators[0].clone()))
+            self.train.generator.set_state(generators[distributed.rank()].clone())  # a view would be read wrongly
+            torch.set_rng_state(state["rng"])
+            self.step, self.images, self.seconds = int(state["step"]), int(state["images"]), float(state["seconds"])
+            self.best = state["best"] | {"auc": float(state["best"]["auc"])}
+            self.losses = list(state["losses"][distributed.rank()].to(self.device)) if "losses" in state else []
+            self.collapsed = int(state.get("collapsed", 0))
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{folder}/last.pt is not the state of such a training: {error}") from error
+        if "log" in state:
+            return state["log"]
+        with open(Path(folder) / "log.csv", newline="") as file:  # of an older version
+            return [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
 
     @property
     def progress(self) -> float:
@@ -234,13 +248,19 @@ class Run:
         return min(1.0, self.step / self.total if minutes is None else self.seconds / (60 * minutes))
 
     def steps(self) -> Iterator[float]:
-        """The progress at each step, from where the run stands to its end; Ctrl-C ends it after the step, saved."""
+        """The progress at each step, from where the run stands to its end.
+
+        Ctrl-C and SIGTERM end it after the step, saved.
+        """
         interrupts: list[int] = []
-        before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+        before = {
+            number: signal.signal(number, lambda number, frame: interrupts.append(number))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         bar = tqdm(
             total=self.total if self.options.minutes is None else None,
             initial=self.step,
-            desc=self.folder.name,
+            desc=Path(self.options.out).name,
             dynamic_ncols=True,
             smoothing=0.05,
             disable=distributed.rank() > 0,
@@ -251,33 +271,45 @@ class Run:
                 yield self.progress
                 self.step += 1
                 seconds = seconds_before + time.monotonic() - started
-                self.seconds, interrupted = distributed.from_first(seconds, bool(interrupts))
+                self.seconds, interrupted = distributed.from_first(seconds, interrupts[0] if interrupts else 0)
                 bar.update()
-                due = self.step % self.validate_every == 0 or self.progress == 1 or interrupted
+                due = self.step % self.validate_every == 0 or self.progress == 1
                 if due or self.step % self.LOG_EVERY == 0:
                     row = self.check()
                     speed = (self.images - images_before) / (time.monotonic() - started)
                     bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:.0f} images/s")
-                    if due:
-                        self.generators = distributed.gather(self.train.generator.get_state()[None])
                     if due and distributed.rank() == 0:
                         row |= self.validate()
+                        self.keep_best()
                         bar.write(f"step {self.step}: held-back images {describe(row)}")
-                        self.save()
                     self.write_log(row)
+                if due or interrupted:
+                    own = {"generator": self.train.generator.get_state()}
+                    own |= {"losses": torch.tensor([float(loss) for loss in self.losses])}
+                    self.of_processes = {name: distributed.gather(part[None]) for name, part in own.items()}
+                    if distributed.rank() == 0:
+                        if not due:
+                            self.validate()  # for last.pt alone: neither the log nor best.pt hears of it
+                        self.save()
                 if interrupted:
                     bar.close()
                     done = f"step {self.step}, {100 * self.progress:.0f} % of the run"
                     say(f"stopped at {done}, saved; go on with --resume")
-                    sys.exit(130)
+                    sys.exit(128 + int(interrupted))
         except Stopped as error:
             bar.close()
             say(f"stopped at step {self.step}: {error}")
             sys.exit(1)
-        finally:
-            signal.signal(signal.SIGINT, before)
+        except OSError as error:
             bar.close()
-            self.log_file.close()
+            say(f"error: cannot write to {self.options.out} ({error}); --resume continues from its last checkpoint")
+            sys.exit(2)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            bar.close()
+            if self.folder is not None:
+                self.folder.close()
             if self.tensorboard is not None:
                 self.tensorboard.close()
 
@@ -307,7 +339,7 @@ class Run:
         return progress | {"loss": loss, "rate": self.rate}
 
     def validate(self) -> dict:
-        """Metrics of the held-back images and of validation classes; sets the threshold and keeps the best weights."""
+        """Metrics of the held-back images and of validation classes; sets the calibrated threshold."""
         if self.refreshes:
             model.refresh_batch_norm(self.net, self.train.kept.images)
         z, labels = self.embed(self.train.held_back)
@@ -316,10 +348,6 @@ class Run:
         found = {"triplet_accuracy": metrics.triplet_accuracy(z, labels), "pair_accuracy": pair_accuracy}
         found |= {"auc": curve.auc, "threshold": threshold}
         self.validation, self.calibration = found, metrics.calibrate(curve, z, labels, ["balanced"])["balanced"]
-        if found["auc"] > self.best["auc"]:
-            self.best = found | {"step": self.step}
-            with cli.writing(self.folder / "best.pt") as path:
-                torch.save(self.inference_state(), path)
         if self.train.validation is None:
             return found
         z, labels = self.embed(self.train.validation)
@@ -329,6 +357,12 @@ class Run:
             "new_pair_accuracy": metrics.roc(z, labels).best()[0],
             "new_one_shot": metrics.few_shot(z, labels, way, 1, episodes=2000)[0],
         }
+
+    def keep_best(self) -> None:
+        """Write best.pt if this validation is the best so far."""
+        if self.validation["auc"] > self.best["auc"]:
+            self.best = self.validation | {"step": self.step}
+            self.write("best.pt", self.inference_state())
 
     def embed(self, images: data.Images) -> tuple[Tensor, Tensor]:
         """Normalised embeddings (N, D) and labels (N,) of images."""
@@ -353,15 +387,26 @@ class Run:
     def save(self) -> None:
         """Write last.pt: inference state and everything that resuming needs."""
         training = {name: part.state_dict() for name, part in self.parts.items()}
-        training |= {"net": self.net.state_dict(), "generator": self.generators}
+        training |= self.of_processes | {"net": self.net.state_dict(), "collapsed": self.collapsed}
         training |= {"tasks": self.train.sampler.tasks.get_state(), "rng": torch.get_rng_state(), "best": self.best}
-        training |= {"step": self.step, "images": self.images, "seconds": self.seconds}
-        with cli.writing(self.folder / "last.pt") as path:
-            torch.save(self.inference_state() | {"training": training}, path)
+        training |= {"step": self.step, "images": self.images, "seconds": self.seconds, "log": self.rows}
+        self.write("last.pt", self.inference_state() | {"training": training})
+        self.folder.committed()
+
+    def write(self, name: str, checkpoint: dict) -> None:
+        """Save one of the run's checkpoints. Raises OSError."""
+        with cli.writing(self.folder.place / name) as path:
+            try:
+                torch.save(checkpoint, path)
+            except RuntimeError as error:  # PyTorch's writer, on a full disk
+                raise OSError(str(error).splitlines()[0]) from error
 
     def write_log(self, row: dict) -> None:
-        self.log.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
-        self.log_file.flush()
+        """Add a row to the log, in the first process."""
+        if self.folder is None:
+            return
+        self.rows.append({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})
+        self.folder.write_row(self.rows[-1])
         if self.tensorboard is not None:
             for name in row.keys() - {"step", "images", "seconds"}:
                 self.tensorboard.add_scalar(name, row[name], row["step"])
@@ -385,7 +430,7 @@ def tensorboard_writer(folder: str | None, step: int):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("--log-dir needs TensorBoard: pip install tensorboard") from error
-    return SummaryWriter(folder, purge_step=step + 1 if step else None)
+    return SummaryWriter(folder, purge_step=step + 1 if step else 0)  # hides what an earlier run logged beyond
 
 
 def say(text: str) -> None:

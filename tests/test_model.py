@@ -176,7 +176,11 @@ def test_an_older_checkpoint_keeps_its_pixel_statistics_with_the_data(tmp_path):
     net = model.build("resnet20", 4, size=24, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.1])
     saved = {"model": net.state_dict(), "options": {}, "threshold": {"value": 0.5, "logistic": [1.0, 0.0]}}
     pixels = {name: net.settings[name] for name in ("size", "mean", "std")}
-    older = {"network": {"backbone": "resnet20", "width": 4}, "data": pixels, "center": None}
+    older = {
+        "network": {"backbone": "resnet20", "width": 4},
+        "data": pixels | {"classes": ["a"], "seen": [0]},
+        "center": None,
+    }
     torch.save(saved | older, tmp_path / "older.pt")
     loaded, _ = model.load(tmp_path / "older.pt")
     assert loaded.settings == net.settings and not loaded.training

@@ -115,7 +115,7 @@ def test_a_broken_query_does_not_stop_the_others(folder, tmp_path, refusal):
         arguments = ["--support", folder / "support", "--query", *queries, "--json", tmp_path / "a.json"]
         errors = refusal(predict, folder / "best.pt", *arguments, "--csv", tmp_path / "a.csv")
         assert "broken.jpg" in errors
-        assert f"1 of {len(queries)} pictures could not be read" in errors
+        assert "1 of the pictures could not be read" in errors
         assert len(json.loads((tmp_path / "a.json").read_text())["answers"]) == len(queries) - 1
 
 
