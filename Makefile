@@ -1,4 +1,4 @@
-.PHONY: build test lint format bench docs sanitize
+.PHONY: build test lint format bench docs fuzz sanitize
 
 CPP = $(wildcard csrc/*.* csrc/*/*.* tests/native/*.*)
 
@@ -25,6 +25,9 @@ docs:  ## the pictures of README and docs/results.md, from a trained network: ma
 	python evaluate.py $(or $(CKPT),runs/classic/best.pt) $(if $(DATA),--data $(DATA)) --report build/report
 	for name in episodes classes similarity map; do for theme in "" -dark; do \
 	cp build/report/$$name$$theme.png docs/report-$$name$$theme.png; done; done
+
+fuzz: build  ## random calls of the loss and damaged files, a minute: make fuzz SECONDS=600 SEED=1
+	ONESHOT_NATIVE=1 python tests/fuzz.py $(or $(SECONDS),60) $(or $(SEED),0)
 
 sanitize:  ## the native op's tests under AddressSanitizer and UndefinedBehaviorSanitizer; the usual build is restored
 	ONESHOT_NATIVE=1 ONESHOT_SANITIZE=1 ONESHOT_CUDA=0 python setup.py -q build_ext --inplace --build-temp build/sanitize

@@ -212,7 +212,7 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     device = path.exists() and (not path.is_file() or str(path.absolute()).startswith(("/dev/", "/proc/")))
     target = Path(os.path.realpath(path))
-    folder = Path(tempfile.gettempdir()) if device else target.parent
+    folder = Path(tempfile.mkdtemp()) if device else target.parent
     temporary = folder / f".{path.name if device else target.name}.{os.getpid()}"
     try:
         yield temporary
@@ -226,6 +226,8 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+        if device:
+            folder.rmdir()
 
 
 def write_json(path: str | os.PathLike, content: object) -> None:

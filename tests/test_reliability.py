@@ -20,11 +20,13 @@ from PIL import Image
 import cli
 import evaluate
 import export
+import fuzz
 import model
 import predict
 import tiny
 import train_classic
 import train_reptile
+import triplet
 from tiny import CLASSIC, REPTILE, same
 
 ROOT = Path(__file__).parent.parent
@@ -525,3 +527,11 @@ def test_names_that_a_terminal_would_obey(trained, tmp_path, capsys):
     assert "\x1b" not in printed and "\x07" not in printed and "esc\\x1b[31m" in printed
     assert b"no\xffutf8" in (tmp_path / "a.csv").read_bytes()
     assert len(json.loads((tmp_path / "a.json").read_text())["answers"]) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------- fuzz
+
+
+@pytest.mark.skipif(triplet.native_library() != "" and os.environ.get("ONESHOT_NATIVE") != "1", reason="pure Python")
+def test_a_short_fuzz():
+    assert min(fuzz.fuzz(seconds=6, seed=0).values()) > 30

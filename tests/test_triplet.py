@@ -315,6 +315,26 @@ def test_same_input_same_bits(impl, device, mining):
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize(("rows", "reduction"), [(63, "mean"), (63, "none"), (1500, "sum")])  # 1500: blocks of anchors
+def test_gradients_of_close_rows(impl, device, kind, rows, reduction):
+    """In float32, rows of all classes 1e-2 to 1e-6 apart, and copies: the derivative of a distance divides by it."""
+
+    def gradient(x, impl):
+        leaf = x.requires_grad_()
+        settings = {"distance": kind, "mining": "all", "soft_margin": True, "temperature": 0.5, "reduction": reduction}
+        loss = triplet_loss(leaf, labels.to(x.device), impl=impl, **settings)
+        return torch.autograd.grad(loss.sum(), leaf)[0].double().cpu()
+
+    x, labels, _ = batch(rows // 3, width=19, classes=rows // 2, dtype=torch.float32)
+    gaps = torch.logspace(-2, -6, len(x))[:, None] * torch.randn(len(x), 19, generator=torch.Generator().manual_seed(0))
+    x, labels = torch.cat((x, x + gaps, x)), torch.cat((labels, labels + 1, labels + 2))
+    expected = gradient(x.double(), "torch")
+    found = gradient(x.to(device), impl)
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("mining", MININGS)
 def test_on_a_device_without_float64(monkeypatch, kind, mining):
