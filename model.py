@@ -287,8 +287,11 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    raise zipfile.BadZipFile("a checksum is wrong")
+                folders = any(
+                    info.external_attr & 0x10 for info in archive.infolist()
+                )  # PyTorch reads no bytes of such
+                if folders or archive.testzip() is not None:
+                    raise zipfile.BadZipFile("a checksum or an attribute is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise errors of every kind
         raise ValueError(f"{path} is not a checkpoint that can be read: {what_it_is(path, error)}") from error

@@ -364,6 +364,10 @@ def test_a_damaged_block_never_gives_another_answer(trained, tmp_path):
             model.load_checkpoint(tmp_path / "a.pt")
         found += 1
     assert found >= 20
+    entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"data/3"))  # in the list of files at the end
+    (tmp_path / "a.pt").write_bytes(whole[: entry + 38] + b"\x10" + whole[entry + 39 :])  # now said to be a folder
+    with pytest.raises(ValueError, match="it is damaged"):
+        model.load_checkpoint(tmp_path / "a.pt")
 
 
 def archive_data(whole: bytes, info: zipfile.ZipInfo) -> bytes:
