@@ -136,12 +136,13 @@ def native_extension() -> Extension:
     from torch.utils.cpp_extension import CppExtension
 
     sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"] if switch("ONESHOT_SANITIZE") else []
+    level = "-O1" if sanitize else "-O3"  # the sanitizers' checks take the compiler many minutes at -O3
     extension = CppExtension(
         "oneshot_C",
         sources_of(".cpp"),
         depends=sources_of(".h", ".inc"),
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": ["-O3", "-fno-math-errno", "-fvisibility=hidden", *WARNINGS, TARGET, *sanitize]},
+        extra_compile_args={"cxx": [level, "-fno-math-errno", "-fvisibility=hidden", *WARNINGS, TARGET, *sanitize]},
         extra_link_args=sanitize,
         py_limited_api=True,
     )
