@@ -1,0 +1,321 @@
+"""What is written and what is read: outputs, other people's files, odd names, random damage."""
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cli
+import evaluate
+import export
+import fuzz
+import model
+import predict
+import tiny
+import train_classic
+import triplet
+from tiny import CLASSIC
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A data set, and a classic run on it."""
+    folder = tmp_path_factory.mktemp("trained")
+    tiny.train_classic(tiny.write_npz(folder / "tiny.npz", classes=12, train=24, test=8), folder / "run")
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------------------- outputs
+
+
+def test_devices_pipes_and_links_are_written_to(trained, tmp_path):
+    best = trained / "run" / "best.pt"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    tiny.run(evaluate, best, "--json", pipe)
+    assert json.loads(reader.communicate()[0])["data"] == "tiny" and stat.S_ISFIFO(pipe.stat().st_mode)
+    (tmp_path / "target.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("target.json")
+    tiny.run(evaluate, best, "--json", tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink() and json.loads((tmp_path / "target.json").read_text())["unseen"]
+    tiny.run(evaluate, best, "--json", "/dev/null")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    command = [
+        sys.executable,
+        ROOT / "predict.py",
+        best,
+        "--compare",
+        *[tmp_path / "a.png"] * 2,
+        "--json",
+        "/dev/stdout",
+    ]
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "a.png")
+    for target in (subprocess.PIPE, open(tmp_path / "out.txt", "w+")):
+        done = subprocess.run(command, stdout=target, text=True)
+        text = done.stdout if target == subprocess.PIPE else (tmp_path / "out.txt").read_text()
+        assert "threshold" in text and json.loads(text[text.index("\n{") :])["answers"][0]["answer"] == "same"
+
+
+def test_inputs_are_not_overwritten(trained, tmp_path, refusal):
+    best = trained / "run" / "best.pt"
+    before = best.read_bytes()
+    (tmp_path / "link.pt").symlink_to(best)
+    for script, arguments in (
+        (export, ["--format", "torch", "--out", best]),
+        (export, ["--format", "torch", "--out", tmp_path / "link.pt"]),
+        (evaluate, ["--json", best]),
+        (evaluate, ["--json", trained / "tiny.npz", "--data", trained / "tiny.npz"]),
+        (predict, ["--compare", best, "b.png", "--csv", best]),
+    ):
+        assert "is an input; it would be overwritten" in refusal(script, best, *arguments)
+        assert best.read_bytes() == before
+    assert "is a folder, not a file" in refusal(evaluate, best, "--json", tmp_path)
+    both = ["--csv", tmp_path / "a", "--json", tmp_path / "a"]
+    assert "give two files" in refusal(predict, best, "--compare", "a.png", "b.png", *both)
+
+
+def test_outputs_are_checked_before_the_work(trained, tmp_path, refusal, monkeypatch):
+    """No permission: simulated, since root may write anywhere."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(model, "load_checkpoint", lambda path: pytest.fail("work began"))
+    best = trained / "run" / "best.pt"
+    for arguments in (["--json", tmp_path / "a.json"], ["--store"], ["--report", tmp_path / "page"]):
+        assert "no permission to write" in refusal(evaluate, best, *arguments)
+
+
+def test_files_are_synced_through_a_handle_that_can_write(tmp_path, monkeypatch):
+    """Windows refuses to sync one that can only read."""
+    import fcntl
+
+    original = os.fsync
+
+    def fsync(number):
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        original(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with cli.writing(tmp_path / "a") as path:
+        path.write_text("a")
+    assert (tmp_path / "a").read_text() == "a"
+
+
+def test_json_is_always_json(tmp_path):
+    cli.write_json(tmp_path / "a.json", {"a": [float("nan"), 1.5, (float("inf"),)], "b": None})
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
+        "a": [None, 1.5, [None]],
+        "b": None,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- foreign files
+
+
+def test_auto_takes_apples_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *_, device: torch.zeros(()))
+    assert model.pick_device("auto").type == "mps"
+
+
+def test_a_damaged_block_never_gives_another_answer(trained, tmp_path):
+    """One byte changed anywhere in a checkpoint: refused, since the checksums are verified."""
+    whole = (trained / "run" / "best.pt").read_bytes()
+    found = 0
+    with zipfile.ZipFile(trained / "run" / "best.pt") as archive:
+        members = [info for info in archive.infolist() if info.file_size > 64]
+    for info in members:
+        place = whole.index(archive_data(whole, info), info.header_offset) + info.file_size // 2
+        (tmp_path / "a.pt").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match="it is damaged, cut short or of another kind"):
+            model.load_checkpoint(tmp_path / "a.pt")
+        found += 1
+    assert found >= 20
+    entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"data/3"))  # in the list of files at the end
+    (tmp_path / "a.pt").write_bytes(whole[: entry + 38] + b"\x10" + whole[entry + 39 :])  # now said to be a folder
+    with pytest.raises(ValueError, match="it is damaged"):
+        model.load_checkpoint(tmp_path / "a.pt")
+
+
+def archive_data(whole: bytes, info: zipfile.ZipInfo) -> bytes:
+    """The stored bytes of a member, which PyTorch does not compress."""
+    header = whole[info.header_offset : info.header_offset + 30]
+    name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    begin = info.header_offset + 30 + name + extra
+    return whole[begin : begin + info.file_size]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>", "it is a web page"),
+        (b"\x80\x02cos\nsystem\n", "it holds more than tensors and plain values|it is damaged"),
+        (b"PK\x03\x04 and then nothing", "it is damaged"),
+        (os.urandom(4000), "it is damaged"),
+    ],
+)
+def test_files_that_are_no_checkpoint(tmp_path, refusal, content, message):
+    (tmp_path / "a.pt").write_bytes(content)
+    for script, arguments in ((evaluate, []), (predict, ["--compare", "a", "b"]), (export, [])):
+        errors = refusal(script, tmp_path / "a.pt", *arguments)
+        assert re.search(message, errors) and "weights_only" not in errors and len(errors) < 300
+
+
+def nan_weights(saved):
+    saved["model"]["conv1.weight"][0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (nan_weights, "conv1.weight holds NaN or infinity"),
+        (lambda saved: saved["network"].update(mean=[float("nan")] * 3), "pixel statistics"),
+        (lambda saved: saved["network"].update(std=[0.0, 1, 1]), "pixel statistics"),
+        (lambda saved: saved["network"].update(width=10**6), "network settings"),
+        (lambda saved: saved["network"].update(width=60_000), "the weights do not fit this network"),
+        (lambda saved: saved["network"].update(width="4"), "network settings"),
+        (lambda saved: saved["network"].update(depth=4), "network settings"),
+        (lambda saved: saved["threshold"].update(value=float("nan")), "threshold"),
+        (lambda saved: saved["threshold"].update(value="0.5"), "threshold"),
+        (lambda saved: saved.update(threshold=[0.5]), "threshold"),
+        (lambda saved: saved.update(data=None), "classes"),
+        (lambda saved: saved["data"].update(seen=[99]), "labels of the classes"),
+        (lambda saved: saved["data"].pop("seen"), "labels of the classes"),
+        (lambda saved: saved["data"].update(classes=7), "classes"),
+        (lambda saved: saved.update(options=3), "options"),
+        (lambda saved: saved.update(network=3), "network settings"),
+        (lambda saved: saved.update(model={"conv1.weight": 3}), "neither a checkpoint"),
+        (lambda saved: saved["model"].pop("conv1.weight"), "conv1.weight"),
+    ],
+)
+def test_damaged_checkpoints_give_one_message(trained, tmp_path, refusal, change, message):
+    saved = torch.load(trained / "run" / "best.pt", weights_only=True)
+    change(saved)
+    torch.save(saved, tmp_path / "a.pt")
+    began = time.monotonic()
+    for script, arguments in ((evaluate, []), (predict, ["--compare", "a", "b"]), (export, [])):
+        errors = refusal(script, tmp_path / "a.pt", *arguments)
+        assert message in errors and len(errors) < 600
+    assert time.monotonic() - began < 20  # and nothing large was allocated
+
+
+def test_a_foreign_last_pt_is_not_resumed(train, npz, tmp_path, refusal):
+    out = train(train_classic, CLASSIC, tmp_path / "run", "--epochs", "1")
+    saved = torch.load(out / "last.pt", weights_only=True)
+    for change in ({"net": {}}, {"head": None}, {"rng": torch.zeros(3)}, {"step": "x"}, None):
+        training = change if change is None else saved["training"] | change
+        torch.save(saved | {"training": training}, out / "last.pt")
+        before = (out / "last.pt").read_bytes()
+        errors = refusal(train_classic, "--data", npz, "--out", out, *CLASSIC, "--epochs", "1", "--resume")
+        assert "last.pt" in errors and (out / "last.pt").read_bytes() == before
+
+
+def test_links_between_folders(tmp_path):
+    """Loops are visited once; a picture that would count for two classes is an error."""
+    import sources
+
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(3):
+            pixels = np.full((8, 8, 3), number, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{number}.png")
+        (tmp_path / "data" / name / "again").symlink_to(tmp_path / "data" / name)
+        (tmp_path / "data" / name / "once more").symlink_to(tmp_path / "data" / name)
+    images, names = sources.read_classes(tmp_path / "data", 8, 1)
+    assert len(images) == 6 and names == ["a", "b"]
+    (tmp_path / "data" / "a" / "other").symlink_to(tmp_path / "data" / "b")
+    with pytest.raises(ValueError, match="counts for two classes by a link, a and b"):
+        sources.read_classes(tmp_path / "data", 8, 1)
+
+
+def test_damaged_npz_headers(tmp_path):
+    import sources
+
+    with zipfile.ZipFile(tiny.write_npz(tmp_path / "whole.npz")) as whole:
+        contents = {name: whole.read(name) for name in whole.namelist()}
+    header = contents["train_images.npy"]
+    for change in (b"{'descr': (((((", b"{'descr': '|u1', 'fortran_order': False, 'shape': (\\", b"\x00" * 20):
+        damaged = header[:10] + change + header[10 + len(change) :]
+        with zipfile.ZipFile(tmp_path / "bad.npz", "w") as bad:
+            for name, content in contents.items():
+                bad.writestr(name, damaged if name == "train_images.npy" else content)
+        with pytest.raises(ValueError, match="train_images is damaged"):
+            sources.load_npz(tmp_path / "bad.npz")
+
+
+def test_sixteen_bit_pictures_take_few_copies(tmp_path):
+    import resource
+
+    import sources
+
+    Image.fromarray(np.arange(6000 * 6000, dtype=np.uint32).astype(np.uint16).reshape(6000, 6000)).save(
+        tmp_path / "a.png"
+    )
+    with Image.open(tmp_path / "a.png") as image:  # the decoder's own memory comes first
+        image.load()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sources.read_picture(tmp_path / "a.png", 32)
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 6 * 36  # MB, 6 bytes a pixel
+
+
+# -------------------------------------------------------------------------------------------------------------- predict
+
+
+def test_an_unreadable_support_picture_is_left_out(trained, tmp_path, refusal):
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "support" / name).mkdir(parents=True)
+        Image.fromarray(random.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+            tmp_path / "support" / name / "1.png"
+        )
+    (tmp_path / "support" / "a" / "0.png").write_text("broken")
+    arguments = [
+        "--support",
+        tmp_path / "support",
+        "--query",
+        tmp_path / "support" / "b",
+        "--json",
+        tmp_path / "a.json",
+    ]
+    errors = refusal(predict, trained / "run" / "best.pt", *arguments)
+    assert "0.png" in errors and "1 of the pictures could not be read" in errors
+    assert json.loads((tmp_path / "a.json").read_text())["answers"][0]["nearest"] == "b"
+    (tmp_path / "support" / "a" / "1.png").write_text("broken")
+    assert "no picture of class a can be read" in refusal(predict, trained / "run" / "best.pt", *arguments)
+
+
+def test_names_that_a_terminal_would_obey(trained, tmp_path, capsys):
+    support = tmp_path / "support"
+    for name in (b"esc\x1b[31m", b"no\xffutf8", b"bell\x07\n"):
+        folder = support / os.fsdecode(name)
+        folder.mkdir(parents=True)
+        Image.fromarray(np.full((16, 16, 3), len(name), np.uint8)).save(folder / "1.png")
+    files = ["--csv", tmp_path / "a.csv", "--json", tmp_path / "a.json"]
+    tiny.run(predict, trained / "run" / "best.pt", "--support", support, "--query", *support.iterdir(), *files)
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\x07" not in printed and "esc\\x1b[31m" in printed
+    assert b"no\xffutf8" in (tmp_path / "a.csv").read_bytes()
+    assert len(json.loads((tmp_path / "a.json").read_text())["answers"]) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------- fuzz
+
+
+@pytest.mark.skipif(triplet.native_library() != "" and os.environ.get("ONESHOT_NATIVE") != "1", reason="pure Python")
+def test_a_short_fuzz():
+    assert min(fuzz.fuzz(seconds=6, seed=0).values()) > 30
