@@ -173,7 +173,6 @@ class Run:
         self.calibration: dict | None = None
         self.losses: list[Tensor] = []
         self.embeddings = torch.empty(0)
-        self.of_processes: dict[str, Tensor] = {}  # what each has of its own, (processes, ...)
         self.device = next(net.parameters()).device
         self.dtype = pick_precision(options.precision, self.device)
         self.embed_batch: Callable[[Tensor], Tensor] = net
@@ -284,13 +283,7 @@ class Run:
                         bar.write(f"step {self.step}: held-back images {describe(row)}")
                     self.write_log(row)
                 if due or interrupted:
-                    own = {"generator": self.train.generator.get_state()}
-                    own |= {"losses": torch.tensor([float(loss) for loss in self.losses])}
-                    self.of_processes = {name: distributed.gather(part[None]) for name, part in own.items()}
-                    if distributed.rank() == 0:
-                        if not due:
-                            self.validate()  # for last.pt alone: neither the log nor best.pt hears of it
-                        self.save()
+                    self.save(validated=due)
                 if interrupted:
                     bar.close()
                     done = f"step {self.step}, {100 * self.progress:.0f} % of the run"
@@ -384,10 +377,17 @@ class Run:
             "commit": self.commit,
         }
 
-    def save(self) -> None:
-        """Write last.pt: inference state and everything that resuming needs."""
+    def save(self, validated: bool) -> None:
+        """Write last.pt, in the first process: inference state and everything that resuming needs."""
+        own = {"generator": self.train.generator.get_state()}
+        own |= {"losses": torch.tensor([float(loss) for loss in self.losses])}
+        of_processes = {name: distributed.gather(part[None]) for name, part in own.items()}
+        if distributed.rank() > 0:
+            return
+        if not validated:
+            self.validate()  # for last.pt alone: neither the log nor best.pt hears of it
         training = {name: part.state_dict() for name, part in self.parts.items()}
-        training |= self.of_processes | {"net": self.net.state_dict(), "collapsed": self.collapsed}
+        training |= of_processes | {"net": self.net.state_dict(), "collapsed": self.collapsed}
         training |= {"tasks": self.train.sampler.tasks.get_state(), "rng": torch.get_rng_state(), "best": self.best}
         training |= {"step": self.step, "images": self.images, "seconds": self.seconds, "log": self.rows}
         self.write("last.pt", self.inference_state() | {"training": training})

@@ -71,7 +71,7 @@ def triplet_loss(
         margin: by how much the negative must be farther than the positive, in units of the distance.
         distance: "cosine" is 1 - cos, in 0..2, with norms clamped at 1e-12: a zero row has distance 1 to all rows and
             gradient 0. "euclidean" and "sqeuclidean" are those of the rows as they are; where the distance is 0, so is
-            its gradient.
+            its gradient. Squares underflow: distances below about 1e-22 (float64: 1e-161) count as 0.
         mining: "hard": each anchor with its farthest positive and nearest negative (Hermans et al. 2017,
             arXiv:1703.07737, eq. 5). "semihard": with its farthest positive and the nearest negative strictly farther
             than that, or the farthest negative if none is (after Schroff et al. 2015, arXiv:1503.03832, sec. 3.2).
