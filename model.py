@@ -287,9 +287,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                folders = any(
-                    info.external_attr & 0x10 for info in archive.infolist()
-                )  # PyTorch reads no bytes of such
+                # PyTorch reads no bytes of a member that is said to be a folder
+                folders = any(info.external_attr & 0x10 for info in archive.infolist())
                 if folders or archive.testzip() is not None:
                     raise zipfile.BadZipFile("a checksum or an attribute is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -328,15 +327,14 @@ def check_structure(saved: dict, path: str | os.PathLike) -> None:
         return isinstance(values, list) and all(type(label) is int and 0 <= label < len(classes) for label in values)
 
     data, threshold, network = saved["data"], saved["threshold"], saved.get("network", {})
+    defaults = {"seen": None, "validation": [], "unseen": []}  # the last two may be missing
     wrong = []
     if not isinstance(saved["options"], dict):
         wrong.append("options")
     classes = data.get("classes") if isinstance(data, dict) else None
     if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
         wrong.append("classes")
-    elif (
-        not all(labels(data.get(name, []), classes) for name in ("seen", "validation", "unseen")) or "seen" not in data
-    ):
+    elif not all(labels(data.get(name, default), classes) for name, default in defaults.items()):
         wrong.append("labels of the classes")
     if not isinstance(network, dict):
         wrong.append("network settings")
@@ -346,9 +344,8 @@ def check_structure(saved: dict, path: str | os.PathLike) -> None:
         sizes = [settings.get(name, 1) for name in ("width", "enlarge", "size")]
         if not (settings.keys() <= known and all(type(size) is int for size in sizes) and numbers(sizes, 3, 1, 2**16)):
             wrong.append("network settings")
-        if not numbers(settings.get("mean", [0, 0, 0]), 3, 0, 1) or not numbers(
-            settings.get("std", [1, 1, 1]), 3, 1e-9, 1
-        ):
+        mean, std = settings.get("mean", [0, 0, 0]), settings.get("std", [1, 1, 1])
+        if not (numbers(mean, 3, 0, 1) and numbers(std, 3, 1e-9, 1)):
             wrong.append("pixel statistics")
     if threshold is not None:
         value = threshold.get("value") if isinstance(threshold, dict) else None

@@ -213,10 +213,8 @@ class Run:
             was = ", ".join(f"--{name.replace('_', '-')} {saved['options'][name]}" for name in differing)
             raise ValueError(f"{folder} was trained with other options; to resume it give {was}")
         theirs, ours = saved["data"], self.train.facts
-        if (
-            theirs.get("fingerprint", ours["fingerprint"]) != ours["fingerprint"]
-            or theirs["classes"] != ours["classes"]
-        ):
+        known = theirs.get("fingerprint", ours["fingerprint"])  # older runs have none
+        if known != ours["fingerprint"] or theirs["classes"] != ours["classes"]:
             raise ValueError(f"{folder} was trained on other images, labels or classes than --data holds now")
         state = saved["training"]
         generators = torch.atleast_2d(state["generator"])
