@@ -102,7 +102,6 @@ def arrays_of(path: Path) -> list:
 
 def fuzz(seconds: float, seed: int) -> dict[str, int]:
     """Cases of each kind that were tried and held. Raises AssertionError or whatever should not be raised."""
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         npz, pt = tiny.write_npz(Path(folder) / "whole.npz"), Path(folder) / "whole.pt"
         tiny.train_classic(npz, Path(folder) / "run", "--epochs", "0.1")
@@ -127,5 +126,6 @@ def fuzz(seconds: float, seed: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     seconds, seed = (*sys.argv[1:], *("60", "0")[len(sys.argv) - 1 :])
     print(fuzz(float(seconds), int(seed)))
