@@ -71,7 +71,7 @@ def triplet_loss(
         margin: by how much the negative must be farther than the positive, in units of the distance.
         distance: "cosine" is 1 - cos, in 0..2, with norms clamped at 1e-12: a zero row has distance 1 to all rows and
             gradient 0. "euclidean" and "sqeuclidean" are those of the rows as they are; where the distance is 0, so is
-            its gradient. Squares underflow: distances below about 1e-22 (float64: 1e-161) count as 0.
+            its gradient. Squares underflow: distances below about 1e-22 (float64: 1e-161) cost as much as 0.
         mining: "hard": each anchor with its farthest positive and nearest negative (Hermans et al. 2017,
             arXiv:1703.07737, eq. 5). "semihard": with its farthest positive and the nearest negative strictly farther
             than that, or the farthest negative if none is (after Schroff et al. 2015, arXiv:1503.03832, sec. 3.2).
@@ -94,6 +94,11 @@ def triplet_loss(
         An anchor without a positive or without a negative takes no part. If none takes part, the loss is 0 and so are
         its gradients. If any embedding is not finite, the loss is NaN and so are all gradients; nothing waits for the
         GPU to find out. The same input gives the same bits again, for the same number of threads.
+
+        Mined rows do not depend on the implementation. What is farther, nearer or a tie is decided on |a - b|^2, for
+        cosine on cos |cos|, in float64 and a fixed order of summation (`decisive_order`). So rows of integers are mined
+        as in integer arithmetic, as long as sums of squares stay below 2^53, for cosine below 2^26. Not so on a GPU, or
+        compiled plain PyTorch: there the last digits of products decide, of float32 (native) or float64 (plain).
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, type, device or value; the message says what came.
@@ -224,14 +229,14 @@ def candidates_of(embeddings: Tensor, labels: Tensor, others: Others) -> tuple[T
 # -------------------------------------------------------------------------------------------------------- plain PyTorch
 
 
-def prepare(embeddings: Tensor, labels: Tensor, others: Others, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates (B + M, D) in the type of the arithmetic, normalised for cosine, and two masks (B, B + M): who is
-    whose positive, who is whose negative. A non-finite value anywhere makes all candidates NaN."""
+def prepare(embeddings: Tensor, labels: Tensor, others: Others, settings: Settings) -> tuple[Tensor, ...]:
+    """Candidates (B + M, D) in the type of the arithmetic, as given and, for cosine, normalised; and two masks
+    (B, B + M): who is whose positive, who is whose negative. A non-finite value anywhere makes all candidates NaN."""
     rows = len(embeddings)
     x, labels = candidates_of(embeddings, labels, others)
     x = x if x.dtype == torch.float64 else x.float()
     finite = x.detach().isfinite().all()
-    x = x * torch.where(finite, 1.0, torch.nan).to(x.dtype)
+    x = given = x * torch.where(finite, 1.0, torch.nan).to(x.dtype)
     if settings.distance == "cosine":
         least, wider = 1e-12, torch.float64 if has_float64(x.device) else torch.float32
         if x.dtype == wider:  # squares overflow: float64 from 1e154, float32 from 1e18
@@ -241,7 +246,7 @@ def prepare(embeddings: Tensor, labels: Tensor, others: Others, settings: Settin
         x = torch.where(norm == 0, 0, x / norm.clamp(min=least)).to(x.dtype)
     same = labels[:rows, None] == labels
     itself = torch.arange(len(x), device=x.device) == torch.arange(rows, device=x.device)[:, None]
-    return x, same & ~itself, ~same
+    return given, x, same & ~itself, ~same
 
 
 def has_float64(device: torch.device) -> bool:
@@ -252,11 +257,11 @@ def has_float64(device: torch.device) -> bool:
 def losses_and_counts(embeddings: Tensor, labels: Tensor, others: Others, settings: Settings) -> tuple[Tensor, Tensor]:
     """The loss of each anchor (B,) and how many anchors or triplets it stands for in the mean (B,)."""
     with torch.autocast(embeddings.device.type, enabled=False):
-        x, positives, negatives = prepare(embeddings, labels, others, settings)
+        given, x, positives, negatives = prepare(embeddings, labels, others, settings)
         if settings.mining == "all":
             losses, count = losses_of_all(x, positives, negatives, settings)
         else:
-            positive, negative = mined_rows(x, positives, negatives, settings)
+            positive, negative = mined_rows(given, x, positives, negatives, settings)
             takes_part, anchor = positive >= 0, x[: len(positives)]
             gap = separation(anchor, x[positive.clamp(min=0)], settings.distance) - separation(
                 anchor, x[negative.clamp(min=0)], settings.distance
@@ -284,30 +289,119 @@ def cost(gap: Tensor, settings: Settings) -> Tensor:
 
 
 @torch.no_grad()
-def mined_rows(x: Tensor, positives: Tensor, negatives: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def mined_rows(
+    given: Tensor, x: Tensor, positives: Tensor, negatives: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor]:
     """Rows (B,) of the mined positives and negatives, -1 in both where an anchor takes no part.
 
-    From what `prepare` made; needs the order of the distances only.
+    From what `prepare` made. Only the order of the distances matters. Where rounding leaves two candidates in doubt,
+    `decisive_order` tells; on a GPU, and where shapes may not depend on values, all is in float64 instead.
     """
-    rows = len(positives)
-    if settings.distance == "cosine":
-        order = -(x[:rows] @ x.T)
-    else:  # |a|^2 + |b|^2 - 2ab cancels unless the rows are centred; scaled, it cannot overflow
-        x = x - x.mean(0)
-        x = x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
-        squares = x.square().sum(1)
-        order = squares[:rows, None] + squares - 2 * (x[:rows] @ x.T)
-    hardest, positive = torch.where(positives, order, -torch.inf).max(1, keepdim=True)
-    nearest = torch.where(negatives, order, torch.inf)
+    rows, cosine = len(positives), settings.distance == "cosine"
+    exact = x.device.type != "cpu" or torch.compiler.is_compiling() or torch.get_float32_matmul_precision() != "highest"
+    exact = exact or torch._C._functorch.peek_interpreter_stack() is not None
+    order, slack = order_in_float64(given, rows, cosine) if exact else order_and_slack(x, rows, cosine)
+
+    def nearest(may: Tensor, sign: int) -> Tensor:
+        """The row (B,) of least sign * order among those an anchor may take, the lowest of equals; -1: none."""
+        low = torch.where(may, torch.add(-slack, order, alpha=sign), torch.inf)
+        if exact:
+            return torch.where(low.amin(1) < torch.inf, low.argmin(1), -1)
+        high = (low + 2 * slack).amin(1) + 2 * slack[:rows]
+        anchor, row = (low < high[:, None]).nonzero(as_tuple=True)
+        if len(anchor) > (high < torch.inf).count_nonzero():  # several that may be it
+            several = anchor.bincount(minlength=rows)[anchor] > 1
+            key = torch.zeros(len(anchor), dtype=torch.float64)
+            key[several] = sign * decisive_order(given, anchor[several], row[several], cosine)
+            tied = key == key.new_full((rows,), torch.inf).scatter_reduce(0, anchor, key, "amin")[anchor]
+            anchor, row = anchor[tied], row[tied]
+        return row.new_full((rows,), -1).scatter_reduce(0, anchor, row, "amin", include_self=False)
+
+    positive = nearest(positives, -1)
     if settings.mining == "semihard":
-        farther = negatives & (order > hardest)
-        beyond = torch.where(farther, order, torch.inf)
-        farthest = torch.where(negatives, order, -torch.inf).argmax(1)
-        negative = torch.where(farther.any(1), beyond.argmin(1), farthest)
+        chosen = positive.clamp(min=0)
+        limit = order.gather(1, chosen[:, None])
+        beyond = negatives & (order > limit)
+        if not exact:
+            doubt = (order - limit).abs() <= (2 * slack[:rows] + slack[chosen])[:, None] + slack
+            anchor, row = (doubt & negatives & (positive >= 0)[:, None]).nonzero(as_tuple=True)
+            if len(anchor):
+                pairs = torch.cat((anchor, anchor)), torch.cat((row, chosen[anchor]))
+                key, of_positive = decisive_order(given, *pairs, cosine).chunk(2)
+                beyond[anchor, row] = key > of_positive
+        negative = nearest(beyond, 1)
+        if exact or (negative < 0).any():
+            negative = torch.where(negative < 0, nearest(negatives, -1), negative)
     else:
-        negative = nearest.argmin(1)
-    takes_part = positives.any(1) & negatives.any(1)
-    return torch.where(takes_part, positive[:, 0], -1), torch.where(takes_part, negative, -1)
+        negative = nearest(negatives, 1)
+    takes_part = (positive >= 0) & (negative >= 0)
+    return torch.where(takes_part, positive, -1), torch.where(takes_part, negative, -1)
+
+
+def order_and_slack(x: Tensor, rows: int, cosine: bool) -> tuple[Tensor, Tensor]:
+    """The order of each anchor's candidates (B, B + M), and a slack (B + M,): rounding moves an element (i, j) of the
+    order by slack[i] + slack[j] at most."""
+    width, unit, tiny = x.shape[1], torch.finfo(x.dtype).eps / 2, torch.finfo(x.dtype).tiny
+    if cosine:
+        return -(x[:rows] @ x.T), x.new_full((len(x),), (0.6 * width + 16) * unit)
+    x = x * power_near(x.abs().amax())  # so that nothing overflows
+    x = x - x.mean(0)  # |b|^2 - 2ab cancels otherwise
+    squares = x.square().sum(1)
+    return torch.addmm(squares, x[:rows], x.T, alpha=-2), squares * (1.5 * width + 48) * unit + 4 * width * tiny
+
+
+def order_in_float64(given: Tensor, rows: int, cosine: bool) -> tuple[Tensor, Tensor]:
+    """The same without doubt, but for the last digits of float64 (on Apple's GPUs, of float32)."""
+    if cosine:
+        x, least = for_cosines(given)
+        return cosine_order(x[:rows] @ x.T, x.square().sum(1), least), x.new_zeros(len(x))
+    x = given.double() if has_float64(given.device) else given
+    x = x - x[0]
+    x = x * power_near(x.abs().amax())
+    return torch.addmm(x.square().sum(1), x[:rows], x.T, alpha=-2), x.new_zeros(len(x))
+
+
+def decisive_order(given: Tensor, anchor: Tensor, candidate: Tensor, cosine: bool) -> Tensor:
+    """What orders an anchor's candidates, the nearest first, in every implementation: (pairs,) float64.
+
+    |a - b|^2 or, for cosine, -cos |cos| |a|^2, as eight sums, column k in that of number k % 8. Differences are in the
+    type of the rows; the squares of float32, and products, are exact in float64.
+    """
+    given, least = for_cosines(given) if cosine else (given, None)
+    given = F.pad(given, (0, -given.shape[1] % 8))
+
+    def total(terms: Tensor) -> Tensor:
+        sums = terms.unflatten(1, (-1, 8)).cumsum(1)[:, -1]  # one after another, unlike sum(1)
+        sums = sums[:, :4] + sums[:, 4:]
+        sums = sums[:, :2] + sums[:, 2:]
+        return sums[:, 0] + sums[:, 1]
+
+    keys, at_once = [given.new_empty(0, dtype=torch.float64)], max(1, 2**22 // given.shape[1])
+    for anchors, candidates in zip(anchor.split(at_once), candidate.split(at_once), strict=True):
+        a, b = given[anchors], given[candidates]
+        if cosine:
+            keys.append(cosine_order(total(a * b), total(b.square()), least[candidates]))
+        else:
+            keys.append(total((a - b).double().square()))
+    return torch.cat(keys)
+
+
+def for_cosines(given: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows in float64, each brought near 1 by a power of two, and to what their squared norms are clamped."""
+    x = given.double() if has_float64(given.device) else given
+    power = power_near(x.abs().amax(1))
+    return x * power[:, None], (1e-12 * power).square()
+
+
+def power_near(largest: Tensor) -> Tensor:
+    """The power of two that brings a value near 1, as far as there is one."""
+    most = 1000 if largest.dtype == torch.float64 else 120
+    return torch.exp2(-torch.frexp(largest).exponent.clamp(-most, most).to(largest.dtype))
+
+
+def cosine_order(products: Tensor, squares: Tensor, least: Tensor) -> Tensor:
+    """-cos |cos|, times the anchor's square, of products with candidates and the candidates' squares."""
+    return torch.where(products == 0, 0, -products * products.abs() / torch.maximum(squares, least))
 
 
 def losses_of_all(x: Tensor, positives: Tensor, negatives: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:

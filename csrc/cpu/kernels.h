@@ -17,6 +17,13 @@
 #define TRIPLET_X86
 #endif
 
+// Of a function whose products are rounded before they are added. Clang fuses within a statement only.
+#ifdef __clang__
+#define TRIPLET_UNFUSED
+#else
+#define TRIPLET_UNFUSED __attribute__((optimize("fp-contract=off")))
+#endif
+
 namespace triplet {
 
 // Classes are numbered from 0, and `order` lists the candidates class after class, ascending within a class; class c
