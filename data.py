@@ -14,7 +14,7 @@ from torch import Tensor
 
 import distributed
 from cli import DataOptions
-from sources import Data, Images, load  # noqa: F401 (data.load is how the scripts read a data set)
+from sources import Data, Images, OwnSplit, listed, load  # noqa: F401 (data.load is how the scripts read a data set)
 
 HELD_BACK = 25  # images of each seen class, its last training images, for the threshold and the best checkpoint
 VALIDATION = 100  # images of each validation class: its last training images
@@ -40,14 +40,19 @@ STANDARD_SPLITS = {
 
 
 def split_classes(
-    class_names: list[str], split: str = "90-10", split_seed: int | None = None
+    class_names: list[str], split: str = "90-10", split_seed: int | None = None, own: OwnSplit | None = None
 ) -> tuple[list[int], list[int]]:
     """Labels of the seen and of the unseen classes. Raises ValueError.
 
+    `own`: the split that the data set has; `split` must then be "own".
     "a-b": max(2, round(C b / (a + b))) classes are unseen, none in "a-0": the last labels, or `split_seed` draws them.
     "cifar-fs", "fc100": the test classes are unseen, the training classes seen; the validation classes are neither, so
     that a recipe can be chosen on them. "cifar-fs+val", "fc100+val": they are seen too, as in final runs.
     """
+    if own is not None:
+        if split != "own" or split_seed is not None:
+            raise ValueError("the data set has seen and unseen classes of its own; leave --split and --split-seed out")
+        return own[0], own[2]
     name, with_validation = split.removesuffix("+val"), split.endswith("+val")
     if name in STANDARD_SPLITS:
         if split_seed is not None:
@@ -113,15 +118,8 @@ def hold_back(train: Images, per_class: int = HELD_BACK) -> tuple[Images, Images
 
     That is at most a quarter of the class; 2, a pair, of a class of 4 to 11 images, and none of a smaller one.
     """
-    by_class = torch.argsort(train.labels, stable=True)
     counts = torch.bincount(train.labels)
-    # place of each image within its class, counted from the class's end
-    ends = counts.cumsum(0)[train.labels[by_class]]
-    from_end = torch.empty_like(by_class)
-    from_end[by_class] = ends - 1 - torch.arange(len(by_class))
-    size = torch.where(counts >= 4, (counts // 4).clamp(min=2, max=per_class), 0)
-    held = from_end < size[train.labels]
-    return train[(~held).nonzero()[:, 0]], train[held.nonzero()[:, 0]]
+    return train.split(torch.where(counts >= 4, (counts // 4).clamp(min=2, max=per_class), 0))
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
@@ -274,17 +272,20 @@ def load_for_training(options: DataOptions, seed: int, device: torch.device) -> 
     """Load the data, take the seen classes and hold back their last images. Raises ValueError or OSError."""
     with distributed.first_process_first():  # it downloads
         loaded = load(options.data, options.data_root, options.image_size)
-    height, width = loaded.train.images.shape[2:]
-    if options.rotate and height != width:
-        raise ValueError(f"--rotate needs square images, got {(height, width)}; give --rotate 0")
-    seen, unseen = split_classes(loaded.class_names, options.split, options.split_seed)
-    seen, withheld = withhold(loaded.class_names, options.split, seen, options.withhold)
+    split = "own" if loaded.own_split and options.split == DataOptions.split else options.split
+    seen, unseen = split_classes(loaded.class_names, split, options.split_seed, loaded.own_split)
+    seen, withheld = withhold(loaded.class_names, split, seen, options.withhold)
+    if loaded.own_split and not withheld:
+        withheld = loaded.own_split[1]
     kept, held_back = hold_back(loaded.train.of(seen))
     validation = hold_back(loaded.train.of(withheld), VALIDATION)[1] if withheld else None
-    if int(torch.bincount(kept.labels)[seen].min()) < 2:
-        raise ValueError("a seen class has fewer than 2 training images: triplets need an anchor and a positive")
-    if len(held_back.labels.unique()) < 2:
-        raise ValueError("two seen classes need 4 training images or more: some are held back to set the threshold")
+    counts = torch.bincount(kept.labels, minlength=len(loaded.class_names)).tolist()
+    few = [loaded.class_names[label] for label in seen if counts[label] < 2]
+    if few:
+        raise ValueError(f"seen classes need 2 training images or more, an anchor and a positive: {listed(few)}")
+    for kind, images in (("seen", held_back), ("validation", validation)):
+        if images is not None and len(images.labels.unique()) < 2:
+            raise ValueError(f"two {kind} classes need 4 training images or more: some are held back to measure")
     facts = {"name": loaded.name, "source": options.data, "classes": loaded.class_names}
     facts |= {"seen": seen, "validation": withheld, "unseen": unseen}
     facts["fingerprint"] = fingerprint(kept, held_back, facts)

@@ -125,10 +125,15 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         raise ValueError(f"{path} is a bare state dict: give --backbone and --data (and --split) with it")
     if ours and options.pixel_mean is not None:
         raise ValueError(f"{path} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
+    if options.data is None and source not in ("cifar100", "glyphs") and not Path(source).exists():
+        raise ValueError(f"{path} was trained on {source}, which is not found from {Path.cwd()}; give --data PATH")
     loaded = load_data(source, options.data_root, options.image_size or trained.get("image_size", 32))
-    split = options.split or trained.get("split", "90-10")
-    split_seed = options.split_seed if options.split_seed is not None else trained.get("split_seed")
-    seen, unseen = data.split_classes(loaded.class_names, split, split_seed)
+    usual = {"split": "own"} if loaded.own_split else trained
+    split = options.split or usual.get("split", "90-10")
+    split_seed = options.split_seed if options.split_seed is not None else usual.get("split_seed")
+    seen, unseen = data.split_classes(loaded.class_names, split, split_seed, loaded.own_split)
+    if options.adapt_published and loaded.own_split:
+        raise ValueError("--adapt-published needs training images of the unseen classes; this data set has none")
     same_names = ours and loaded.class_names == facts["classes"]
     validation = facts.get("validation", [])
     if same_names and set(validation) < set(seen):

@@ -40,7 +40,7 @@ from torch import Tensor
 
 import metrics
 import model
-from sources import list_pictures, read_picture
+from sources import find_classes, list_pictures, listed, read_picture
 
 
 def check(options: Options) -> None:
@@ -55,24 +55,14 @@ def check(options: Options) -> None:
         raise ValueError(f"--csv and --json are both {options.csv}; give two files")
 
 
-def support_classes(folder: Path) -> dict[str, list[Path]]:
-    """The pictures of each class, by name. Raises ValueError or OSError."""
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    classes = {path.name: list_pictures(path) for path in folders}
-    empty = [name for name, pictures in classes.items() if not pictures]
-    if not classes or empty:
-        which = f"{folder / empty[0]} holds no picture" if empty else f"{folder} holds no folders"
-        raise ValueError(f"{which}; --support needs a folder for each class, with its pictures inside")
-    return classes
-
-
 def query_pictures(names: tuple[str, ...]) -> list[Path]:
     """The pictures named, and those in the folders named. Raises ValueError."""
     found = []
     for path in map(Path, names):
-        if path.is_dir() and not list_pictures(path):
+        pictures = list_pictures(path)[0] if path.is_dir() else [path]
+        if not pictures:
             raise ValueError(f"{path} holds no picture")
-        found += list_pictures(path) if path.is_dir() else [path]
+        found += pictures
     return found
 
 
@@ -101,9 +91,9 @@ def classify(net: model.Embedder, support: Tensor, names: list[str], path: Path,
 
 def recognise(net: model.Embedder, options: Options, threshold: float) -> tuple[list[dict], list[str]]:
     """An answer for each readable query, and an error message for each other one. Raises ValueError or OSError."""
-    classes = support_classes(Path(options.support))
+    classes = find_classes(Path(options.support))
     queries = query_pictures(options.query)
-    answers, errors, rows = [], [], []
+    answers, errors, rows = [], [], {}
     for name, paths in classes.items():
         found = []
         for path in paths:
@@ -111,10 +101,12 @@ def recognise(net: model.Embedder, options: Options, threshold: float) -> tuple[
                 found.append(embed(net, [path]))
             except ValueError as error:
                 errors.append(str(error))
-        if not found:
-            raise ValueError(f"no picture of class {name} can be read: {errors[-1]}")
-        rows.append(torch.cat(found).mean(0))
-    support = F.normalize(torch.stack(rows))
+        if found:
+            rows[name] = torch.cat(found).mean(0)
+    lost = [name for name in classes if name not in rows]
+    if lost:
+        raise ValueError(f"no picture can be read of class {listed(lost)}: {errors[-1]}")
+    support = F.normalize(torch.stack([*rows.values()]))
     for path in queries:
         try:
             answers.append(classify(net, support, list(classes), path, threshold))

@@ -11,11 +11,12 @@ import socket
 import sys
 import tarfile
 import threading
+import unicodedata
 import warnings
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -26,13 +27,22 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+with suppress(ImportError):
+    import pillow_heif  # makes Pillow read HEIC, the pictures of iPhones
+
+    pillow_heif.register_heif_opener()
+
 PATIENCE = 60.0  # seconds without a byte after which a download is given up
-LISTED = 20  # unreadable pictures that are named one by one
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+LISTED = 20  # pictures, folders or classes left out that are named one by one
+PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+PARTS |= {"val": "val", "valid": "val", "validation": "val"}  # what a folder is for, by its name in small letters
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO", "QOI")
+OTHERS = """.txt .md .csv .tsv .json .jsonl .xml .html .yaml .yml .toml .ini .log .db .py .ipynb .pdf .zip .tar .gz .npy
+.npz .pkl .mat .pt .pth .h5 .mp4 .mov .avi .mp3 .wav .aae .xmp""".split()  # files that lie among pictures
 MAX_PIXELS = 80_000_000  # 320 MB as RGBA
 LARGE_PIXELS = 8_000_000  # of pictures larger than this, one is decoded at a time
 LARGE = threading.Lock()
+OwnSplit = tuple[list[int], list[int], list[int]]  # labels of the seen, validation and unseen classes
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,14 @@ class Images:
         """The images of these classes, in their order; labels keep their values."""
         return self[torch.isin(self.labels, torch.tensor(classes, dtype=torch.int64)).nonzero()[:, 0]]
 
+    def split(self, last: Tensor) -> tuple["Images", "Images"]:
+        """(the rest, the last `last[label]` images of each class)."""
+        by_class = torch.argsort(self.labels, stable=True)
+        from_end = torch.empty_like(by_class)  # place of each image within its class, 0 for the last
+        from_end[by_class] = torch.bincount(self.labels).cumsum(0)[self.labels[by_class]] - 1 - torch.arange(len(self))
+        chosen = from_end < last[self.labels]
+        return self[~chosen], self[chosen]
+
     def to(self, device: torch.device) -> "Images":
         return Images(self.images.to(device), self.labels.to(device))
 
@@ -67,6 +85,7 @@ class Data:
     train: Images
     test: Images
     class_names: list[str]
+    own_split: OwnSplit | None = None  # where train and test have different classes
 
 
 def load(source: str, data_root: str | os.PathLike = "data", image_size: int = 32) -> Data:
@@ -128,8 +147,8 @@ def load_cifar100(root: Path) -> Data:
 
 
 def load_npz(path: Path) -> Data:
-    """An .npz file without pickles: train_images, test_images (N, H, W, 3) uint8, train_labels, test_labels (N,)
-    integers, class_names (C,) strings. Named after the file, so cifar100.npz is "cifar100"."""
+    """An .npz file without pickles: train_images, test_images (N, S, S, 3) uint8, or (N, S, S) for grey; train_labels,
+    test_labels (N,) integers; class_names (C,) strings. Named after the file, so cifar100.npz is "cifar100"."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     keys = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
@@ -167,98 +186,176 @@ def from_arrays(name: str, train_images, train_labels, test_images, test_labels,
     class_names = np.asarray(class_names)
     if class_names.ndim != 1 or class_names.dtype.kind != "U":
         raise ValueError(f"class_names must be (C,) strings, got {class_names.shape} {class_names.dtype}")
-    if len(set(class_names)) < len(class_names):
+    names = [unicodedata.normalize("NFC", name) for name in class_names.tolist()]
+    if len(set(names)) < len(names):
         raise ValueError("class_names holds the same name twice")
-    parts = [
-        check_part("train", np.asarray(train_images), np.asarray(train_labels), class_names),
-        check_part("test", np.asarray(test_images), np.asarray(test_labels), class_names),
-    ]
-    if parts[0].images.shape[1:] != parts[1].images.shape[1:]:
+    train = check_part("train", np.asarray(train_images), np.asarray(train_labels), len(names))
+    test = check_part("test", np.asarray(test_images), np.asarray(test_labels), len(names))
+    if train.images.shape[1:] != test.images.shape[1:]:
         raise ValueError(f"train and test images differ in size: {train_images.shape[1:]}, {test_images.shape[1:]}")
-    return Data(name, *parts, class_names.tolist())
+    return assemble(name, names, {"train": train, "test": test})
 
 
-def check_part(part: str, images: np.ndarray, labels: np.ndarray, class_names: np.ndarray) -> Images:
+def check_part(part: str, images: np.ndarray, labels: np.ndarray, n_classes: int) -> Images:
     """`part`, "train" or "test", of a data set. Raises ValueError."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:3]:
-        raise ValueError(f"{part}_images must be (N, H, W, 3) uint8, got {images.shape} {images.dtype}")
+    shape = images.shape if images.ndim == 4 else (*images.shape, 1)  # grey
+    if images.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape[1:3]:
+        raise ValueError(f"{part}_images must be (N, S, S, 3) uint8, or grey, got {images.shape} {images.dtype}")
+    if shape[1] != shape[2]:
+        raise ValueError(f"{part}_images must be square, got {shape[1]} x {shape[2]} pixels; crop them to [:, :S, :S]")
     if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
         raise ValueError(f"{part}_labels must be {images.shape[:1]} integers, got {labels.shape} {labels.dtype}")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
-        raise ValueError(f"{part}_labels must lie in 0..{len(class_names) - 1}, got {labels.min()}..{labels.max()}")
-    counts = np.bincount(labels.astype(np.int64), minlength=len(class_names))
-    if not np.all(counts):
-        empty = str(class_names[int(np.argmin(counts))])
-        raise ValueError(f"class {empty!r} has no {part} image; each class needs at least one")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < n_classes:
+        raise ValueError(f"{part}_labels must lie in 0..{n_classes - 1}, got {labels.min()}..{labels.max()}")
+    images = images if shape[3] == 3 else images.reshape(shape).repeat(3, axis=3)
     images = np.ascontiguousarray(images)  # torchvision's CIFAR-100 is a view of (N, 3, H, W)
     return Images(torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64)))
+
+
+def assemble(name: str, class_names: list[str], parts: dict[str, Images]) -> Data:
+    """A data set from its "train" and "test" images, perhaps "val"; labels index `class_names`. Raises ValueError.
+
+    Classes without training or without test images are left out, and named. If no class has both, train and test are
+    the seen and unseen classes of a few-shot data set.
+    """
+    has = {part: set(images.labels.tolist()) for part, images in parts.items()}
+    both = has["train"] & has["test"]
+    kept = sorted(both or set().union(*has.values()))
+    if len(kept) == len(class_names):
+        return Data(name, **parts, class_names=class_names) if both else few_shot_data(name, class_names, **parts)
+    lost = [class_names[label] for label in sorted({*range(len(class_names))} - {*kept})]
+    print(f"{name}: left out, without training or test images: {listed(lost)}", file=sys.stderr)
+    own, place = {part: images.of(kept) for part, images in parts.items()}, torch.tensor(kept, dtype=torch.int64)
+    own = {part: Images(each.images, torch.searchsorted(place, each.labels)) for part, each in own.items()}
+    return assemble(name, [class_names[label] for label in kept], own)
+
+
+def few_shot_data(name: str, class_names: list[str], train: Images, test: Images, val: Images | None = None) -> Data:
+    """The classes of `train` are seen, those of `test` unseen, those of `val` for validation. Raises ValueError.
+
+    The seen classes are tested on their images in `val`, if there are any, or on the last sixth of each.
+    """
+    seen, unseen, in_val = (sorted(set(part.labels.tolist())) if part else [] for part in (train, test, val))
+    folded = [{class_names[label].casefold() for label in part} for part in (seen, unseen)]
+    if folded[0] & folded[1] or min(len(seen), len(unseen)) < 2:
+        raise ValueError(
+            f"{name}: no class has both training and test images; give both the same class names, capitals included, "
+            "or two different classes or more each, which are then the seen and the unseen ones"
+        )
+    validation = sorted({*in_val} - {*seen} - {*unseen})
+    train, last = (train, val.of(seen)) if {*in_val} & {*seen} else last_sixth(train)
+    train = train + val.of(validation) if validation else train
+    counts = f"{len(seen)} seen, {len(validation)} for validation, {len(unseen)} unseen"
+    print(f"{name}: train and test have different classes: {counts}")
+    return Data(name, train, test + last, class_names, (seen, validation, unseen))
+
+
+def last_sixth(images: Images) -> tuple[Images, Images]:
+    """(the rest, the last sixth of each class, at least one image)."""
+    return images.split((torch.bincount(images.labels) // 6).clamp(min=1))
+
+
+def listed(names: list[str], between: str = ", ") -> str:
+    """The first of these names, and how many more there are."""
+    return between.join(names[:LISTED] + ([f"and {len(names) - LISTED} more"] if len(names) > LISTED else []))
 
 
 # -------------------------------------------------------------------------------------------------- folders of pictures
 
 
 def load_folder(root: Path, size: int) -> Data:
-    """Pictures in folders that name their classes, as torchvision's ImageFolder has them, scaled to `size` pixels.
+    """Pictures in folders that name their classes, scaled to `size` pixels.
 
-    With train/ and test/ (or val/) in `root`, the class folders are in these; without, the last sixth of each class, at
-    least one picture, is for testing. Files that cannot be read are listed and left out. Raises ValueError.
+    With train/ and test/ or val/ (see PARTS) in `root`, the class folders are in these (see `assemble`). Without a
+    folder for testing, the last sixth of each class is. What is left out is printed. Raises ValueError or OSError.
     """
-    tests = [name for name in ("test", "val") if (root / name).is_dir()]
-    if (root / "train").is_dir() and tests:
-        train, class_names = read_classes(root / "train", size, least=2)
-        test, test_names = read_classes(root / tests[0], size, least=1)
-        differing = sorted({*class_names} ^ {*test_names})
-        if differing:
-            raise ValueError(f"{root}: not both in train/ and {tests[0]}/: {', '.join(differing)}")
-    else:
-        pictures, class_names = read_classes(root, size, least=2)
-        counts = torch.bincount(pictures.labels)  # pictures are sorted by class
-        from_end = (counts.cumsum(0))[pictures.labels] - torch.arange(len(pictures))  # 1 is the last of a class
-        for_testing = from_end <= (counts // 6).clamp(min=1)[pictures.labels]
-        train, test = pictures[~for_testing], pictures[for_testing]
-    return Data(root.resolve().name, train, test, class_names)
+    name, folders = root.resolve().name, subfolders(root)
+    while len(folders) == 1 and subfolders(folders[0]):  # such as photos/photos/cat/1.jpg
+        print(f"{root} holds one folder; reading {folders[0]}")
+        root, folders = folders[0], subfolders(folders[0])
+    named = [folder for folder in folders if folder.name.lower() in PARTS]
+    parts = {PARTS[folder.name.lower()]: folder for folder in named if subfolders(folder)}
+    if "train" not in parts or len(named) < 2:
+        parts = {"train": root}
+    elif "test" not in parts and "val" in parts:
+        parts["test"] = parts.pop("val")
+    classes = {part: find_classes(folder) for part, folder in parts.items()}
+    if "val" in parts and classes["train"].keys() & classes["test"].keys():
+        del classes["val"], parts["val"]
+    if parts["train"] != root:
+        use = ", ".join(f"{part} images from {folder.name}/" for part, folder in parts.items())
+        unused = [f"{folder.name}/" for folder in folders if folder not in parts.values()]
+        print(f"{name}: {use}" + (f"; left out {listed(unused)}" if unused else ""))
+    class_names = sorted(set().union(*classes.values()))
+    images = {part: read_classes(found, class_names, size) for part, found in classes.items()}
+    if "test" not in images:
+        images["train"], images["test"] = last_sixth(images["train"])
+    return assemble(name, class_names, images)
 
 
-def read_classes(root: Path, size: int, least: int) -> tuple[Images, list[str]]:
-    """The pictures in each folder of `root`, class after class by name, and the classes' names.
+def is_visible(name: str) -> bool:
+    return not name.startswith(".") and name != "__MACOSX"  # which macOS adds to archives
 
-    Raises ValueError if a class has fewer than `least` pictures that can be read.
+
+def subfolders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and is_visible(path.name))
+
+
+def find_classes(root: Path) -> dict[str, list[Path]]:
+    """The files that may be pictures in each folder of `root`, by class; what is left out is printed.
+
+    Classes are the folders' names, in Unicode's composed form (NFC). Raises ValueError or OSError.
     """
-    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
-    if not folders:
-        raise ValueError(f"{root} has no folders; each class needs a folder of its own with its pictures in it")
-    files = [class_pictures(folder) for folder in folders]
-    owners: dict[str, Path] = {}
-    for folder, pictures in zip(folders, files, strict=True):
-        for path in pictures:
-            owner = owners.setdefault(os.path.realpath(path), folder)
-            if owner != folder:
-                raise ValueError(f"{path} counts for two classes by a link, {owner.name} and {folder.name}")
-    labels = torch.arange(len(folders)).repeat_interleave(torch.tensor([len(each) for each in files]))
-    images, errors = read_pictures(sum(files, []), size)
-    good = torch.tensor([not error for error in errors], dtype=torch.bool)
-    bad = [error for error in errors if error]
-    if bad:
-        more = [f"and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
-        print(f"left out, {len(bad)} of {len(errors)}:", *bad[:LISTED], *more, sep="\n  ", file=sys.stderr)
-    counts = torch.bincount(labels[good], minlength=len(folders))
-    for folder, count in zip(folders, counts.tolist(), strict=True):
-        if count < least:
-            raise ValueError(f"{folder} holds {count} pictures that can be read; a class needs at least {least}")
-    return Images(images[good], labels[good]), [folder.name for folder in folders]
+    found, left_out, nested, entries = {}, [], [], sorted(root.iterdir())
+    others = sum(is_visible(path.name) and not path.is_dir() for path in entries)
+    for path in filter(Path.is_dir, entries):
+        pictures, more = list_pictures(path) if is_visible(path.name) else ([], 0)
+        others += more
+        if pictures:
+            found.setdefault(unicodedata.normalize("NFC", path.name), []).extend(pictures)
+        places = {file.parent for file in pictures}
+        nested += [f"{path.name}/"] if len(places) > 1 and path not in places else []
+        left_out += [] if pictures else [f"{path.name}/"]
+    if not found or (nested and len(found) == 1):
+        raise ValueError(f"{root} has no folders with pictures, one for each class; is the data set one level down?")
+    left_out = ([f"{others} other files"] if others else []) + left_out
+    if left_out:
+        print(f"{root}: left out {listed(left_out)}", file=sys.stderr)
+    if nested:
+        print(f"{root}: is the data set one level down? Read as one class each: {listed(nested)}", file=sys.stderr)
+    return dict(sorted(found.items()))
 
 
-def class_pictures(folder: Path) -> list[Path]:
-    """The picture files in a folder and in folders inside it, hidden ones aside, always in the same order."""
-    found, visited = [], set()
-    for inside, subfolders, _ in os.walk(folder, followlinks=True):
+def list_pictures(folder: Path) -> tuple[list[Path], int]:
+    """The files that may be pictures in a folder and in folders inside it, always in the same order, and how many files
+    have suffixes of others. Hidden ones are neither."""
+    files, visited = [], set()
+    for inside, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(inside) in visited:  # a link back
-            subfolders.clear()
+            folders.clear()
             continue
         visited.add(os.path.realpath(inside))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += list_pictures(Path(inside))
-    return found
+        folders[:] = sorted(filter(is_visible, folders))
+        files += [Path(inside, name) for name in sorted(filter(is_visible, names))]
+    pictures = [file for file in files if file.suffix.lower() not in OTHERS]
+    return pictures, len(files) - len(pictures)
+
+
+def read_classes(classes: dict[str, list[Path]], class_names: list[str], size: int) -> Images:
+    """The pictures of each class, class after class; labels index `class_names`. Raises ValueError."""
+    pictures = [(label, path) for label, name in enumerate(class_names) for path in classes.get(name, [])]
+    owners: dict[str, int] = {}
+    for label, path in pictures:
+        owner = owners.setdefault(os.path.realpath(path), label)
+        if owner != label:
+            raise ValueError(f"{path} counts for two classes by a link, {class_names[owner]} and {class_names[label]}")
+    images, errors = read_pictures([path for _, path in pictures], size)
+    good, bad = torch.tensor([not error for error in errors]), [error for error in errors if error]
+    if len(bad) == len(errors):
+        raise ValueError(f"none of {len(bad)} files can be read: {bad[0]}")
+    if bad:
+        print(f"left out, {len(bad)} of {len(errors)}:\n  " + listed(bad, "\n  "), file=sys.stderr)
+    return Images(images[good], torch.tensor([label for label, _ in pictures])[good])
 
 
 def read_pictures(files: list[Path], size: int) -> tuple[Tensor, list[str]]:
@@ -283,15 +380,6 @@ def read_pictures(files: list[Path], size: int) -> tuple[Tensor, list[str]]:
 # ------------------------------------------------------------------------------------------------------ picture files
 
 
-def list_pictures(folder: Path) -> list[Path]:
-    """The picture files directly in `folder`, by name; hidden files and other suffixes are passed over.
-
-    Raises OSError if there is no such folder.
-    """
-    files = sorted(Path(folder).iterdir())
-    return [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
-
-
 def read_picture(path: Path, size: int) -> Tensor:
     """The centre square of a picture, scaled to `size` pixels, antialiased: (3, size, size) uint8, channels last.
 
@@ -300,15 +388,18 @@ def read_picture(path: Path, size: int) -> Tensor:
     """
     if not Path(path).is_file():
         raise ValueError(f"no such picture: {path}")
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(path, formats=formats) as image:
                 large = image.width * image.height > LARGE_PIXELS
                 with LARGE if large else nullcontext():
                     square = centre_square(image, size)
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture in a known format ({', '.join(FORMATS)})") from error
+        known = ", ".join(formats) + ("" if "HEIF" in formats else "; for HEIC: pip install pillow-heif, or convert it")
+        raise ValueError(f"{path} is not a picture in a known format ({known})") from error
     except Exception as error:  # decoders raise errors of many kinds over broken files
         raise ValueError(f"{path} cannot be read: {error}") from error
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)

@@ -183,18 +183,21 @@ def test_a_wrong_value_gives_one_message(capsys, tmp_path, places, script, argum
         assert errors.count("error") == 1 + message.count("error") and len(errors) < 600
 
 
-def test_images_that_are_not_square_are_not_turned(capsys, tmp_path):
+def test_images_that_are_not_square_are_refused(capsys, tmp_path):
     made = tiny.arrays()
     made |= {f"{part}_images": made[f"{part}_images"][:, :12] for part in ("train", "test")}
     np.savez(tmp_path / "wide.npz", **made)
     arguments = ("--data", tmp_path / "wide.npz", "--out", tmp_path / "run", "--device", "cpu")
     status, _, errors = call(capsys, train_classic, *arguments)
-    assert status == 2 and "--rotate needs square images, got (12, 16); give --rotate 0" in errors
+    assert status == 2 and "train_images must be square, got 12 x 16 pixels; crop them" in errors
     assert not (tmp_path / "run").exists()
 
 
 def test_too_few_images_are_refused(capsys, tmp_path):
-    for count, message in ((1, "a seen class has fewer than 2 training images"), (3, "need 4 training images or more")):
+    for count, message in (
+        (1, "training images or more, an anchor and a positive: class 0, class 1, class 2"),
+        (3, "need 4 training images or more"),
+    ):
         npz = tiny.write_npz(tmp_path / "few.npz", train=count, test=2)
         status, _, errors = call(capsys, train_classic, "--data", npz, "--out", tmp_path / "run")
         assert status == 2 and message in errors and not (tmp_path / "run").exists()

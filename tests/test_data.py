@@ -1,12 +1,19 @@
 """data.py: splits, held-back images, P x K batches, augmentation."""
 
+import dataclasses
 import hashlib
 import itertools
+import json
 
 import pytest
 import torch
+from PIL import Image
 
+import cli
 import data
+import evaluate
+import tiny
+import train_classic
 
 # --------------------------------------------------------------------------------------------------------------- splits
 
@@ -86,6 +93,44 @@ def test_validation_classes_are_withheld_from_the_seen_ones():
         assert left == seen and len(validation) == n and not {*validation} & {*seen, *unseen}
         everything = data.split_classes(CIFAR100, f"{split}+val")[0]
         assert data.withhold(CIFAR100, f"{split}+val", everything, 0) == (everything, [])
+
+
+def test_a_data_set_can_have_a_split_of_its_own(tmp_path, monkeypatch, refusal):
+    """train/, val/ and test/ of different classes, from training to the report; no option says so."""
+    arrays = tiny.arrays(classes=9, train=24)
+    parts = ["train", "test", "train", "val", "train", "test", "val", "train", "train"]  # of each class
+    for number, (pixels, label) in enumerate(zip(arrays["train_images"], arrays["train_labels"].tolist(), strict=True)):
+        folder = tmp_path / "photos" / parts[label] / f"class {label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number:03}.png")
+    own = {part: [label for label in range(9) if parts[label] == part] for part in ("train", "val", "test")}
+    monkeypatch.chdir(tmp_path)
+    options = cli.DataOptions("photos", image_size=16)
+    train = data.load_for_training(options, 0, torch.device("cpu"))
+    assert [train.facts[name] for name in ("seen", "validation", "unseen")] == [*own.values()]
+    assert train.kept.labels.unique().tolist() == own["train"] == train.held_back.labels.unique().tolist()
+    assert train.validation.labels.unique().tolist() == own["val"]
+    withheld = data.load_for_training(dataclasses.replace(options, withhold=0.4), 0, torch.device("cpu"))
+    assert withheld.facts["seen"] == [0, 2, 4] and withheld.facts["validation"] == [7, 8]
+    usual = ["--image-size", 16, "--width", 4, "--device", "cpu", "--epochs", 4, "--batch-classes", 5]
+    for more in (["--split", "80-20"], ["--split-seed", 1]):
+        assert "leave --split and --split-seed out" in refusal(train_classic, "--data", "photos", *usual, *more)
+    tiny.run(train_classic, "--data", "photos", "--out", "run", *usual)
+    tiny.run(evaluate, "run/best.pt", "--json", "a.json")
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["split"] == "own" and [row["label"] for row in report["per_class"]] == own["test"]
+    loaded = evaluate.load("run/best.pt", evaluate.Options(()), torch.device("cpu"))
+    assert len(loaded.data.test.of(own["train"])) == 5 * 4 and len(loaded.data.test.of(own["test"])) == 2 * 24
+    assert loaded.calibration is not None
+    assert "needs training images of the unseen classes" in refusal(evaluate, "run/best.pt", "--adapt-published")
+    tiny.run(evaluate, "run/best.pt", "--on", "validation", "--json", "a.json")
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert [row["label"] for row in report["per_class"]] == own["val"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    message = f"../run/best.pt was trained on photos, which is not found from {tmp_path}/elsewhere; give --data PATH"
+    assert message in refusal(evaluate, "../run/best.pt")
+    tiny.run(evaluate, "../run/best.pt", "--data", "../photos")
 
 
 def test_few_shot_images_are_all_of_them_in_standard_splits():

@@ -236,11 +236,11 @@ def test_links_between_folders(tmp_path):
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{number}.png")
         (tmp_path / "data" / name / "again").symlink_to(tmp_path / "data" / name)
         (tmp_path / "data" / name / "once more").symlink_to(tmp_path / "data" / name)
-    images, names = sources.read_classes(tmp_path / "data", 8, 1)
-    assert len(images) == 6 and names == ["a", "b"]
+    loaded = sources.load(str(tmp_path / "data"))
+    assert len(loaded.train) + len(loaded.test) == 6 and loaded.class_names == ["a", "b"]
     (tmp_path / "data" / "a" / "other").symlink_to(tmp_path / "data" / "b")
     with pytest.raises(ValueError, match="counts for two classes by a link, a and b"):
-        sources.read_classes(tmp_path / "data", 8, 1)
+        sources.load(str(tmp_path / "data"))
 
 
 def test_damaged_npz_headers(tmp_path):
@@ -296,7 +296,7 @@ def test_an_unreadable_support_picture_is_left_out(trained, tmp_path, refusal):
     assert "0.png" in errors and "1 of the pictures could not be read" in errors
     assert json.loads((tmp_path / "a.json").read_text())["answers"][0]["nearest"] == "b"
     (tmp_path / "support" / "a" / "1.png").write_text("broken")
-    assert "no picture of class a can be read" in refusal(predict, trained / "run" / "best.pt", *arguments)
+    assert "no picture can be read of class a: " in refusal(predict, trained / "run" / "best.pt", *arguments)
 
 
 def test_names_that_a_terminal_would_obey(trained, tmp_path, capsys):

@@ -131,9 +131,11 @@ def test_other_files_are_refused(tmp_path):
 
 
 def test_list_pictures(tmp_path):
-    for name in ("b.JPG", "a.png", "c.webp", ".hidden.png", "notes.txt", "picture"):
-        (tmp_path / name).touch()
+    """All but hidden files and those of other suffixes, which are counted."""
     (tmp_path / "folder").mkdir()
-    assert [path.name for path in sources.list_pictures(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
-    with pytest.raises(OSError):
-        sources.list_pictures(tmp_path / "missing")
+    (tmp_path / ".hidden").mkdir()
+    names = ("b.JPG", "a.png", "c.heic", ".hidden.png", "notes.txt", "x.CSV", "picture", "folder/d", ".hidden/e.png")
+    for name in names:
+        (tmp_path / name).touch()
+    pictures, others = sources.list_pictures(tmp_path)
+    assert [path.name for path in pictures] == ["a.png", "b.JPG", "c.heic", "picture", "d"] and others == 2

@@ -94,6 +94,18 @@ def test_several_pictures_a_class_and_one_class(folder, tmp_path):
         assert answer["margin"] is None and answer["similarity"] == pytest.approx(float(expected), abs=1e-5)
 
 
+def test_folders_without_pictures_are_left_out_of_the_support(folder, tmp_path, capsys):
+    shutil.copytree(folder / "support", tmp_path / "support")
+    for name in ("empty", "__MACOSX", ".cache"):
+        (tmp_path / "support" / name).mkdir()
+    found = []
+    for support in (folder / "support", tmp_path / "support"):
+        arguments = ["--support", support, "--query", folder / "queries", "--json", tmp_path / "a.json"]
+        tiny.run(predict, folder / "best.pt", *arguments)
+        found.append(json.loads((tmp_path / "a.json").read_text())["answers"])
+    assert found[0] == found[1] and "support: left out .cache/, __MACOSX/, empty/\n" in capsys.readouterr().err
+
+
 def test_compare(folder, tmp_path, capsys):
     pictures = sorted((folder / "queries").iterdir())  # by class
     answers = []
@@ -126,10 +138,14 @@ def test_a_broken_query_does_not_stop_the_others(folder, tmp_path, refusal):
         (["{folder}/best.pt", "--support", "{folder}/support"], "give --support FOLDER and --query"),
         (["{folder}/best.pt", "--compare", "a", "b", "--query", "c"], "--compare goes without"),
         (["{folder}/best.pt", "--compare", "a.png", "b.png"], "no such picture: a.png"),
-        (["{folder}/best.pt", "--support", "{folder}/queries", "--query", "a.png"], "holds no folders"),
-        (["{folder}/best.pt", "--support", "{folder}", "--query", "a.png"], "support holds no picture"),
+        (
+            ["{folder}/best.pt", "--support", "{folder}/queries", "--query", "a.png"],
+            "queries has no folders with pictures",
+        ),
+        (["{folder}/best.pt", "--support", "{folder}", "--query", "a.png"], "is the data set one level down? Read as"),
+        (["{folder}/best.pt", "--support", "{wrapped}", "--query", "a.png"], "is the data set one level down?"),
         (["{folder}/best.pt", "--support", "missing", "--query", "a.png"], "missing"),
-        (["{folder}/best.pt", "--support", "{folder}/support", "--query", "{folder}/support"], "holds no picture"),
+        (["{folder}/best.pt", "--support", "{folder}/support", "--query", "{empty}"], "holds no picture"),
         (["{folder}/best.pt", "--compare", "a", "b", "--threshold", "2"], "--threshold must be auto or a number"),
         (["{folder}/best.pt", "--compare", "a", "b", "--csv", "/no/such/a.csv"], "no such folder"),
         (["{folder}/tiny.npz", "--compare", "a", "b"], "is not a checkpoint"),
@@ -140,7 +156,9 @@ def test_bad_input_gives_one_message(folder, tmp_path, refusal, arguments, messa
     saved = model.load_checkpoint(folder / "best.pt")
     saved["threshold"] = {name: saved["threshold"][name] for name in ("mode", "value", "calibrated_on")}
     torch.save(saved, tmp_path / "old.pt")
-    names = {"folder": folder, "old": tmp_path / "old.pt"}
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(folder / "support", tmp_path / "wrapped" / "support")
+    names = {"folder": folder, "old": tmp_path / "old.pt", "empty": tmp_path / "empty", "wrapped": tmp_path / "wrapped"}
     assert message.format(**names) in refusal(predict, *[argument.format(**names) for argument in arguments])
 
 
@@ -206,12 +224,16 @@ def test_a_wrong_export_is_not_written(folder, monkeypatch, tmp_path, refusal):
     [
         (["{folder}/best.pt", "--out", "/no/such/model.onnx"], "--out: no such folder"),
         (["{folder}/best.pt", "--data", "{big}"], "the images of --data are of 24 pixels, the checkpoint's of 16"),
+        (["{folder}/best.pt", "--data", "{wide}"], "train_images must be square, got 12 x 16 pixels"),
         (["{folder}/best.pt", "--data", "nowhere.npz"], "no such file: nowhere.npz"),
         (["missing.pt"], "no such file: missing.pt"),
     ],
 )
 def test_exports_that_cannot_be(folder, tmp_path, refusal, arguments, message):
-    names = {"folder": folder, "big": tiny.write_npz(tmp_path / "big.npz", side=24)}
+    arrays = tiny.arrays()
+    arrays |= {f"{part}_images": arrays[f"{part}_images"][:, :12] for part in ("train", "test")}
+    np.savez(tmp_path / "wide.npz", **arrays)
+    names = {"folder": folder, "big": tiny.write_npz(tmp_path / "big.npz", side=24), "wide": tmp_path / "wide.npz"}
     assert message in refusal(export, *[argument.format(**names) for argument in arguments])
     assert not list(folder.glob("*.onnx"))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from torchvision.datasets import CIFAR100, ImageFolder
 
 import data
@@ -34,19 +34,26 @@ def test_npz_round_trip(tmp_path):
     assert loaded.test.labels.dtype == torch.int64 and np.array_equal(loaded.test.labels, arrays["test_labels"])
 
 
+NOTHING = {"images": np.zeros((0, 16, 16, 3), np.uint8), "labels": np.zeros(0, int)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train_images": np.zeros((160, 3, 16, 16), np.uint8)}, r"train_images must be \(N, H, W, 3\) uint8"),
+        ({"train_images": np.zeros((160, 3, 16, 16), np.uint8)}, r"train_images must be \(N, S, S, 3\) uint8"),
         ({"train_images": np.zeros((160, 16, 16, 3), np.float32)}, "float32"),
         ({"train_labels": np.zeros(3, np.uint8)}, "train_labels must be"),
         ({"train_labels": np.full(160, 8)}, r"must lie in 0\.\.7"),
         ({"test_labels": np.full(48, -1)}, r"must lie in 0\.\.7"),
-        ({"test_labels": np.zeros(48, np.uint8)}, "class 'class 1' has no test image"),
+        (
+            {"train_images": np.zeros((160, 12, 16, 3), np.uint8)},
+            r"square, got 12 x 16 pixels; crop them to \[:, :S, :S\]",
+        ),
         ({"test_images": np.zeros((48, 8, 8, 3), np.uint8)}, "differ in size"),
         ({"train_labels": np.full(160, 2**63, np.uint64)}, r"must lie in 0\.\.7"),
         ({"train_labels": np.zeros(160)}, "train_labels must be"),
-        ({"train_images": np.zeros((0, 16, 16, 3), np.uint8), "train_labels": np.zeros(0, int)}, "has no train image"),
+        ({"train_images": np.zeros((0, 16, 16, 3), np.uint8), "train_labels": np.zeros(0, int)}, "no class has both"),
+        ({f"{p}_{k}": v for p in ("train", "test") for k, v in NOTHING.items()}, "no class has both"),
         ({"train_images": np.zeros((160, 0, 16, 3), np.uint8)}, "train_images must be"),
         ({"class_names": None}, "lacks class_names"),
         ({"class_names": np.array(8)}, r"class_names must be \(C,\) strings"),
@@ -60,6 +67,53 @@ def test_npz_is_refused(tmp_path, change, message):
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(ValueError, match=message):
         data.load(str(tmp_path / "bad.npz"))
+
+
+def test_classes_without_images_are_left_out_all_at_once(tmp_path, capsys):
+    arrays = tiny.arrays()
+    for part, lost in (("train", 6), ("test", 1)):
+        keep = arrays[f"{part}_labels"] != lost
+        arrays |= {name: arrays[name][keep] for name in (f"{part}_images", f"{part}_labels")}
+    np.savez(tmp_path / "a.npz", **arrays)
+    loaded = data.load(str(tmp_path / "a.npz"))
+    assert capsys.readouterr().err == "a: left out, without training or test images: class 1, class 6\n"
+    assert loaded.class_names == [f"class {label}" for label in (0, 2, 3, 4, 5, 7)] and loaded.own_split is None
+    for part, count in (("train", 20), ("test", 6)):
+        own, labels = getattr(loaded, part), arrays[f"{part}_labels"]
+        assert torch.bincount(own.labels).tolist() == [count] * 6
+        kept = arrays[f"{part}_images"][labels == 4]
+        assert np.array_equal(own.images[own.labels == 3].permute(0, 2, 3, 1), kept)
+
+
+@pytest.mark.parametrize("index", [np.s_[..., 0], np.s_[..., :1]])
+def test_grey_images_get_three_channels(tmp_path, index):
+    arrays = tiny.arrays()
+    grey = arrays["train_images"][index]
+    np.savez(tmp_path / "a.npz", **arrays | {"train_images": grey})
+    loaded = data.load(str(tmp_path / "a.npz"))
+    assert loaded.train.images.is_contiguous(memory_format=torch.channels_last)
+    for channel in loaded.train.images.unbind(1):
+        assert np.array_equal(channel, grey.reshape(160, 16, 16))
+    assert np.array_equal(loaded.test.images.permute(0, 2, 3, 1), arrays["test_images"])
+
+
+def test_an_npz_file_with_other_classes_for_testing_has_a_split_of_its_own(tmp_path, capsys):
+    arrays = tiny.arrays(classes=5, train=12, test=6)
+    arrays |= {f"{part}_labels": arrays[f"{part}_labels"] % 2 + 3 * (part == "test") for part in ("train", "test")}
+    np.savez(tmp_path / "a.npz", **arrays)
+    loaded = data.load(str(tmp_path / "a.npz"))
+    assert loaded.class_names == ["class 0", "class 1", "class 3", "class 4"]
+    assert loaded.own_split == ([0, 1], [], [2, 3])
+    counts = np.bincount(arrays["train_labels"])
+    assert torch.bincount(loaded.train.labels).tolist() == (counts - counts // 6).tolist()
+    assert torch.bincount(loaded.test.labels)[:2].tolist() == (counts // 6).tolist() and len(loaded.test) > 30
+    printed = capsys.readouterr()
+    assert printed.out == "a: train and test have different classes: 2 seen, 0 for validation, 2 unseen\n"
+    assert "class 2\n" in printed.err
+    last = [np.flatnonzero(arrays["train_labels"] == label)[-1] for label in (0, 1)]  # in the file's order
+    for label, place in enumerate(last):
+        own = loaded.test.images[loaded.test.labels == label][-1]
+        assert np.array_equal(own.permute(1, 2, 0), arrays["train_images"][place])
 
 
 def test_unreadable_sources_are_refused(tmp_path):
@@ -293,7 +347,7 @@ def test_a_folder_without_parts_gives_its_last_sixth_for_testing(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["test", "val"])
-def test_a_folder_with_parts(tmp_path, part):
+def test_a_folder_with_parts(tmp_path, capsys, part):
     for seed, name in enumerate(("cat", "dog")):
         save_pictures(tmp_path / "train" / name, 4, seed=seed)
         save_pictures(tmp_path / "train" / name / "more", 2, seed=10 + seed)
@@ -303,8 +357,12 @@ def test_a_folder_with_parts(tmp_path, part):
         names, images, labels = as_image_folder(tmp_path / folder)
         assert loaded.class_names == names and torch.equal(read.images, images) and torch.equal(read.labels, labels)
     save_pictures(tmp_path / part / "fox", 1)
-    with pytest.raises(ValueError, match=rf"not both in train/ and {part}/: fox"):
-        data.load(str(tmp_path), image_size=8)
+    (tmp_path / "train" / "empty").mkdir()
+    capsys.readouterr()
+    again = data.load(str(tmp_path), image_size=8)
+    assert again.class_names == loaded.class_names and torch.equal(again.test.images, loaded.test.images)
+    listed = capsys.readouterr().err
+    assert "train: left out empty/\n" in listed and "without training or test images: fox\n" in listed
 
 
 def test_pictures_are_scaled_and_turned(tmp_path):
@@ -335,8 +393,8 @@ def test_unreadable_pictures_are_listed_and_left_out(tmp_path, capsys):
     assert "left out, 2 of 8:" in listed and "a/01.png is not a picture" in listed and "b/03.png cannot be" in listed
     for number in (0, 2):
         (tmp_path / "a" / f"{number:02}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="a holds 1 pictures that can be read; a class needs at least 2"):
-        data.load(str(tmp_path), image_size=8)
+    assert data.load(str(tmp_path), image_size=8).class_names == ["b"]
+    assert "left out, without training or test images: a\n" in capsys.readouterr().err
 
 
 def test_a_long_list_of_unreadable_pictures_is_cut(tmp_path, capsys):
@@ -350,5 +408,146 @@ def test_a_long_list_of_unreadable_pictures_is_cut(tmp_path, capsys):
 
 def test_a_folder_without_class_folders_is_refused(tmp_path):
     save_pictures(tmp_path / "flat", 3)
-    with pytest.raises(ValueError, match="has no folders; each class needs a folder of its own"):
+    with pytest.raises(
+        ValueError, match="has no folders with pictures, one for each class; is the data set one level down?"
+    ):
         data.load(str(tmp_path / "flat"))
+
+
+@pytest.mark.parametrize(
+    ("folders", "read", "left_out"),
+    [
+        (("train", "valid"), "train images from train/, test images from valid/", ""),
+        (("Train", "VALIDATION"), "train images from Train/, test images from VALIDATION/", ""),
+        (("Training", "Testing"), "test images from Testing/, train images from Training/", ""),
+        (("TRAIN", "Test", "Val"), "test images from Test/, train images from TRAIN/", "; left out Val/"),
+        (("train", "test", "more"), "test images from test/, train images from train/", "; left out more/"),
+    ],
+)
+def test_usual_names_of_the_parts(tmp_path, capsys, folders, read, left_out):
+    for seed, part in enumerate(folders):
+        for name in ("a", "b"):
+            save_pictures(tmp_path / part / name, 3 + seed, seed=seed)
+    loaded = data.load(str(tmp_path), image_size=8)
+    assert loaded.class_names == ["a", "b"] and loaded.own_split is None
+    assert (len(loaded.train), len(loaded.test)) == (6, 8)
+    said = capsys.readouterr().out
+    assert sorted(said.split(": ")[1].split("; ")[0].strip().split(", ")) == sorted(read.split(", "))
+    assert said.endswith(left_out + "\n") and ("left out" in said) == bool(left_out)
+
+
+def test_training_pictures_alone(tmp_path, capsys):
+    """With nothing beside train/, or with test pictures of no class, the last sixth of each class is for testing."""
+    for seed, name in enumerate(("a", "b")):
+        save_pictures(tmp_path / "photos" / "train" / name, 12, seed=seed)
+    for expected in (f"holds one folder; reading {tmp_path / 'photos' / 'train'}", "from train/; left out test/"):
+        loaded = data.load(str(tmp_path / "photos"), image_size=8)
+        assert (loaded.name, loaded.class_names) == ("photos", ["a", "b"])
+        assert torch.bincount(loaded.train.labels).tolist() == [10, 10] and len(loaded.test) == 4
+        assert expected in capsys.readouterr().out
+        save_pictures(tmp_path / "photos" / "test", 5)
+
+
+def test_a_data_set_one_level_down(tmp_path, capsys):
+    """It is read if it is the only folder there, whatever its name; otherwise there is a hint."""
+    for seed, name in enumerate(("cat", "dog")):
+        save_pictures(tmp_path / "photos" / "photos" / name, 6, seed=seed)
+    for folder in (".git", "__MACOSX/photos"):
+        save_pictures(tmp_path / "photos" / folder, 1)
+    loaded = data.load(str(tmp_path / "photos"), image_size=8)
+    assert loaded.class_names == ["cat", "dog"] and len(loaded.train) == 10
+    assert f"{tmp_path}/photos holds one folder; reading {tmp_path}/photos/photos\n" in capsys.readouterr().out
+    save_pictures(tmp_path / "photos" / "more" / "fox", 6)
+    save_pictures(tmp_path / "photos" / "more" / "cow", 6)
+    assert data.load(str(tmp_path / "photos"), image_size=8).class_names == ["more", "photos"]
+    hint = "photos: is the data set one level down? Read as one class each: more/, photos/\n"
+    assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("val", ["none", "others", "same"])
+def test_the_layout_of_few_shot_data_sets(tmp_path, capsys, val):
+    """Seen, validation and unseen classes, in the order of their names."""
+    classes = {"train": "bdf", "test": "ac", "val": {"none": "", "others": "eg", "same": "bdf"}[val]}
+    for part, names in classes.items():
+        for seed, name in enumerate(names):
+            save_pictures(tmp_path / part / name, 12, seed=seed)
+    loaded = data.load(str(tmp_path), image_size=8)
+    own, out = loaded.own_split, capsys.readouterr().out
+    assert [[loaded.class_names[label] for label in part] for part in own] == [
+        ["b", "d", "f"],
+        ["e", "g"] if val == "others" else [],
+        ["a", "c"],
+    ]
+    counts = f"3 seen, {len(own[1])} for validation, 2 unseen"
+    assert f"{tmp_path.name}: train and test have different classes: {counts}\n" in out
+    expected = [(12, 12) if val == "same" else (10, 2), (12, 0), (0, 12)]  # training and test images of a class
+    for labels, counts in zip(own, expected, strict=True):
+        for label in labels:
+            assert tuple(int((part.labels == label).sum()) for part in (loaded.train, loaded.test)) == counts
+
+
+@pytest.mark.parametrize("names", [("ab", "AC"), ("ab", "c"), ("a", "bc")])
+def test_parts_that_only_seem_to_have_different_classes(tmp_path, names):
+    for part, classes in zip(("train", "test"), names, strict=True):
+        for name in classes:
+            save_pictures(tmp_path / part / name, 4)
+    with pytest.raises(ValueError, match="no class has both training and test images; give both the same class names"):
+        data.load(str(tmp_path), image_size=8)
+
+
+def test_what_is_left_out_of_a_folder_is_listed_in_one_line(tmp_path, capsys):
+    for seed, name in enumerate(("a", "b")):
+        save_pictures(tmp_path / name, 3, seed=seed)
+        (tmp_path / name / "labels.json").write_text("{}")
+        (tmp_path / name / ".DS_Store").write_text("hidden")
+    for folder in (".cache", "__MACOSX/a", "empty", "notes"):
+        (tmp_path / folder).mkdir(parents=True)
+    save_pictures(tmp_path / "__MACOSX" / "a", 1)
+    (tmp_path / "notes" / "read.TXT").write_text("no picture")
+    save_pictures(tmp_path, 1)
+    assert data.load(str(tmp_path), image_size=8).class_names == ["a", "b"]
+    listed = "left out 4 other files, .cache/, __MACOSX/, empty/, notes/"
+    assert capsys.readouterr().err == f"{tmp_path}: {listed}\n"
+
+
+def test_two_spellings_of_a_name_are_one_class(tmp_path):
+    """Composed and decomposed Unicode, as Linux and macOS write it."""
+    for seed, (part, name) in enumerate(
+        [("train", "caf\u00e9"), ("train", "cafe\u0301"), ("train", "b"), ("test", "cafe\u0301"), ("test", "b")]
+    ):
+        save_pictures(tmp_path / part / name, 2, seed=seed)
+    loaded = data.load(str(tmp_path), image_size=8)
+    assert loaded.class_names == ["b", "caf\u00e9"]
+    assert torch.bincount(loaded.train.labels).tolist() == [2, 4] and len(loaded.test) == 4
+    np.savez(tmp_path / "a.npz", **tiny.arrays(classes=2) | {"class_names": np.array(["b", "cafe\u0301"])})
+    assert data.load(str(tmp_path / "a.npz")).class_names == loaded.class_names
+
+
+def test_pictures_are_known_by_their_content(tmp_path, capsys):
+    save_pictures(tmp_path / "a", 2)
+    picture = Image.open(tmp_path / "a" / "00.png")
+    names = {"a.jfif": "JPEG", "b.jpe": "JPEG", "c.JPG": "PNG", "d": "GIF", "e.jp2": "JPEG2000", "f.png": "WEBP"}
+    names |= {"g.avif": "AVIF"} if features.check("avif") else {}
+    for name, form in names.items():
+        picture.save(tmp_path / "a" / name, format=form)
+    assert len(data.load(str(tmp_path), image_size=8).train) == 2 + len(names) - 1
+    assert capsys.readouterr().err == ""
+
+
+def test_heic_pictures_that_pillow_cannot_read(tmp_path, capsys, monkeypatch):
+    """One message, what it says helps, and what is skipped beside others is counted."""
+    monkeypatch.setattr(sources, "FORMATS", ("JPEG", "PNG"))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(15):
+            (tmp_path / name / f"{number:02}.HEIC").write_bytes(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic")
+    with pytest.raises(
+        ValueError, match=r"none of 30 files can be read: .*a/00\.HEIC .*for HEIC: pip install pillow-h"
+    ):
+        data.load(str(tmp_path), image_size=8)
+    assert capsys.readouterr().err == ""
+    save_pictures(tmp_path / "a", 3)
+    save_pictures(tmp_path / "b", 3)
+    assert len(data.load(str(tmp_path), image_size=8).train) == 4
+    listed = capsys.readouterr().err
+    assert "left out, 30 of 36:" in listed and "a/14.HEIC" in listed and "and 10 more" in listed
