@@ -289,7 +289,7 @@ def histogram(figure: Figure, counts: dict[str, Tensor], thresholds: dict[str, f
     every_axes = np.atleast_1d(figure.subplots(len(counts), sharex=True))
     edges = np.linspace(-1, 1, next(iter(counts.values())).shape[1] + 1)
     common = sum(kinds / kinds.sum(1, keepdim=True) for kinds in counts.values()).sum(0) > 1e-3
-    left = min(float(edges[int(common.int().argmax())]), *thresholds.values()) - 0.05
+    left = min([float(edges[int(common.int().argmax())]), *thresholds.values()]) - 0.05
     for axes, (name, kinds) in zip(every_axes, counts.items(), strict=True):
         for values, colour, label in zip(kinds, (DIFFERENT, SAME), ("different classes", "same class"), strict=True):
             density = (values / values.sum()).numpy() / (edges[1] - edges[0])

@@ -59,8 +59,7 @@ class Table:
     bars: bool = False  # numbers are percentages, drawn as bars
 
     def text(self) -> str:
-        text = "\n".join(filter(None, [self.title, cli.text_table(self.header, self.rows), self.note]))
-        return text.replace("±", "+-")  # for terminals that are not UTF-8
+        return "\n".join(filter(None, [self.title, cli.text_table(self.header, self.rows), self.note]))
 
     def html(self) -> str:
         head = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in self.header)
