@@ -14,7 +14,6 @@ import re
 import shutil
 import sys
 import tempfile
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,17 +214,9 @@ def cell(value: object, decimals: int = 1, dash: str = "-") -> str:
 def text_table(header: list[str], rows: list[list], decimals: int = 1) -> str:
     """Aligned columns, the first to the left."""
     cells = [header, *([cell(value, decimals).replace("±", "+-") for value in row] for row in rows)]  # in ASCII
-    widths = [max(width(row[column]) for row in cells) for column in range(len(header))]
-    lines = []
-    for row in cells:
-        space = [" " * (most - width(text)) for most, text in zip(widths, row, strict=True)]
-        lines.append("  ".join([row[0] + space[0], *map(str.__add__, space[1:], row[1:])]))
-    return "\n".join([lines[0], "-" * width(lines[0]), *lines[1:]])
-
-
-def width(text: str) -> int:
-    """Columns that a terminal needs for a text: two for a Chinese letter, none for an accent of its own."""
-    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

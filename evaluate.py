@@ -408,23 +408,22 @@ def main(args: Sequence[str] | None = None) -> None:
         if options.store:
             for each, (threshold, _) in zip(loaded, thresholds, strict=True):
                 store(each, threshold)
-    reports, measured = [], []
+    evaluated: list[tuple[dict, dict[str, Side | None], list[str]]] = []
     for each, (threshold, others) in zip(loaded, thresholds, strict=True):
         made, sides = evaluate(each, threshold, others, options)
-        if reports and report.comparable(sides, measured[0]):
-            made["compared_with"] = {"checkpoint": reports[0]["checkpoint"]} | report.compare(sides, measured[0])
-        reports.append(made)
-        measured.append(sides)
-    if options.json:  # before anything that could fail
-        cli.write_json(options.json, reports[0] if len(reports) == 1 else reports)
+        first, first_sides, _ = evaluated[0] if evaluated else (made, sides, None)
+        if made is not first and report.comparable(sides, first_sides):
+            made["compared_with"] = {"checkpoint": first["checkpoint"]} | report.compare(sides, first_sides)
+        evaluated.append((made, sides, each.data.class_names))
+    reports = [made for made, _, _ in evaluated]
+    if options.json:  # before anything that may fail
+        cli.write_json(options.json, reports if reports[1:] else first)
     for made in reports:
         report.show(made)
-        if made is not reports[0] and made["compared_with"] is None:
-            print("\n" + report.not_compared(made, reports[0]))
+        if made is not first and made["compared_with"] is None:
+            print("\n" + report.not_compared(made, first))
     if options.report:
-        names = [each.data.class_names for each in loaded]
-        page = report.write(options.report, list(zip(reports, measured, names, strict=True)))
-        print(f"\nreport: {page}")
+        print(f"\nreport: {report.write(options.report, evaluated)}")
 
 
 if __name__ == "__main__":

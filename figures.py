@@ -23,7 +23,7 @@ MAP_IMAGES = 1000  # images on the map of embeddings, whose cost is quadratic
 DRAWN_CLASSES = 25  # classes that a drawing has room to name
 NAME_LENGTH = 12  # letters of a name in a drawing
 PAIR_IMAGES = 4000  # images among which the hardest pairs are looked for
-COMPARISONS = 50_000_000  # of a query with a class's picture, about, from which the confusions are counted
+COMPARISONS = 50_000_000  # of queries with support images, about, from which the confusions are counted
 THUMBNAIL = 96  # pixels; larger pictures are scaled down
 SEEN, UNSEEN, GOOD, BAD = "#4a7fd6", "#e8833a", "#2e9e6b", "#d8434e"
 WIDTH, DOTS_PER_INCH = 3.6, 200  # inches: with letters of 8 points or more, readable on a phone
@@ -110,14 +110,10 @@ def of_report(report: dict, sides: dict[str, Side], names: list[str]) -> dict[st
             draw(lambda figure: histogram(figure, counts, lines), 2.2 * len(counts) + 0.3),
         ),
     }
-    if "unseen" in sides:
-        drawn |= of_unseen(sides["unseen"], names)
-    return drawn
-
-
-def of_unseen(side: Side, names: list[str]) -> dict[str, Picture]:
-    """The figures about unseen classes."""
-    drawn = {"map": of_map(side, names), "hardest": of_hardest_pairs(side, names)}
+    if "unseen" not in sides:
+        return drawn
+    side = sides["unseen"]
+    drawn |= {"map": of_map(side, names), "hardest": of_hardest_pairs(side, names)}
     shares = one_shot_confusion(side)
     if shares is not None:
         drawn |= {"confusion": of_confusion(shares, side.labels.unique(), names), "episodes": of_episodes(side, names)}
@@ -127,10 +123,6 @@ def of_unseen(side: Side, names: list[str]) -> dict[str, Picture]:
 def spread(n: int, most: int) -> Tensor:
     """At most `most` of n rows, evenly."""
     return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most).long()
-
-
-def of_classes(n: int, total: int) -> str:
-    return f"{n} of the {total} unseen classes" if n < total else f"the {n} unseen classes"
 
 
 def short_names(classes: Tensor, names: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -155,7 +147,7 @@ def of_map(side: Side, names: list[str]) -> Picture:
     index = torch.searchsorted(classes, side.labels[chosen])
     labels, legend = short_names(classes, names)
     text = (
-        f"Test images of {of_classes(len(classes), len(every))} ({len(chosen)} of {len(side.z)} images) by t-SNE: near "
+        f"{len(chosen)} of {len(side.z)} test images, {len(classes)} of {len(every)} unseen classes, by t-SNE: near "
         "means similar, empty space between groups means nothing."
     )
     files = draw(lambda figure: embedding_map(figure, places, index, labels), 3.4)
@@ -167,11 +159,11 @@ def one_shot_confusion(side: Side, episodes: int = 1000) -> Tensor | None:
 
     Fewer episodes where the classes are many.
     """
-    labels = side.labels
-    way = len(labels.unique())
+    way = len(side.labels.unique())
     counts = torch.zeros(way * way, dtype=torch.float64)
-    episodes = min(episodes, 1 + COMPARISONS // (way * len(labels)))
-    for rows, images in metrics.draw_episodes(labels, way, 1, episodes=episodes):
+    queries = min(15, 1 + COMPARISONS // way**2)
+    episodes = min(episodes, 1 + COMPARISONS // (way**2 * queries))
+    for rows, images in metrics.draw_episodes(side.labels, way, 1, queries, episodes):
         answers = rows.gather(1, metrics.classify(side.z, images, 1).flatten(1))
         truth = rows.repeat_interleave(images.shape[2] - 1, 1)
         counts += torch.bincount((truth * way + answers).flatten(), minlength=way * way)
@@ -186,7 +178,7 @@ def of_confusion(shares: Tensor, classes: Tensor, names: list[str]) -> Picture:
     labels, legend = short_names(classes[chosen], names)
     text = "Percent of the queries of each class that went to each class, with one support image a class."
     if len(chosen) < len(classes):
-        text += f" Shown are {of_classes(len(chosen), len(classes))}, those confused most."
+        text += f" Shown are the {len(chosen)} of {len(classes)} unseen classes that are confused most."
     files = draw(lambda figure: confusion(figure, shares[chosen][:, chosen], labels), 3.5)
     return Picture(f"{len(classes)}-way one-shot confusions", text, files, legend=legend)
 

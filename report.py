@@ -156,10 +156,9 @@ def adapted_table(report: dict) -> Table:
 
 def class_table(report: dict) -> Table:
     known, found = KNOWN_CLASSES.get((report["data"], report["split"]), {}), report["per_class"]
-    accuracy = torch.tensor([row["pair_accuracy"] for row in found])
-    hardest = accuracy.nan_to_num(100).argsort(stable=True)[:LISTED].sort().values
+    accuracy = torch.tensor([row["pair_accuracy"] for row in found]).nan_to_num(100)
     rows = []
-    for row in map(found.__getitem__, hardest.tolist()):
+    for row in map(found.__getitem__, accuracy.argsort(stable=True)[:LISTED].sort().values.tolist()):
         others = ["{:.0f} / {:.0f}".format(*known[row["label"]])] if known else []
         name = f"{row['label']} {row['name'].replace('_', ' ')}"
         rows.append([name, row["triplet_accuracy"], row["pair_accuracy"], *others])
@@ -304,33 +303,26 @@ def write(folder: str | os.PathLike, evaluated: list[tuple[dict, dict[str, Side 
     """Write pages about reports, each with the sides it was made from and the names of all classes; return the path of
     the page to read first.
 
-    The page of one is index.html in `folder`. Several have the folders 1, 2, ... there, and index.html compares them.
-    Raises OSError.
+    A page is index.html, with a light and a dark PNG of each drawing beside it. That of a single report is in `folder`;
+    several have the folders 1, 2, ... there, and a page in `folder` that compares them. Raises OSError.
     """
-    folder = Path(folder)
-    if len(evaluated) == 1:
-        return write_one(folder, *evaluated[0])
-    for number, each in enumerate(evaluated, 1):
-        write_one(folder / str(number), *each)
-    return write_page(folder, overview([report for report, _, _ in evaluated]))
-
-
-def write_one(folder: Path, report: dict, sides: dict[str, Side | None], names: list[str]) -> Path:
-    """Write index.html and a light and a dark PNG of each drawing into `folder`; return the page's path."""
     import figures  # takes a while to load, and only a page needs it
 
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = figures.of_report(report, {name: side for name, side in sides.items() if side is not None}, names)
-    for name, picture in drawn.items():
-        for theme, file in picture.files.items():
-            with cli.writing(folder / (f"{name}.png" if theme == "light" else f"{name}-{theme}.png")) as path:
-                path.write_bytes(file)
-    return write_page(folder, page(report, drawn))
-
-
-def write_page(folder: Path, text: str) -> Path:
-    with cli.writing(folder / "index.html") as path:
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold any bytes
+    folder, pages = Path(folder), {}
+    for number, (report, sides, names) in enumerate(evaluated, 1):
+        place = folder / str(number) if len(evaluated) > 1 else folder
+        place.mkdir(parents=True, exist_ok=True)
+        drawn = figures.of_report(report, {name: side for name, side in sides.items() if side is not None}, names)
+        for name, picture in drawn.items():
+            for theme, file in picture.files.items():
+                with cli.writing(place / (f"{name}.png" if theme == "light" else f"{name}-{theme}.png")) as path:
+                    path.write_bytes(file)
+        pages[place] = page(report, drawn)
+    if len(evaluated) > 1:
+        pages[folder] = overview([report for report, _, _ in evaluated])
+    for place, text in pages.items():
+        with cli.writing(place / "index.html") as path:
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold any bytes
     return folder / "index.html"
 
 

@@ -151,7 +151,7 @@ def test_drawings_can_be_read(monkeypatch, tmp_path, unseen_classes):
     if unseen_classes == 162:
         text = page.read_text()
         assert "the 40 of 162 with the lowest pair accuracy" in text
-        parts = ("25 of the 162 unseen classes.*?</figcaption>", "<li value=", "<td class=bar")
+        parts = ("25 of 162 unseen classes.*?</figcaption>", "<li value=", "<td class=bar")
         assert [len(re.findall(part, text)) for part in parts] == [2, 50, 80]
 
 
