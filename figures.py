@@ -140,11 +140,10 @@ def short_names(classes: Tensor, names: list[str]) -> tuple[list[str], dict[str,
 def of_map(side: Side, names: list[str]) -> Picture:
     """Where images of the classes lie."""
     every = side.labels.unique()
-    classes = every[spread(len(every), DRAWN_CLASSES)]
-    among = torch.isin(side.labels, classes).nonzero()[:, 0]
+    among = torch.isin(side.labels, every[spread(len(every), DRAWN_CLASSES)]).nonzero()[:, 0]
     chosen = among[spread(len(among), MAP_IMAGES)]
     places = tsne(side.z[chosen]) if len(chosen) > 3 else side.z[chosen, :2]
-    index = torch.searchsorted(classes, side.labels[chosen])
+    classes, index = side.labels[chosen].unique(return_inverse=True)
     labels, legend = short_names(classes, names)
     text = (
         f"{len(chosen)} of {len(side.z)} test images, {len(classes)} of {len(every)} unseen classes, by t-SNE: near "
@@ -372,16 +371,17 @@ def embedding_map(figure: Figure, places: Tensor, index: Tensor, names: list[str
         axes.scatter(*places[index == row].T.numpy(), s=9, color=colours(row % colours.N), lw=0, alpha=0.8)
     medians = torch.stack([places[index == row].median(0).values for row in range(len(names))])
     paper = matplotlib.rcParams["axes.facecolor"]
-    for row, (x, y) in enumerate(apart(medians, places.amax(0) - places.amin(0)).tolist()):
+    room = (places.amax(0) - places.amin(0)) * torch.tensor([0.03 + 0.02 * max(map(len, names)), 0.07])
+    for row, (x, y) in enumerate(apart(medians, room).tolist()):
         box = {"boxstyle": "round,pad=0.2", "fc": paper, "ec": colours(row % colours.N), "alpha": 0.85}
         axes.text(x, y, names[row], ha="center", va="center", bbox=box)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
-def apart(places: Tensor, extent: Tensor, rounds: int = 50) -> Tensor:
-    """Places (C, 2) of labels, moved up and down until none covers another, on a map of `extent` (2,)."""
-    places, room = places.clone(), extent * torch.tensor([0.27, 0.085])
+def apart(places: Tensor, room: Tensor, rounds: int = 50) -> Tensor:
+    """Places (C, 2) of labels of the size `room` (2,), moved up and down until none covers another."""
+    places = places.clone()
     for _ in range(rounds):
         for a in range(len(places)):
             for b in range(a):

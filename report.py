@@ -343,9 +343,9 @@ def overview(reports: list[dict]) -> str:
     """The HTML page of several reports: each with a link to its own page, and comparisons."""
     parts = []
     for number, report in enumerate(reports, 1):
-        name = html.escape(str(report["checkpoint"]))
-        parts += [f'<section><h2><a href="{number}/index.html">{name}</a></h2>', paragraphs(facts(report))]
-        parts += [cards(report), "</section>"]
+        title, *lines = facts(report)
+        parts.append(f'<section><h2><a href="{number}/index.html">{html.escape(title)}</a></h2>')
+        parts += [paragraphs(lines), cards(report), "</section>"]
     compared = [comparison_table(report).html() for report in reports if report["compared_with"]]
     others = [not_compared(report, reports[0]) for report in reports[1:] if not report["compared_with"]]
     return document(f"{len(reports)} checkpoints", *parts, paragraphs(others), "<main>", *compared, "</main>")

@@ -155,6 +155,13 @@ def test_drawings_can_be_read(monkeypatch, tmp_path, unseen_classes):
         assert [len(re.findall(part, text)) for part in parts] == [2, 50, 80]
 
 
+def test_a_class_may_have_no_image_on_the_map(monkeypatch):
+    monkeypatch.setattr(figures, "MAP_IMAGES", 3)
+    labels, pixels = torch.tensor([0, 1, 1, 0, 1, 1, 0]), torch.zeros(7, 3, 4, 4, dtype=torch.uint8)
+    side = metrics.measure(pixels, labels, normalize(torch.randn(7, 4, generator=torch.manual_seed(0))), 0.5)
+    assert "3 of 7 test images, 1 of 2 unseen classes" in figures.of_map(side, ["a", "b"]).text
+
+
 def test_names_are_drawn_where_they_fit():
     classes = torch.tensor([3, 5])
     assert figures.short_names(classes, list("abcdef")) == (["d", "f"], {})
