@@ -23,8 +23,10 @@ bench: build
 
 docs:  ## the pictures of README and docs/results.md, from a trained network: make docs CKPT=runs/classic/best.pt
 	python evaluate.py $(or $(CKPT),runs/classic/best.pt) $(if $(DATA),--data $(DATA)) --report build/report
-	for name in episodes classes similarity map; do for theme in "" -dark; do \
+	for name in similarity map; do for theme in "" -dark; do \
 	cp build/report/$$name$$theme.png docs/report-$$name$$theme.png; done; done
+	python tests/browser.py build/report/index.html .board docs/report-episodes
+	python tests/browser.py build/report/index.html "table:has(.bar)" docs/report-classes
 
 fuzz: build  ## random calls of the loss and damaged files, a minute: make fuzz SECONDS=600 SEED=1
 	ONESHOT_NATIVE=1 python tests/fuzz.py $(or $(SECONDS),60) $(or $(SEED),0)

@@ -6,6 +6,7 @@ Nothing here needs PyTorch: scripts read their options before they import it, so
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -28,15 +29,30 @@ except ImportError:  # Windows
 T = TypeVar("T")
 
 
+def shown_as(metavar: str, kind: Any = str) -> Any:
+    """The type of an option whose value --help calls `metavar`; a default that is no text goes without saying."""
+    return Annotated[kind, tyro.conf.arg(metavar=metavar, help_behavior_hint=None if kind is str else "")]
+
+
+Checkpoint, Checkpoints = shown_as("CHECKPOINT"), shown_as("CHECKPOINT ...", tuple[str, ...])
+Folder, OptionalFolder = shown_as("FOLDER"), shown_as("FOLDER", str | None)
+OptionalFile = shown_as("FILE", str | None)
+DataSource, OptionalDataSource = (shown_as("cifar100|glyphs|FILE|FOLDER", kind) for kind in (str, str | None))
+Split, OptionalSplit = shown_as("SPLIT"), shown_as("SPLIT", str | None)
+Device, Threshold, Criterion = map(shown_as, ("auto|cpu|cuda|cuda:N|mps", "auto|NUMBER", "balanced|eer|far:RATE"))
+PixelStatistics = shown_as("R G B", tuple[float, float, float] | None)
+Backbone = Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet18"]
+
+
 # ------------------------------------------------------------------------------------------- options of both trainings
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    data: str = "cifar100"  # cifar100 (downloaded), glyphs (drawn here), an .npz file, or a folder of class folders
-    data_root: str = "data"  # folder for downloads and caches
+    data: DataSource = "cifar100"  # downloaded, drawn here, an .npz file, or a folder with a folder for each class
+    data_root: Folder = "data"  # folder for downloads and caches
     image_size: int = 32  # side in pixels to which the pictures of a folder are scaled
-    split: str = "90-10"  # seen and unseen shares of the classes, or cifar-fs, cifar-fs+val, fc100, fc100+val
+    split: Split = "90-10"  # seen and unseen shares of the classes, or cifar-fs, cifar-fs+val, fc100, fc100+val
     split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
     withhold: float = 0.0  # fraction of the seen classes (the last ones) kept for validation, to compare recipes
     cutout: float = 0.375  # side of the square blanked in each training image, as a fraction of the image's side
@@ -45,13 +61,13 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    backbone: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet18"] = "resnet20"  # which network to train
+    backbone: Backbone = "resnet20"  # which network to train
     width: int = 32  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
-    weights: str | None = None  # start from the weights in this file: a state dict, or a checkpoint of a run
+    weights: OptionalFile = None  # start from the weights in this file: a state dict, or a checkpoint of a run
     pretrained: bool = False  # start resnet18 from torchvision's ImageNet weights (downloaded)
     freeze: int = 0  # leave the first stages as given: 1 is the first convolution, each further one a layer
-    pixel_mean: tuple[float, float, float] | None = None  # channel means (0..1) that a state dict was trained with
-    pixel_std: tuple[float, float, float] | None = None  # its standard deviations; default: those of the training data
+    pixel_mean: PixelStatistics = None  # channel means (0..1) that a state dict was trained with
+    pixel_std: PixelStatistics = None  # its standard deviations; default: those of the training data
     stem: Literal["auto", "small", "full"] = "auto"  # first layer of resnet18: small is 3x3, full is 7x7 and pooling
     enlarge: int = 0  # enlarge images for resnet18 by this factor; 0: to about 128 pixels for the full stem
     mirror: bool = True  # outside training, average the embeddings of an image and its mirror image: twice the time
@@ -73,16 +89,16 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    out: str = "runs/run"  # folder of the run
+    out: Folder = "runs/run"  # folder of the run
     resume: bool = False  # continue the run in --out, bit for bit as if it had not stopped
     overwrite: bool = False  # replace the run in --out
     minutes: float | None = None  # train for this many minutes instead of a fixed number of steps
     seed: int = 0  # random seed for weights, batches and augmentation
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    device: Device = "auto"  # where the network is trained; auto: on a GPU, if there is one
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic of the network; auto: bfloat16 where fast
     compile: bool = False  # compile the network: steps are faster, the first one waits for the compiler
     deterministic: bool = False  # use only operations that give the same bits again, on a GPU too
-    log_dir: str | None = None  # also log for TensorBoard into this folder
+    log_dir: OptionalFolder = None  # also log for TensorBoard into this folder
 
 
 # --------------------------------------------------------------------------------------------------- reading and checks
@@ -92,7 +108,11 @@ def parse(options: type[T], description: str, args: Sequence[str] | None = None)
     """The dataclass `options` from `args`, by default those of the command line.
 
     Where it inherits from other dataclasses, --help shows each of these as a group: DataOptions as "data options".
+    From here on the script can print any text: what the terminal's encoding lacks is escaped.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     groups = [base for base in options.__bases__ if dataclasses.is_dataclass(base)]
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     if not groups:
@@ -193,7 +213,7 @@ def cell(value: object, decimals: int = 1, dash: str = "-") -> str:
 
 def text_table(header: list[str], rows: list[list], decimals: int = 1) -> str:
     """Aligned columns, the first to the left."""
-    cells = [header, *([cell(value, decimals) for value in row] for row in rows)]
+    cells = [header, *([cell(value, decimals).replace("±", "+-") for value in row] for row in rows)]  # in ASCII
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -19,29 +19,29 @@ import cli
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    checkpoints: tyro.conf.Positional[tuple[str, ...]]  # files of train_*.py, or state dicts of CIFAR ResNets
-    backbone: str | None = None  # network of a bare state dict
+    checkpoints: tyro.conf.Positional[cli.Checkpoints]  # files of train_*.py, or state dicts of CIFAR ResNets
+    backbone: cli.Backbone | None = None  # network of a bare state dict
     width: int | None = None  # width of a bare state dict's network, 16 by default
-    pixel_mean: tuple[float, float, float] | None = None  # channel means (0..1) that a state dict was trained with
-    pixel_std: tuple[float, float, float] | None = None  # its standard deviations; default: those of the training data
+    pixel_mean: cli.PixelStatistics = None  # channel means (0..1) that a state dict was trained with
+    pixel_std: cli.PixelStatistics = None  # its standard deviations; default: those of the training data
     mirror: Literal["auto", "yes", "no"] = "auto"  # average embeddings of image and mirror image; auto: as trained
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    device: cli.Device = "auto"  # where the network runs; auto: on a GPU, if there is one
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    data: str | None = None  # cifar100, glyphs, an .npz file or a folder; default: what the checkpoint was trained on
-    data_root: str = "data"  # folder for downloads and caches
+    data: cli.OptionalDataSource = None  # default: what the checkpoint was trained on
+    data_root: cli.Folder = "data"  # folder for downloads and caches
     image_size: int | None = None  # side to which pictures of a folder are scaled; default: as in training, or 32
-    split: str | None = None  # seen and unseen classes; default: the checkpoint's, or 90-10
+    split: cli.OptionalSplit = None  # seen and unseen classes; default: the checkpoint's, or 90-10
     split_seed: int | None = None  # draw the unseen classes at random; default: the checkpoint's
     on: Literal["test", "validation"] = "test"  # validation: held-back images and the validation classes (--withhold)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ThresholdOptions:
-    threshold: str = "auto"  # auto (calibrated on held-back training images) or a similarity in -1..1
-    criterion: str = "balanced"  # how auto chooses: balanced (accuracy), eer, or far:RATE, false accepts (far:0.01)
+    threshold: cli.Threshold = "auto"  # auto (calibrated on held-back training images) or a similarity in -1..1
+    criterion: cli.Criterion = "balanced"  # how auto chooses: by accuracy, equal errors or false accepts (far:0.01)
     store: bool = False  # write the calibrated threshold into the checkpoint: predict.py and export.py use it
 
 
@@ -54,8 +54,8 @@ class AdaptationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    json: str | None = None  # write the report to this file
-    report: str | None = None  # write a page with tables and figures, and the figures, into this folder
+    json: cli.OptionalFile = None  # write the report to this file
+    report: cli.OptionalFolder = None  # write a page with tables and figures, and the figures, into this folder
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ if __name__ == "__main__":
 
 import functools
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -242,9 +243,10 @@ def make_report(
 ) -> dict:
     """The JSON report; figures in percent unless a name says otherwise.
 
-    `facts`: checkpoint, commit, data, split, training. threshold: the one in force, with its criterion and, if it was
-    calibrated, its errors on the images of the calibration. seen, unseen: null or the figures of the test images
-    of these classes, ci95 by resampling classes; few_shot: by way and shot, with half the width of the 95 % interval.
+    `facts`: checkpoint, commit, data, split, network, training, date. threshold: the one in force, with its criterion
+    and, if it was calibrated, its errors on the images of the calibration. seen, unseen: null or the figures of the
+    test images of these classes, ci95 by resampling classes; few_shot: by way and shot, with half the width of the
+    95 % interval.
     adapted: where asked for, few-shot accuracy with and without adaptation to the support images of the same episodes
     (adapt.SupportAdaptation.report), and figures by the published way of adapting (adapt.published_variant).
     thresholds: other thresholds beside it, on pairs of which one in two, or one in ten, is of one class. per_class:
@@ -268,6 +270,8 @@ def side_report(side: Side) -> dict:
     """Figures of one side, in percent."""
     tables = {"triplet_accuracy": side.triplets, "pair_accuracy": side.pairs}
     return {
+        "images": len(side.labels),
+        "classes": len(side.labels.unique()),
         **{name: float(table.accuracy()) for name, table in tables.items()},
         "pair_accuracy_oracle": side.curve.best()[0],
         "auc": side.curve.auc,
@@ -347,7 +351,9 @@ def evaluate(
             shots = (z if len(pictures) == len(test) else loaded.embed(pictures), pictures.labels)
         sides[name] = metrics.measure(test.images, test.labels, z, threshold["value"], shots)
     facts = {"checkpoint": loaded.path, "commit": loaded.commit, "data": loaded.data.name, "split": loaded.split}
-    facts |= {"training": loaded.training}
+    shape = {name: loaded.net.settings[name] for name in ("backbone", "width", "size") if name in loaded.net.settings}
+    shape["parameters"] = sum(parameter.numel() for parameter in loaded.net.parameters())
+    facts |= {"network": shape, "training": loaded.training, "date": date.today().isoformat()}
     made = make_report(facts, threshold, thresholds, sides, loaded.data.class_names)
     if made["unseen"]:
         made["unseen"]["adapted"] = adapted(loaded, threshold, options)
@@ -407,22 +413,22 @@ def main(args: Sequence[str] | None = None) -> None:
         if options.store:
             for each, (threshold, _) in zip(loaded, thresholds, strict=True):
                 store(each, threshold)
-    reports, first = [], None
+    evaluated: list[tuple[dict, dict[str, Side | None], list[str]]] = []
     for each, (threshold, others) in zip(loaded, thresholds, strict=True):
         made, sides = evaluate(each, threshold, others, options)
-        first = first or sides
-        same_images = report.comparable(sides, first)
-        if reports and same_images:
-            made["compared_with"] = {"checkpoint": reports[0]["checkpoint"]} | report.compare(sides, first)
+        first, first_sides, _ = evaluated[0] if evaluated else (made, sides, None)
+        if made is not first and report.comparable(sides, first_sides):
+            made["compared_with"] = {"checkpoint": first["checkpoint"]} | report.compare(sides, first_sides)
+        evaluated.append((made, sides, each.data.class_names))
+    reports = [made for made, _, _ in evaluated]
+    if options.json:  # before anything that may fail
+        cli.write_json(options.json, reports if reports[1:] else first)
+    for made in reports:
         report.show(made)
-        if not same_images:
-            print(f"\nnot compared with {reports[0]['checkpoint']}: measured on other images")
-        reports.append(made)
-        if options.report:
-            folder = Path(options.report, *([str(len(reports))] if len(loaded) > 1 else []))
-            print(f"\nreport: {report.write(folder, made, sides, each.data.class_names)}")
-    if options.json:
-        cli.write_json(options.json, reports[0] if len(reports) == 1 else reports)
+        if made is not first and made["compared_with"] is None:
+            print("\n" + report.not_compared(made, first))
+    if options.report:
+        print(f"\nreport: {report.write(options.report, evaluated)}")
 
 
 if __name__ == "__main__":

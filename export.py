@@ -18,12 +18,12 @@ import cli
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: tyro.conf.Positional[str]  # best.pt or last.pt of a run
+    checkpoint: tyro.conf.Positional[cli.Checkpoint]  # best.pt or last.pt of a run
     format: Literal["onnx", "torch"] = "onnx"  # onnx: for ONNX Runtime; torch: for torch.export.load
-    out: str | None = None  # file to write; default: beside the checkpoint
+    out: cli.OptionalFile = None  # file to write; default: beside the checkpoint
     pixels: Literal["uint8", "float32"] = "uint8"  # input type of the exported model; 0..255 either way
-    data: str | None = None  # data set whose test images check the export; by default random images do
-    data_root: str = "data"  # folder for downloads and caches
+    data: cli.OptionalDataSource = None  # data set whose test images check the export; by default random images do
+    data_root: cli.Folder = "data"  # folder for downloads and caches
 
 
 if __name__ == "__main__":

@@ -1,42 +1,49 @@
-"""The figures of a report: what each shows (`of_report`), and how it is drawn with matplotlib, light and dark."""
+"""The figures of a report, what each shows and how: curves and maps are drawn with matplotlib, light and dark; pictures
+and their classes' names are set as HTML, where any name finds a font and its lines are broken."""
 
+import base64
+import html
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from PIL import Image
 from torch import Tensor
 
+import cli
 import metrics
 from metrics import Side
 
 MAP_IMAGES = 1000  # images on the map of embeddings, whose cost is quadratic
-BARS = 40  # classes with a bar of their own
+DRAWN_CLASSES = 25  # classes that a drawing has room to name
+NAME_LENGTH = 12  # letters of a name in a drawing
 PAIR_IMAGES = 4000  # images among which the hardest pairs are looked for
+COMPARISONS = 50_000_000  # of queries with support images, about, from which the confusions are counted
+THUMBNAIL = 96  # pixels; larger pictures are scaled down
 SEEN, UNSEEN, GOOD, BAD = "#4a7fd6", "#e8833a", "#2e9e6b", "#d8434e"
-DOTS_PER_INCH = 140
+WIDTH, DOTS_PER_INCH = 3.6, 200  # inches: with letters of 8 points or more, readable on a phone
 INKS = {"light": ("#ffffff", "#1d2330", "#d9dde5"), "dark": ("#171b24", "#e3e7ef", "#3a4150")}  # paper, ink, lines
 DIFFERENT, SAME = "#8a93a6", GOOD
 
 
-def draw(paint: Callable[[Figure], None], width: float, height: float) -> dict[str, bytes]:
-    """PNG files of a figure of `width` x `height` inches, by theme; `paint` draws on it."""
+def draw(paint: Callable[[Figure], None], height: float) -> dict[str, bytes]:
+    """PNG files of a figure `height` inches high, by theme; `paint` draws on it."""
     files = {}
     for theme, (paper, ink, lines) in INKS.items():
         style = {
             **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), paper),
             **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "lines.color"), ink),
             **dict.fromkeys(("axes.edgecolor", "grid.color", "legend.edgecolor"), lines),
-            **{"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
-            **{"axes.titlesize": 9.5, "legend.framealpha": 0.85, "legend.fontsize": 8},
+            **{"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True},
+            **{"axes.titlesize": 9, "legend.framealpha": 0.85, "legend.fontsize": 8, "text.parse_math": False},
         }
         with matplotlib.rc_context(style):
-            figure = Figure((width, height), dpi=DOTS_PER_INCH, layout="constrained")
+            figure = Figure((WIDTH, height), dpi=DOTS_PER_INCH, layout="constrained")
             paint(figure)
             file = io.BytesIO()
             figure.savefig(file, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
@@ -44,20 +51,43 @@ def draw(paint: Callable[[Figure], None], width: float, height: float) -> dict[s
     return files
 
 
+def plain(name: str) -> str:
+    """A class's name as a reader sees it."""
+    return cli.printable(name.replace("_", " "))
+
+
 @dataclass(frozen=True)
 class Picture:
-    files: dict[str, bytes]  # PNG by theme
     title: str
     text: str  # what it shows
+    files: dict[str, bytes] = field(default_factory=dict)  # PNG by theme
+    body: str = ""  # HTML, where there are no files
+    legend: dict[str, str] = field(default_factory=dict)  # names of classes for which numbers stand in the files
+
+    def html(self, name: str) -> str:
+        """The figure as HTML; a drawing follows the reader's light or dark setting."""
+        title, text, body = html.escape(self.title), html.escape(self.text), self.body
+        if self.files:
+            body = (
+                f'<picture><source media="(prefers-color-scheme: dark)" srcset="{embedded(self.files["dark"])}">'
+                f'<img src="{embedded(self.files["light"])}" alt="{title}: {text}"></picture>'
+            )
+        if self.legend:
+            items = (f"<li value={number}>{caption(name)}</li>" for number, name in self.legend.items())
+            body += f"<ol>{''.join(items)}</ol>"
+        return f'<figure id="{name}"><h2>{title}</h2>{body}<figcaption>{text}</figcaption></figure>'
+
+
+def embedded(file: bytes) -> str:
+    """A PNG file as an address."""
+    return f"data:image/png;base64,{base64.b64encode(file).decode()}"
 
 
 # ------------------------------------------------------------------------------------------------------ what is shown
 
 
-def of_report(
-    report: dict, sides: dict[str, Side], names: list[str], known: dict[int, tuple[float, float]]
-) -> dict[str, Picture]:
-    """The figures of a report by name; `names` of all classes, `known`: published triplets and pairs by label."""
+def of_report(report: dict, sides: dict[str, Side], names: list[str]) -> dict[str, Picture]:
+    """The figures of a report by name; `names` of all classes."""
     threshold = report["threshold"]["value"]
     points, counts = {}, {}
     for name, side in sides.items():
@@ -68,59 +98,25 @@ def of_report(
     curves = {name: side.curve for name, side in sides.items()}
     drawn = {
         "roc": Picture(
-            draw(lambda figure: roc(figure, curves, points), 4.6, 4.4),
             "ROC curve",
             "Share of same-class pairs accepted against share of different-class pairs accepted, over all thresholds. "
             "The dot is the threshold in force.",
+            draw(lambda figure: roc(figure, curves, points), 3.6),
         ),
         "similarity": Picture(
-            draw(lambda figure: histogram(figure, counts, lines), 5.2, 2.6 * len(counts) + 0.3),
             "Similarities and thresholds",
             "Distributions of the similarity of same-class and different-class pairs. Where they overlap no threshold "
             "helps.",
+            draw(lambda figure: histogram(figure, counts, lines), 2.2 * len(counts) + 0.3),
         ),
     }
-    if "unseen" in sides:
-        drawn |= of_unseen(report["per_class"], sides["unseen"], names, known)
-    return drawn
-
-
-def of_unseen(
-    per_class: list[dict], side: Side, names: list[str], known: dict[int, tuple[float, float]]
-) -> dict[str, Picture]:
-    """The figures about unseen classes."""
-    rows = sorted(per_class, key=lambda row: row["pair_accuracy"])[:BARS]
-    rows = sorted(rows, key=lambda row: row["label"])
-    classes = side.labels.unique()
-    own_names = [names[label] for label in classes.tolist()]
-    chosen = spread(len(side.z), MAP_IMAGES)
-    index = torch.searchsorted(classes, side.labels)
-    places = tsne(side.z[chosen]) if len(chosen) > 3 else side.z[chosen, :2]
-    drawn = {
-        "classes": Picture(
-            draw(lambda figure: class_bars(figure, rows, known, 50), 5.2, 1 + 0.36 * len(rows)),
-            "Class by class",
-            "Triplet and pair accuracy of each unseen class"
-            + (f", the {BARS} hardest" if len(per_class) > BARS else "")
-            + (", with the published figures of Reptile as diamonds." if known else "."),
-        ),
-        "map": Picture(
-            draw(lambda figure: embedding_map(figure, places, index[chosen], own_names), 5.2, 4.6),
-            "Map of the embeddings",
-            f"Test images of the unseen classes ({len(chosen)} of {len(side.z)}) by t-SNE: near means similar, empty "
-            "space between groups means nothing.",
-        ),
-        "hardest": of_hardest_pairs(side, names),
-    }
+    if "unseen" not in sides:
+        return drawn
+    side = sides["unseen"]
+    drawn |= {"map": of_map(side, names), "hardest": of_hardest_pairs(side, names)}
     shares = one_shot_confusion(side)
     if shares is not None:
-        size = min(4.4 + 0.1 * len(classes), 9)
-        drawn["confusion"] = Picture(
-            draw(lambda figure: confusion(figure, shares, own_names), size, size - 0.4),
-            f"{len(classes)}-way one-shot confusions",
-            "Percent of the queries of each class that went to each class, with one support image a class.",
-        )
-        drawn["episodes"] = of_episodes(side, own_names)
+        drawn |= {"confusion": of_confusion(shares, side.labels.unique(), names), "episodes": of_episodes(side, names)}
     return drawn
 
 
@@ -129,12 +125,44 @@ def spread(n: int, most: int) -> Tensor:
     return torch.arange(n) if n <= most else torch.linspace(0, n - 1, most).long()
 
 
+def short_names(classes: Tensor, names: list[str]) -> tuple[list[str], dict[str, str]]:
+    """What to call classes (C,) in a drawing, and the legend that this needs.
+
+    Their names, if all are short and of letters that matplotlib's font has and sets one after the other (Latin, Greek,
+    Cyrillic), else their numbers.
+    """
+    found = {str(label): names[label] for label in classes.tolist()}
+    if all(len(name) <= NAME_LENGTH and max(name, default="") < "\u0530" for name in found.values()):
+        return [plain(name) for name in found.values()], {}
+    return list(found), found
+
+
+def of_map(side: Side, names: list[str]) -> Picture:
+    """Where images of the classes lie."""
+    every = side.labels.unique()
+    among = torch.isin(side.labels, every[spread(len(every), DRAWN_CLASSES)]).nonzero()[:, 0]
+    chosen = among[spread(len(among), MAP_IMAGES)]
+    places = tsne(side.z[chosen]) if len(chosen) > 3 else side.z[chosen, :2]
+    classes, index = side.labels[chosen].unique(return_inverse=True)
+    labels, legend = short_names(classes, names)
+    text = (
+        f"{len(chosen)} of {len(side.z)} test images, {len(classes)} of {len(every)} unseen classes, by t-SNE: near "
+        "means similar, empty space between groups means nothing."
+    )
+    files = draw(lambda figure: embedding_map(figure, places, index, labels), 3.4)
+    return Picture("Map of the embeddings", text, files, legend=legend)
+
+
 def one_shot_confusion(side: Side, episodes: int = 1000) -> Tensor | None:
-    """Percent of queries by class and answer (C, C) with one support a class, all classes in each episode."""
-    labels = side.labels
-    way = len(labels.unique())
+    """Percent of queries by class and answer (C, C) with one support a class, all classes in each episode.
+
+    Fewer episodes where the classes are many.
+    """
+    way = len(side.labels.unique())
     counts = torch.zeros(way * way, dtype=torch.float64)
-    for rows, images in metrics.draw_episodes(labels, way, 1, episodes=episodes):
+    queries = min(15, 1 + COMPARISONS // way**2)
+    episodes = min(episodes, 1 + COMPARISONS // (way**2 * queries))
+    for rows, images in metrics.draw_episodes(side.labels, way, 1, queries, episodes):
         answers = rows.gather(1, metrics.classify(side.z, images, 1).flatten(1))
         truth = rows.repeat_interleave(images.shape[2] - 1, 1)
         counts += torch.bincount((truth * way + answers).flatten(), minlength=way * way)
@@ -142,52 +170,90 @@ def one_shot_confusion(side: Side, episodes: int = 1000) -> Tensor | None:
     return 100 * counts / counts.sum(1, keepdim=True) if counts.sum() else None
 
 
-def of_episodes(side: Side, own_names: list[str], queries: int = 2) -> Picture:
-    """The first two episodes of a seed, unselected: the examples are neither better nor worse than the rest."""
-    way = min(5, len(own_names))
-    rows, images = next(metrics.draw_episodes(side.labels, way, 1, queries=queries, episodes=2, seed=1))
-    predicted = metrics.classify(side.z, images, 1)
-    names = [[own_names[row] for row in episode] for episode in rows.tolist()]
-    pictures = side.images[images]
-    files = draw(lambda figure: episodes(figure, pictures, predicted, names), 4.6, 2.0 * (queries + 1))
+def of_confusion(shares: Tensor, classes: Tensor, names: list[str]) -> Picture:
+    """Which of `classes` (C,) are taken for which, `shares` (C, C) as of `one_shot_confusion`."""
+    mutual = (shares + shares.T).fill_diagonal_(0).amax(1)
+    chosen = mutual.topk(min(DRAWN_CLASSES, len(classes))).indices.sort().values
+    labels, legend = short_names(classes[chosen], names)
+    text = "Percent of the queries of each class that went to each class, with one support image a class."
+    if len(chosen) < len(classes):
+        text += f" Shown are the {len(chosen)} of {len(classes)} unseen classes that are confused most."
+    files = draw(lambda figure: confusion(figure, shares[chosen][:, chosen], labels), 3.5)
+    return Picture(f"{len(classes)}-way one-shot confusions", text, files, legend=legend)
+
+
+def of_episodes(side: Side, names: list[str], queries: int = 2) -> Picture:
+    """The first two episodes of a seed, unselected: the examples are neither better nor worse than the rest.
+
+    A column a class: the support on top, queries below, framed by right and wrong.
+    """
+    classes = side.labels.unique()
+    way = min(5, len(classes))
+    episodes, images = next(metrics.draw_episodes(side.labels, way, 1, queries=queries, episodes=2, seed=1))
+    predicted = metrics.classify(side.z, images, 1)  # (2, way, queries)
+    body = ""
+    for rows, episode, answers in zip(episodes, images, predicted.mT, strict=True):
+        own = [names[label] for label in classes[rows].tolist()]
+        lines = ["".join(f"<th>{caption(name)}</th>" for name in own)]
+        support, *rest = side.images[episode.T]  # of each row of pictures (way, 3, H, W)
+        lines.append("".join(f"<td>{thumbnail(*shown)}</td>" for shown in zip(support, own, strict=True)))
+        for pictures, line in zip(rest, answers.tolist(), strict=True):
+            cells = ""
+            for column, (image, answer) in enumerate(zip(pictures, line, strict=True)):
+                kind, mark = ("right", "✓") if answer == column else ("wrong", f"✗ {caption(own[answer])}")
+                cells += f"<td>{thumbnail(image, own[column], kind)}<small>{mark}</small></td>"
+            lines.append(cells)
+        body += f"<table class=board>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
     right = int((predicted == torch.arange(way)[:, None]).sum())
     text = (
         f"Two episodes as they were drawn, {way} unseen classes each. Top row: the one picture of a class that the "
         f"network is shown. Below: new pictures of the same class, right (✓) or taken for another (✗); {right} of "
         f"{predicted.numel()} are right."
     )
-    return Picture(files, f"{way}-way one-shot, two examples", text)
+    return Picture(f"{way}-way one-shot, two examples", text, body=body)
 
 
 def of_hardest_pairs(side: Side, names: list[str], pairs: int = 8) -> Picture:
     """Same-class pairs of the lowest similarity, different-class pairs of the highest; each image at most once."""
     chosen = spread(len(side.z), PAIR_IMAGES)
-    labels, images = side.labels[chosen], side.images[chosen]
+    labels, images = side.labels[chosen].tolist(), side.images[chosen]
     similarity = side.z[chosen] @ side.z[chosen].T
     once = torch.triu(torch.ones_like(similarity, dtype=torch.bool), 1)
-    same = labels[:, None] == labels
-    rows = []
+    same = side.labels[chosen][:, None] == side.labels[chosen]
+    body = ""
     for title, wanted, order in (
         ("one class, thought different", same, -similarity),
         ("two classes, thought the same", ~same, similarity),
     ):
         scores = order.masked_fill(~(wanted & once), -torch.inf).flatten()
-        found: list[tuple[Tensor, Tensor, str]] = []
+        items: list[str] = []
         used: set[int] = set()
         for place in scores.topk(min(2000, int((wanted & once).sum()))).indices.tolist():
             a, b = divmod(place, len(chosen))
-            if len(found) < pairs and not used & {a, b}:
+            if len(items) < pairs and not used & {a, b}:
                 used |= {a, b}
-                label_a, label_b = names[int(labels[a])], names[int(labels[b])]
-                text = label_a if label_a == label_b else f"{label_a} / {label_b}"
-                found.append((images[a], images[b], f"{text}, {float(similarity[a, b]):.2f}"))
-        rows.append((title, found))
-    files = draw(lambda figure: hardest(figure, rows), 5.2, 4.4)
+                text = " / ".join(caption(names[label]) for label in dict.fromkeys((labels[a], labels[b])))
+                shown = thumbnail(images[a], names[labels[a]]) + thumbnail(images[b], names[labels[b]])
+                items.append(f"<li>{shown}<small>{text} <b>{float(similarity[a, b]):.2f}</b></small></li>")
+        body += f"<h3>{title}</h3><ul class=pairs>{''.join(items)}</ul>"
     text = (
         "The pairs of unseen classes' test images that the network gets most wrong, with their similarity; each image "
         "once."
     )
-    return Picture(files, "Hardest pairs", text)
+    return Picture("Hardest pairs", text, body=body)
+
+
+def caption(name: str) -> str:
+    """A class's name as HTML; it may run from right to left."""
+    return f"<bdi>{html.escape(plain(name))}</bdi>"
+
+
+def thumbnail(image: Tensor, name: str, kind: str = "") -> str:
+    """An image (3, H, W) uint8 of the class `name` as HTML."""
+    picture, file = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.save(file, "PNG")
+    return f'<img class="{kind}" src="{embedded(file.getvalue())}" alt="{html.escape(plain(name))}">'
 
 
 # --------------------------------------------------------------------------------------------------------------- curves
@@ -196,7 +262,8 @@ def of_hardest_pairs(side: Side, names: list[str], pairs: int = 8) -> Picture:
 def roc(figure: Figure, curves: dict[str, metrics.Roc], points: dict[str, tuple[float, float]]) -> None:
     """ROC curves of the sides, with a point each: (false accepts, true accepts), shares 0..1, at the threshold."""
     axes = figure.subplots()
-    for (name, curve), colour in zip(curves.items(), (SEEN, UNSEEN), strict=False):
+    for name, curve in curves.items():
+        colour = SEEN if name == "seen" else UNSEEN
         chosen = torch.linspace(0, len(curve.thresholds) - 1, min(400, len(curve.thresholds))).long()
         x, y = curve.false_accept[chosen].tolist(), (1 - curve.false_reject[chosen]).tolist()
         axes.plot([1, *x, 0], [1, *y, 0], color=colour, lw=1.8, label=f"{name} classes, AUC {curve.auc:.1f} %")
@@ -213,56 +280,34 @@ def histogram(figure: Figure, counts: dict[str, Tensor], thresholds: dict[str, f
     every_axes = np.atleast_1d(figure.subplots(len(counts), sharex=True))
     edges = np.linspace(-1, 1, next(iter(counts.values())).shape[1] + 1)
     common = sum(kinds / kinds.sum(1, keepdim=True) for kinds in counts.values()).sum(0) > 1e-3
-    left = max(-1.0, float(edges[int(common.int().argmax())]) - 0.05)
+    left = min([float(edges[int(common.int().argmax())]), *thresholds.values()]) - 0.05
     for axes, (name, kinds) in zip(every_axes, counts.items(), strict=True):
         for values, colour, label in zip(kinds, (DIFFERENT, SAME), ("different classes", "same class"), strict=True):
             density = (values / values.sum()).numpy() / (edges[1] - edges[0])
             axes.stairs(density, edges, fill=True, alpha=0.3, color=colour)
             axes.stairs(density, edges, color=colour, lw=1.2, label=label)
+        axes.set_xlim(left, 1)
         mark_thresholds(axes, thresholds)
         axes.set_title(f"{name} classes", loc="left")
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-    axes.set(xlabel="similarity (cosine)", xlim=(left, 1))
+    axes.set(xlabel="similarity (cosine)")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
 def mark_thresholds(axes: Axes, thresholds: dict[str, float]) -> None:
-    """Vertical lines above the curves, each with its name at a height of its own."""
-    peak = axes.get_ylim()[1]
-    step = 0.12 * peak
+    """Vertical lines above the curves, each with its name at a height of its own, on the side that has more room."""
+    peak, middle = axes.get_ylim()[1], sum(axes.get_xlim()) / 2
+    step = 0.16 * peak
     box = {"boxstyle": "round,pad=0.1", "fc": matplotlib.rcParams["axes.facecolor"], "ec": "none"}
     for place, (name, value) in enumerate(sorted(thresholds.items(), key=lambda item: -item[1])):
         auto, height = name.startswith("auto"), peak + step * (place + 0.5)
         style = {"color": BAD, "ls": "-"} if auto else {"color": DIFFERENT, "ls": "--"}
         axes.plot([value, value], [0, height], lw=1, **style)
-        side = {"ha": "right", "x": value - 0.012} if value > 0.3 else {"ha": "left", "x": value + 0.012}
+        side, shift = ("right", -4) if value > middle else ("left", 4)  # points
         text = f"{name}: {value:.2f}" if auto else name
-        axes.text(y=height, s=text, va="center", fontsize=7.5, bbox=box, zorder=3, **side)
+        axes.annotate(text, (value, height), (shift, 0), textcoords="offset points", ha=side, va="center", bbox=box)
     axes.set_ylim(0, peak + step * (len(thresholds) + 0.3))
-
-
-def class_bars(figure: Figure, rows: list[dict], published: dict[int, tuple[float, float]], constant: float) -> None:
-    """Triplet and pair accuracy of each unseen class; `published`: the same of others, by label."""
-    axes = figure.subplots()
-    places = np.arange(len(rows))
-    for offset, key, column, colour, text in (
-        (-0.2, "triplet_accuracy", 0, SEEN, "triplets"),
-        (0.2, "pair_accuracy", 1, UNSEEN, "pairs"),
-    ):
-        values = [row[key] for row in rows]
-        axes.barh(places + offset, values, 0.36, color=colour, label=text)
-        marks = [
-            (published[row["label"]][column], place) for place, row in enumerate(rows) if row["label"] in published
-        ]
-        if marks:
-            x, y = np.array(marks).T
-            axes.plot(x, y + offset, "D", color=colour, mec="white", mew=1, ms=5.5, label=f"{text}, published Reptile")
-    axes.axvline(constant, color=DIFFERENT, ls=":", lw=1)
-    axes.set(yticks=places, yticklabels=[row["name"].replace("_", " ") for row in rows], xlim=(40, 100))
-    axes.set(xlabel="accuracy in percent (dotted: chance)", ylim=(len(rows) - 0.4, -0.6))
-    axes.grid(axis="x", lw=0.5)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
 def confusion(figure: Figure, shares: Tensor, names: list[str]) -> None:
@@ -271,17 +316,16 @@ def confusion(figure: Figure, shares: Tensor, names: list[str]) -> None:
     axes.imshow(
         shares.numpy(), cmap="magma_r" if matplotlib.rcParams["text.color"] == INKS["light"][1] else "magma", vmin=0
     )
-    names = [name.replace("_", " ") for name in names]
     axes.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names)
     axes.set_xticklabels(names, rotation=50, ha="right", rotation_mode="anchor")
     axes.set(xlabel="taken for", ylabel="class of the query")
     axes.spines[:].set_visible(False)
-    if len(names) > 15:
+    if len(names) > 10:
         return
     dark_is_high = matplotlib.rcParams["text.color"] == INKS["light"][1]
     for (row, column), share in np.ndenumerate(shares.numpy()):
         colour = "white" if (share > 0.5 * float(shares.max())) == dark_is_high else "black"
-        axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7.5, color=colour)
+        axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour)
 
 
 # ------------------------------------------------------------------------------------------------------------------ map
@@ -327,16 +371,17 @@ def embedding_map(figure: Figure, places: Tensor, index: Tensor, names: list[str
         axes.scatter(*places[index == row].T.numpy(), s=9, color=colours(row % colours.N), lw=0, alpha=0.8)
     medians = torch.stack([places[index == row].median(0).values for row in range(len(names))])
     paper = matplotlib.rcParams["axes.facecolor"]
-    for row, (x, y) in enumerate(apart(medians, places.amax(0) - places.amin(0)).tolist() if len(names) <= 25 else []):
+    room = (places.amax(0) - places.amin(0)) * torch.tensor([0.03 + 0.02 * max(map(len, names)), 0.07])
+    for row, (x, y) in enumerate(apart(medians, room).tolist()):
         box = {"boxstyle": "round,pad=0.2", "fc": paper, "ec": colours(row % colours.N), "alpha": 0.85}
-        axes.text(x, y, names[row].replace("_", " "), ha="center", va="center", fontsize=8, bbox=box)
+        axes.text(x, y, names[row], ha="center", va="center", bbox=box)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
-def apart(places: Tensor, extent: Tensor, rounds: int = 50) -> Tensor:
-    """Places (C, 2) of labels, moved up and down until none covers another, on a map of `extent` (2,)."""
-    places, room = places.clone(), extent * torch.tensor([0.16, 0.055])
+def apart(places: Tensor, room: Tensor, rounds: int = 50) -> Tensor:
+    """Places (C, 2) of labels of the size `room` (2,), moved up and down until none covers another."""
+    places = places.clone()
     for _ in range(rounds):
         for a in range(len(places)):
             for b in range(a):
@@ -346,56 +391,3 @@ def apart(places: Tensor, extent: Tensor, rounds: int = 50) -> Tensor:
                     places[a, 1] += push
                     places[b, 1] -= push
     return places
-
-
-# ------------------------------------------------------------------------------------------------------------- pictures
-
-
-def thumbnail(axes: Axes, image: Tensor, x: float, y: float, frame: str | None = None) -> None:
-    """An image (3, H, W) uint8 on the unit square whose upper left corner is (x, y), y pointing down."""
-    axes.imshow(image.permute(1, 2, 0).numpy(), extent=(x, x + 1, y + 1, y), interpolation="nearest")
-    if frame:
-        axes.add_patch(Rectangle((x, y), 1, 1, fill=False, ec=frame, lw=2.2))
-
-
-def board(axes: Axes, width: float, height: float) -> None:
-    """Axes without a frame on which x runs to `width` and y down to `height`."""
-    axes.set(xlim=(-0.05, width), ylim=(height, 0))
-    axes.set_aspect("equal")
-    axes.axis("off")
-
-
-def episodes(figure: Figure, images: Tensor, predicted: Tensor, names: list[list[str]]) -> None:
-    """Examples of one-shot episodes: a column a class, the support on top, queries below, framed by right and wrong.
-
-    `images` (E, way, 1 + queries, 3, H, W) uint8, `predicted` (E, way, queries), `names` of each episode's classes.
-    """
-    _, way, pictures = images.shape[:3]
-    step = 1.36  # below a query there is room for the class it was taken for
-    for axes, episode, guess, own in zip(
-        np.atleast_1d(figure.subplots(len(images))), images, predicted, names, strict=True
-    ):
-        own = [name.replace("_", " ") for name in own]
-        for column in range(way):
-            x = 1.15 * column
-            axes.text(x + 0.5, 0.3, own[column], ha="center", va="bottom", fontsize=8, weight="bold")
-            thumbnail(axes, episode[column, 0], x, 0.38)
-            for query in range(pictures - 1):
-                y, choice = 1.6 + step * query, int(guess[column, query])
-                right = choice == column
-                thumbnail(axes, episode[column, 1 + query], x, y, GOOD if right else BAD)
-                text = "✓" if right else f"✗ {own[choice]}"
-                axes.text(x + 0.5, y + 1.05, text, ha="center", va="top", fontsize=7.5, color=GOOD if right else BAD)
-        board(axes, 1.15 * way, 1.6 + step * (pictures - 1))
-
-
-def hardest(figure: Figure, rows: list[tuple[str, list[tuple[Tensor, Tensor, str]]]]) -> None:
-    """Rows of pairs: a title, and for each pair two images (3, H, W) and a text."""
-    for axes, (title, pairs) in zip(np.atleast_1d(figure.subplots(len(rows))), rows, strict=True):
-        axes.set_title(title, loc="left")
-        for place, (first, second, text) in enumerate(pairs):
-            x, y = 2.3 * (place % 4), 1.75 * (place // 4)
-            thumbnail(axes, first, x, y)
-            thumbnail(axes, second, x + 1.03, y)
-            axes.text(x + 1, y + 1.06, text.replace("_", " "), ha="center", va="top", fontsize=7.5)
-        board(axes, 9.1, 1.75 * ((len(pairs) + 3) // 4))

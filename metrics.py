@@ -255,27 +255,23 @@ def fit_logistic(histogram: Tensor) -> list[float]:
     """[slope, intercept] of Platt scaling on a `pair_histogram`; both kinds of pairs have the same weight.
 
     The targets lie a little inside 0 and 1, so that separable pairs have an optimum too (Platt 1999, "Probabilistic
-    outputs for support vector machines", sec. 2.2).
+    outputs for support vector machines", sec. 2.2). By Newton's method.
     """
     counts = histogram.sum(1, keepdim=True)
-    targets = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    weight, targets = histogram / counts, torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     targets = (targets * counts + 1) / (counts + 2)
     similarity = (torch.arange(histogram.shape[1], dtype=torch.float64) + 0.5) * 2 / histogram.shape[1] - 1
-    parameters = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    settings = {"tolerance_grad": 1e-10, "tolerance_change": 1e-14, "line_search_fn": "strong_wolfe"}
-    optimizer = torch.optim.LBFGS([parameters], max_iter=200, **settings)
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        logits = (parameters[0] * similarity + parameters[1]).expand(2, -1)
-        weight = histogram / counts
-        value = F.binary_cross_entropy_with_logits(logits, targets.expand_as(logits), weight, reduction="sum")
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return parameters.detach().tolist()
+    inputs = torch.stack((similarity, torch.ones_like(similarity)))  # (2, bins)
+    parameters = torch.zeros(2, dtype=torch.float64)
+    for _ in range(100):
+        share = torch.sigmoid(parameters @ inputs)
+        slope = inputs @ (weight * (share - targets)).sum(0)
+        curvature = inputs * (weight.sum(0) * share * (1 - share)) @ inputs.T
+        step = torch.linalg.pinv(curvature, hermitian=True) @ slope
+        parameters = parameters - step
+        if step.abs().max() <= 1e-9 * parameters.abs().max():
+            break
+    return parameters.tolist()
 
 
 def probability_same(similarity: float, logistic: list[float]) -> float:

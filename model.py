@@ -55,9 +55,9 @@ class Embedder(nn.Module):
 
     def set_pixel_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Mean and standard deviation of each channel, on the scale 0..1, for `normalise`."""
-        std = torch.tensor(std).view(3, 1, 1)
+        mean, std = torch.tensor([mean, std], device="cpu").view(2, 3, 1, 1)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
-        self.register_buffer("shift", torch.tensor(mean).view(3, 1, 1) / std, persistent=False)
+        self.register_buffer("shift", mean / std, persistent=False)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) pixels, uint8 or float32 in 0..255 -> float32 (pixel / 255 - mean) / std."""
@@ -102,7 +102,7 @@ class ResNet(Embedder):
         self.layer2 = stage(width, 2 * width, blocks, stride=2)
         self.layer3 = stage(2 * width, 4 * width, blocks, stride=2)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # whose numbers PyTorch's compiler makes
                 nn.init.kaiming_normal_(module.weight)
 
     def embed(self, x: Tensor) -> Tensor:

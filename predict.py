@@ -16,14 +16,14 @@ import cli
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: tyro.conf.Positional[str]  # best.pt or last.pt of a run
-    support: str | None = None  # folder with a folder of pictures for each class
-    query: tuple[str, ...] = ()  # pictures, or folders of pictures
-    compare: tuple[str, str] | None = None  # two pictures: are they of one class?
-    threshold: str = "auto"  # auto (the checkpoint's) or a similarity in -1..1
-    csv: str | None = None  # write the answers to this file
-    json: str | None = None  # write the answers to this file
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    checkpoint: tyro.conf.Positional[cli.Checkpoint]  # best.pt or last.pt of a run
+    support: cli.OptionalFolder = None  # folder with a folder of pictures for each class
+    query: cli.shown_as("PICTURE|FOLDER ...", tuple[str, ...]) = ()  # pictures, or folders of pictures
+    compare: cli.shown_as("PICTURE PICTURE", tuple[str, str] | None) = None  # two pictures: are they of one class?
+    threshold: cli.Threshold = "auto"  # auto (the checkpoint's) or a similarity in -1..1
+    csv: cli.OptionalFile = None  # write the answers to this file
+    json: cli.OptionalFile = None  # write the answers to this file
+    device: cli.Device = "auto"  # where the network runs; auto: on a GPU, if there is one
 
 
 if __name__ == "__main__":

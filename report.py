@@ -1,6 +1,5 @@
 """An evaluation as tables, in text or HTML, and as one self-contained page with figures; comparisons of two."""
 
-import base64
 import html
 import os
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     import figures
 
 STYLE = Path(__file__).with_name("report.css")
+LISTED = 40  # classes with a row of their own
 
 # Figures of others on CIFAR-100 with the last classes unseen: triplets seen, pairs seen, triplets unseen, pairs unseen,
 # 10-way 1-shot, 5-way 1-shot, all-way 1-shot. "published" is what the authors printed, whose score for unseen pairs is
@@ -56,6 +56,7 @@ class Table:
     header: list[str]
     rows: list[list]
     note: str = ""
+    bars: bool = False  # numbers are percentages, drawn as bars
 
     def text(self) -> str:
         return "\n".join(filter(None, [self.title, cli.text_table(self.header, self.rows), self.note]))
@@ -64,12 +65,15 @@ class Table:
         head = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in self.header)
         body = ""
         for name, *cells in self.rows:
-            text = "".join(f"<td>{html.escape(cli.cell(cell, 1, '–'))}</td>" for cell in cells)
-            body += f"<tr><th scope=row>{html.escape(name)}</th>{text}</tr>"
+            text = ""
+            for cell in cells:
+                bar = f' class=bar style="--share: {cell:.1f}%"' if self.bars and isinstance(cell, float) else ""
+                text += f"<td{bar}>{html.escape(cli.cell(cell, 1, '–'))}</td>"
+            body += f"<tr><th scope=row><bdi>{html.escape(cli.printable(name))}</bdi></th>{text}</tr>"
         caption = ". ".join(filter(None, [self.title, self.note]))
         return (
-            f"<table><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead>"
-            f"<tbody>{body}</tbody></table>"
+            f"<section><table><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead>"
+            f"<tbody>{body}</tbody></table></section>"
         )
 
 
@@ -151,14 +155,18 @@ def adapted_table(report: dict) -> Table:
 
 
 def class_table(report: dict) -> Table:
-    known = KNOWN_CLASSES.get((report["data"], report["split"]), {})
+    known, found = KNOWN_CLASSES.get((report["data"], report["split"]), {}), report["per_class"]
+    accuracy = torch.tensor([row["pair_accuracy"] for row in found]).nan_to_num(100)
     rows = []
-    for row in report["per_class"]:
+    for row in map(found.__getitem__, accuracy.argsort(stable=True)[:LISTED].sort().values.tolist()):
         others = ["{:.0f} / {:.0f}".format(*known[row["label"]])] if known else []
         name = f"{row['label']} {row['name'].replace('_', ' ')}"
         rows.append([name, row["triplet_accuracy"], row["pair_accuracy"], *others])
     header = ["class", "triplets", "pairs", *(["published Reptile"] if known else [])]
-    return Table("Unseen classes" + (", beside published triplets / pairs" if known else ""), header, rows)
+    title = "Unseen classes" + (", beside published triplets / pairs" if known else "")
+    if len(rows) < len(found):
+        title += f", the {len(rows)} of {len(found)} with the lowest pair accuracy; --json FILE holds all"
+    return Table(title, header, rows, bars=True)
 
 
 def known_rows(report: dict) -> list[list]:
@@ -188,6 +196,10 @@ def comparison_table(report: dict) -> Table:
             rows.append([f"{side} {figure.replace('_', ' ')}", f"{found['difference']:+.1f}", text, verdict])
     title = f"{report['checkpoint']} minus {compared['checkpoint']}, on the same images and episodes"
     return Table(title, ["points", "difference", "95 %", ""], rows)
+
+
+def not_compared(report: dict, first: dict) -> str:
+    return f"{report['checkpoint']} is not compared with {first['checkpoint']}: it was measured on other images"
 
 
 # ---------------------------------------------------------------------------------------------------------- comparison
@@ -234,12 +246,29 @@ def compare(sides: dict[str, Side | None], other: dict[str, Side | None]) -> dic
 
 def show(report: dict) -> None:
     """Print a report."""
-    print(f"\n{report['checkpoint']}: {report['data']}, split {report['split']} (seen-unseen){start_text(report)}")
-    print(threshold_text(report["threshold"]))
+    print("", *facts(report), sep="\n")
     for table in tables(report):
         print("\n" + table.text())
     if report["unseen"] is not None:
         print("\n" + protocol_text(report))
+
+
+def facts(report: dict) -> list[str]:
+    """What was evaluated, and when, in lines."""
+    network, training = report["network"], report["training"] or {}
+    text = network["backbone"] + (f", width {network['width']}" if "width" in network else "")
+    text += f", {network['parameters'] / 1e6:.2f} M parameters, images of {network['size']} x {network['size']} pixels"
+    if training.get("seconds") is not None:
+        minutes = training["seconds"] / 60
+        text += f"; trained for {training['step']} steps, {training['images']} images, {minutes:.1f} minutes"
+    sides = [(name, report[name]) for name in ("seen", "unseen") if report[name] is not None]
+    images = " and ".join(f"{side['images']} images of {side['classes']} {name} classes" for name, side in sides)
+    return [
+        f"{report['checkpoint']}: {report['data']}, split {report['split']} (seen-unseen){start_text(report)}",
+        text + (f"; commit {report['commit']}" if report["commit"] else ""),
+        f"evaluated on {report['date']}" + (f" with {images}" if images else ""),
+        threshold_text(report["threshold"]),
+    ]
 
 
 def start_text(report: dict) -> str:
@@ -255,7 +284,7 @@ def threshold_text(threshold: dict) -> str:
     if threshold["mode"] == "fixed":
         return f"{text}, as given"
     return (
-        f"{text} ({threshold['criterion']}), calibrated on {threshold['calibrated_on']}:\n"
+        f"{text} ({threshold['criterion']}), calibrated on {threshold['calibrated_on']};\n"
         f"there it accepts {threshold['false_accept']:.1f} % of different-class pairs and refuses "
         f"{threshold['false_reject']:.1f} % of same-class pairs"
     )
@@ -270,47 +299,70 @@ def protocol_text(report: dict) -> str:
     )
 
 
-def write(folder: str | os.PathLike, report: dict, sides: dict[str, Side | None], names: list[str]) -> Path:
-    """Write index.html and a light and a dark PNG of each figure into `folder`; return the page's path.
+def write(folder: str | os.PathLike, evaluated: list[tuple[dict, dict[str, Side | None], list[str]]]) -> Path:
+    """Write pages about reports, each with the sides it was made from and the names of all classes; return the path of
+    the page to read first.
 
-    `sides` are those the report was made from, `names` those of all classes. Raises OSError.
+    A page is index.html, with a light and a dark PNG of each drawing beside it. That of a single report is in `folder`;
+    several have the folders 1, 2, ... there, and a page in `folder` that compares them. Raises OSError.
     """
     import figures  # takes a while to load, and only a page needs it
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    known = KNOWN_CLASSES.get((report["data"], report["split"]), {})
-    drawn = figures.of_report(report, {name: side for name, side in sides.items() if side is not None}, names, known)
-    for name, picture in drawn.items():
-        for theme, file in picture.files.items():
-            with cli.writing(folder / (f"{name}.png" if theme == "light" else f"{name}-{theme}.png")) as path:
-                path.write_bytes(file)
-    with cli.writing(folder / "index.html") as path:
-        path.write_text(page(report, drawn), encoding="utf-8")
+    folder, pages = Path(folder), {}
+    for number, (report, sides, names) in enumerate(evaluated, 1):
+        place = folder / str(number) if len(evaluated) > 1 else folder
+        place.mkdir(parents=True, exist_ok=True)
+        drawn = figures.of_report(report, {name: side for name, side in sides.items() if side is not None}, names)
+        for name, picture in drawn.items():
+            for theme, file in picture.files.items():
+                with cli.writing(place / (f"{name}.png" if theme == "light" else f"{name}-{theme}.png")) as path:
+                    path.write_bytes(file)
+        pages[place] = page(report, drawn)
+    if len(evaluated) > 1:
+        pages[folder] = overview([report for report, _, _ in evaluated])
+    for place, text in pages.items():
+        with cli.writing(place / "index.html") as path:
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold any bytes
     return folder / "index.html"
 
 
 def page(report: dict, drawn: "dict[str, figures.Picture]") -> str:
     """The HTML page, with its style and pictures inside."""
-    title = f"{report['data']}, split {report['split']}"
-    commit = f", commit {report['commit']}" if report["commit"] else ""
-    parts = [
-        f"<header><p class=kicker>One-Shot evaluation</p><h1>{html.escape(title)}</h1>",
-        f"<p>{html.escape(str(report['checkpoint']) + start_text(report) + commit)}</p>",
-        f"<p>{html.escape(threshold_text(report['threshold']).replace(chr(10), ' '))}.</p></header>",
+    return document(
+        f"{report['data']}, split {report['split']}",
+        paragraphs(facts(report)),
         cards(report),
-        "<section><h2>Figures</h2><div class=tables>",
-        *(table.html() for table in tables(report)),
-        "</div></section>",
         "<main>",
-        *(picture_html(name, picture) for name, picture in drawn.items()),
+        *(table.html() for table in tables(report)),
+        *(picture.html(name) for name, picture in drawn.items()),
         "</main>",
-    ]
+    )
+
+
+def overview(reports: list[dict]) -> str:
+    """The HTML page of several reports: each with a link to its own page, and comparisons."""
+    parts = []
+    for number, report in enumerate(reports, 1):
+        title, *lines = facts(report)
+        parts.append(f'<section><h2><a href="{number}/index.html">{html.escape(title)}</a></h2>')
+        parts += [paragraphs(lines), cards(report), "</section>"]
+    compared = [comparison_table(report).html() for report in reports if report["compared_with"]]
+    others = [not_compared(report, reports[0]) for report in reports[1:] if not report["compared_with"]]
+    return document(f"{len(reports)} checkpoints", *parts, paragraphs(others), "<main>", *compared, "</main>")
+
+
+def document(title: str, *parts: str) -> str:
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE.read_text()}</style>'
+        f'<title>{html.escape(title)}</title><link rel="icon" href="data:,">'
+        f"<style>{STYLE.read_text(encoding='utf-8')}</style>"
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    body = "\n".join((f"<header><p>One-Shot evaluation</p><h1>{html.escape(title)}</h1></header>", *parts))
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def paragraphs(lines: list[str]) -> str:
+    return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 
 
 def cards(report: dict) -> str:
@@ -334,14 +386,3 @@ def cards(report: dict) -> str:
 
 def span(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f"95 %: {interval[0]:.1f} to {interval[1]:.1f}"
-
-
-def picture_html(name: str, picture: "figures.Picture") -> str:
-    """A figure that follows the reader's light or dark setting."""
-    data = {theme: f"data:image/png;base64,{base64.b64encode(file).decode()}" for theme, file in picture.files.items()}
-    return (
-        f'<figure id="{name}"><h2>{html.escape(picture.title)}</h2><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{data["dark"]}">'
-        f'<img src="{data["light"]}" alt="{html.escape(picture.title + ": " + picture.text)}"></picture>'
-        f"<figcaption>{html.escape(picture.text)}</figcaption></figure>"
-    )

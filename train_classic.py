@@ -34,7 +34,7 @@ class OptimisationOptions:
 
 @dataclass(frozen=True)
 class Options(cli.DataOptions, cli.NetworkOptions, cli.LossOptions, OptimisationOptions, cli.RunOptions):
-    out: str = "runs/classic"
+    out: cli.Folder = "runs/classic"
 
 
 if __name__ == "__main__":

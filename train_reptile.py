@@ -38,7 +38,7 @@ class OptimisationOptions:
 
 @dataclass(frozen=True)
 class Options(cli.DataOptions, cli.NetworkOptions, cli.LossOptions, OptimisationOptions, cli.RunOptions):
-    out: str = "runs/reptile"
+    out: cli.Folder = "runs/reptile"
 
 
 if __name__ == "__main__":

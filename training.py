@@ -270,6 +270,8 @@ class Run:
                 seconds = seconds_before + time.monotonic() - started
                 self.seconds, interrupted = distributed.from_first(seconds, interrupts[0] if interrupts else 0)
                 bar.update()
+                if interrupted and distributed.rank() == 0:
+                    bar.write("stopping: validating and saving", file=sys.stderr)
                 due = self.step % self.validate_every == 0 or self.progress == 1
                 if due or self.step % self.LOG_EVERY == 0:
                     row = self.check()

@@ -1,9 +1,14 @@
-"""What a page looks like to a reader, asked of headless Chromium over its DevTools protocol."""
+"""What a page looks like to a reader, asked of headless Chromium over its DevTools protocol.
 
+python tests/browser.py page/index.html .board picture      # what the selector finds: picture.png, picture-dark.png
+"""
+
+import base64
 import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -40,6 +45,13 @@ INSPECT = """(() => {
   }
   return found;
 })()"""
+# the smallest rectangle around the elements that a selector finds
+AROUND = """((selector) => {
+  const boxes = [...document.querySelectorAll(selector)].map(element => element.getBoundingClientRect());
+  const x = Math.min(...boxes.map(box => box.left)), y = Math.min(...boxes.map(box => box.top));
+  const [right, bottom] = [Math.max(...boxes.map(box => box.right)), Math.max(...boxes.map(box => box.bottom))];
+  return {x, y: y + scrollY, width: right - x, height: bottom - y};
+})"""
 
 
 def chromium() -> str | None:
@@ -106,6 +118,13 @@ class Browser:
         found = self.call("Runtime.evaluate", expression=INSPECT, returnByValue=True)["result"]["value"]
         return found + self.complaints()
 
+    def picture(self, selector: str) -> bytes:
+        """A PNG file of the elements of the opened page that a selector finds, two pixels wide for one."""
+        found = self.call("Runtime.evaluate", expression=f"{AROUND}({json.dumps(selector)})", returnByValue=True)
+        clip = found["result"]["value"] | {"scale": 2}
+        taken = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        return base64.b64decode(taken["data"])
+
     def complaints(self) -> list[str]:
         """Errors on the console, and requests that leave the machine."""
         found = []
@@ -133,3 +152,14 @@ def look(path: Path, widths: tuple[int, ...] = (390, 1280), schemes: tuple[str, 
             ]
         finally:
             browser.close()
+
+
+if __name__ == "__main__":
+    page, selector, out = sys.argv[1:]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        browser = Browser(profile)
+        browser.call("Emulation.setScrollbarsHidden", hidden=True)  # as in the picture
+        for scheme, suffix in (("light", ".png"), ("dark", "-dark.png")):
+            browser.look(Path(page), 520, scheme)
+            Path(out + suffix).write_bytes(browser.picture(selector))
+        browser.close()

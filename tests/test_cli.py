@@ -32,6 +32,13 @@ def test_help_explains_every_option_and_shows_two_examples(monkeypatch, capsys, 
     monkeypatch.setenv("COLUMNS", "100")
     status, text, _ = call(capsys, script, "--help")
     assert status == 0
+    assert not re.search(r"\bSTR\b|FLOAT FLOAT|default: \)", text)
+    assert (" CHECKPOINT" in text.splitlines()[0]) == (script not in TRAININGS)
+    named = {"json": "FILE", "csv": "FILE", "weights": "FILE", "out": "FILE" if script is export else "FOLDER"}
+    named |= dict.fromkeys(("report", "support", "data-root", "log-dir"), "FOLDER") | {"threshold": "auto|NUMBER"}
+    named |= {"data": "cifar100|glyphs|FILE|FOLDER", "criterion": "balanced|eer|far:RATE"}
+    for flag, value in re.findall(r"^\W+--([a-z-]+) (\S+)", text, re.MULTILINE):
+        assert value == named.get(flag, value)
     assert len(re.findall(rf"^ +python {script.__name__}\.py", text, re.MULTILINE)) == 2
     entries = [
         " ".join(entry.replace("│", " ").split()) for entry in re.split(r"^[│ ] (?=--)", text, flags=re.MULTILINE)
@@ -43,7 +50,7 @@ def test_help_explains_every_option_and_shows_two_examples(monkeypatch, capsys, 
         if isinstance(field.default, bool):
             flag = f"{flag}, --no-{flag[2:]}"
         (entry,) = [entry for entry in entries if entry.startswith(f"{flag} ")]
-        explained = re.sub(r"^(\{.*?\}|[A-Z]+) ", "", entry.removeprefix(f"{flag} "))  # the type
+        explained = re.sub(r"^(\{.*?\}|[A-Z|]+|R G B) ", "", entry.removeprefix(f"{flag} "))  # the type
         assert len(re.findall("[a-z]{2,}", explained.split("(default")[0])) >= 2, entry
 
 

@@ -1,7 +1,12 @@
 """evaluate.py end to end: its report, checkpoints of both kinds, thresholds, refusals."""
 
 import csv
+import datetime
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +19,8 @@ import model
 import tiny
 
 REPORT = {"checkpoint", "commit", "data", "split", "threshold", "seen", "unseen", "per_class"}
-REPORT |= {"training", "thresholds", "compared_with"}
-SIDE = {"triplet_accuracy", "pair_accuracy", "pair_accuracy_oracle", "auc", "eer", "ci95"}
+REPORT |= {"training", "network", "date", "thresholds", "compared_with"}
+SIDE = {"images", "classes", "triplet_accuracy", "pair_accuracy", "pair_accuracy_oracle", "auc", "eer", "ci95"}
 BARE = ["--backbone", "resnet20", "--width", "4", "--data", "{npz}", "--split", "75-25"]
 UNSEEN = SIDE | {"published_protocol", "constant_answer", "few_shot", "adapted"}
 
@@ -39,6 +44,9 @@ def test_report(folder, capsys, tmp_path):
     training = report["training"]
     assert training["images"] > training["step"] > 0 and training["options"]["epochs"] == 6
     assert str(folder) not in target.read_text().replace(report["checkpoint"], "")  # no other file is named
+    assert report["network"] == {"backbone": "resnet20", "width": 4, "size": 16, "parameters": 17156}
+    sizes = [(report[side]["images"], report[side]["classes"]) for side in ("seen", "unseen")]
+    assert sizes == [(72, 9), (24, 3)] and report["date"] == datetime.date.today().isoformat()
     assert report["threshold"]["mode"] == "auto" and "9 seen classes" in report["threshold"]["calibrated_on"]
     assert set(report["seen"]["ci95"]) == {"triplet_accuracy", "pair_accuracy"}
     assert [row["label"] for row in report["per_class"]] == [9, 10, 11] and report["per_class"][0]["name"] == "class 9"
@@ -47,7 +55,7 @@ def test_report(folder, capsys, tmp_path):
     assert report["seen"]["triplet_accuracy"] > 80 and shots["all1s"]["accuracy"] > 60
     assert report["unseen"]["constant_answer"] == pytest.approx(200 / 3)
     printed = capsys.readouterr().out
-    for text in ("class 11", "all 3, 1-shot", f"{report['seen']['auc']:.1f}", "always answering"):
+    for text in ("class 11", "all 3, 1-shot", f"{report['seen']['auc']:.1f}", "always answering", "24 images of 3"):
         assert text in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
 
@@ -217,7 +225,7 @@ def test_checkpoints_are_compared_on_the_same_images(folder, tmp_path, capsys):
     torch.manual_seed(0)
     older = {name: fact for name, fact in saved["data"].items() if name != "validation"}  # as in older checkpoints
     torch.save(saved | {"model": model.build("resnet20", 4).state_dict(), "data": older}, untrained)
-    tiny.run(evaluate, best, untrained, best, "--json", tmp_path / "r.json")
+    tiny.run(evaluate, best, untrained, best, "--json", tmp_path / "r.json", "--report", tmp_path / "page")
     first, second, third = json.loads((tmp_path / "r.json").read_text())
     assert [report["checkpoint"] for report in (first, second, third)] == [str(best), str(untrained), str(best)]
     assert first["compared_with"] is None and second["compared_with"]["checkpoint"] == str(best)
@@ -232,7 +240,48 @@ def test_checkpoints_are_compared_on_the_same_images(folder, tmp_path, capsys):
     shots = second["compared_with"]["unseen"]["all1s"]
     accuracies = [report["unseen"]["few_shot"]["all1s"]["accuracy"] for report in (first, second)]
     assert shots["difference"] == pytest.approx(accuracies[1] - accuracies[0])
-    assert f"{untrained} minus {best}" in capsys.readouterr().out
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert f"{untrained} minus {best}" in capsys.readouterr().out and f"{untrained} minus {best}" in page
+    assert page.count('<a href="3/index.html">') == 1
+    assert f"{untrained}: tiny, split 75-25" in (tmp_path / "page" / "2" / "index.html").read_text()
+
+
+def test_json_is_written_before_anything_that_may_fail(folder, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no page")
+
+    for name in ("show", "write"):
+        monkeypatch.setattr(evaluate.report, name, fail)
+        with pytest.raises(RuntimeError, match="no page"):
+            arguments = ("--json", tmp_path / name, "--report", tmp_path / "page")
+            tiny.run(evaluate, folder / "run" / "best.pt", *arguments)
+        assert json.loads((tmp_path / name).read_text())["unseen"]["images"] == 24
+
+
+@pytest.mark.slow
+def test_figures_arrive_in_any_encoding_and_soon(folder, tmp_path):
+    """Class names that a terminal without UTF-8 lacks; without a page neither matplotlib nor the compiler is loaded."""
+    arrays = dict(np.load(folder / "tiny.npz"))
+    np.savez(tmp_path / "names.npz", **arrays | {"class_names": np.array([f"東京 {label}" for label in range(12)])})
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(evaluate.__file__).parent)!r})
+import evaluate
+evaluate.main(sys.argv[1:])
+print(*(name for name in ("matplotlib", "torchvision", "torch._dynamo") if name in sys.modules))
+"""
+    command = [sys.executable, "-c", code, folder / "run" / "best.pt", "--data", tmp_path / "names.npz"]
+    command += ["--json", tmp_path / "r.json"]
+    plain = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for more, loaded in (([], ""), (["--report", tmp_path / "東"], "matplotlib")):
+        done = subprocess.run([*command, *more], env=os.environ | plain, capture_output=True)
+        lines = done.stdout.decode("ascii").splitlines()
+        assert done.returncode == 0 and lines[-1].split() == loaded.split(), done.stderr.decode()
+        report = json.loads((tmp_path / "r.json").read_text())
+        assert report["per_class"][2]["name"] == "東京 11" and "+- " in done.stdout.decode()
+        (row,) = [line.split() for line in lines if line.startswith("11 \\u6771\\u4eac 11 ")]
+        assert row[3:] == [f"{report['per_class'][2][name]:.1f}" for name in ("triplet_accuracy", "pair_accuracy")]
+    assert "東京 11" in (tmp_path / "東" / "index.html").read_text(encoding="utf-8")
 
 
 def test_without_unseen_classes(folder, tmp_path):

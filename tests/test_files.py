@@ -166,7 +166,7 @@ def archive_data(whole: bytes, info: zipfile.ZipInfo) -> bytes:
         (b"<!DOCTYPE html><html>", "it is a web page"),
         (b"\x80\x02cos\nsystem\n", "it holds more than tensors and plain values|it is damaged"),
         (b"PK\x03\x04 and then nothing", "it is damaged"),
-        (os.urandom(4000), "it is damaged"),
+        (b"\0" + os.urandom(4000), "it is damaged"),  # and does not begin like a web page
     ],
 )
 def test_files_that_are_no_checkpoint(tmp_path, refusal, content, message):
