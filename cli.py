@@ -40,6 +40,7 @@ OptionalFile = shown_as("FILE", str | None)
 DataSource, OptionalDataSource = (shown_as("cifar100|glyphs|FILE|FOLDER", kind) for kind in (str, str | None))
 Split, OptionalSplit = shown_as("SPLIT"), shown_as("SPLIT", str | None)
 Device, Threshold, Criterion = map(shown_as, ("auto|cpu|cuda|cuda:N|mps", "auto|NUMBER", "balanced|eer|far:RATE"))
+Rate = shown_as("FLOAT", float | None)
 PixelStatistics = shown_as("R G B", tuple[float, float, float] | None)
 Backbone = Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet18"]
 

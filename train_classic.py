@@ -20,8 +20,8 @@ class OptimisationOptions:
     batch_classes: int = 64  # P, classes in a batch, split among the processes
     images_per_class: int = 4  # K, images of each class in a batch
     optimizer: Literal["muon", "sgd", "adam"] = "muon"  # muon: Muon for convolutions, SGD for the rest; or one for all
-    lr: float = 0.1  # peak learning rate of SGD (Nesterov momentum 0.9) or Adam
-    muon_lr: float = 0.02  # peak learning rate of Muon
+    lr: cli.Rate = None  # peak learning rate of SGD (Nesterov momentum 0.9) or Adam; 0.1, from given weights 0.01
+    muon_lr: cli.Rate = None  # peak learning rate of Muon; 0.02, from given weights 0.002
     muon_weight_decay: float = 0.05  # weight decay of Muon, decoupled
     backbone_lr: float | None = None  # peak learning rate of the network; --lr is then the softmax's alone
     warmup: float = 0.05  # fraction of the run in which the learning rates rise linearly
@@ -40,6 +40,7 @@ class Options(cli.DataOptions, cli.NetworkOptions, cli.LossOptions, Optimisation
 if __name__ == "__main__":
     cli.parse(Options, __doc__)  # before PyTorch is imported, so that --help takes no seconds
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -70,6 +71,14 @@ class NormalisedSoftmax(nn.Module):
         """`embeddings` (B, D), `target` (B,) int64 in 0..n_classes-1 -> scalar loss."""
         cosine = F.normalize(embeddings.float()) @ F.normalize(self.weight).T
         return F.cross_entropy(self.scale * cosine, target)
+
+
+def with_rates(options: Options) -> Options:
+    """The options with both learning rates: from given weights small ones, or they are soon forgotten."""
+    share = 0.1 if options.weights or options.pretrained else 1.0
+    lr = 0.1 * share if options.lr is None else options.lr
+    muon_lr = 0.02 * share if options.muon_lr is None else options.muon_lr
+    return dataclasses.replace(options, lr=lr, muon_lr=muon_lr)
 
 
 def schedule(progress: float, options: Options) -> float:
@@ -132,7 +141,7 @@ def check(options: Options) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    options = cli.parse(Options, __doc__, args)
+    options = with_rates(cli.parse(Options, __doc__, args))
     with cli.user_errors():
         check(options)
         device = training.prepare_process(options)

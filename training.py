@@ -264,6 +264,8 @@ class Run:
         )
         started, images_before, seconds_before = time.monotonic(), self.images, self.seconds
         try:
+            if self.step == 0 and (self.options.weights or self.options.pretrained):
+                self.validate_start(bar)
             while self.progress < 1:
                 yield self.progress
                 self.step += 1
@@ -306,6 +308,15 @@ class Run:
             if self.tensorboard is not None:
                 self.tensorboard.close()
 
+    def validate_start(self, bar: tqdm) -> None:
+        """Given weights can be the best; they are validated as they are."""
+        if distributed.rank() == 0:
+            row = {"step": 0, "images": 0, "seconds": 0.0} | self.validate()
+            self.keep_best()
+            bar.write(f"as given: held-back images {describe(row)}")
+            self.write_log(row)
+        self.save(validated=True)
+
     def record(self, loss: Tensor, embeddings: Tensor, images: int, rate: float) -> None:
         """Tell the run of a step: its loss, last embeddings (B, D), images seen and learning or meta-step rate."""
         self.losses.append(loss.detach())
@@ -333,7 +344,7 @@ class Run:
 
     def validate(self) -> dict:
         """Metrics of the held-back images and of validation classes; sets the calibrated threshold."""
-        if self.refreshes:
+        if self.refreshes and self.step:
             model.refresh_batch_norm(self.net, self.train.kept.images)
         z, labels = self.embed(self.train.held_back)
         curve = metrics.roc(z, labels)

@@ -1,5 +1,6 @@
 """Training from given weights: ResNet-18 from torchvision's, any network from a run's or others' files."""
 
+import csv
 import urllib.request
 
 import pytest
@@ -107,6 +108,33 @@ def test_a_run_starts_where_another_ended(train, tmp_path):
     assert warm["network"]["mean"] == classic["network"]["mean"] != [0, 0, 0]
     for name, _ in model.build("resnet20", 4).named_parameters():
         assert torch.allclose(warm["model"][name], classic["model"][name], rtol=0, atol=1e-25), name
+
+
+@pytest.mark.parametrize("script", [train_classic, train_reptile])
+def test_training_that_does_harm_leaves_the_given_weights_the_best(npz, tmp_path, script):
+    """Good weights, and an optimiser whose steps are far too long."""
+    tiny.run(train_classic, "--data", npz, "--out", tmp_path / "good", *SMALL, "--epochs", "10", "--batch-classes", "4")
+    given = tmp_path / "good" / "best.pt"
+    before, out = given.read_bytes(), tmp_path / "harmed"
+    harm = ["--weights", given, "--muon-lr", "3", "--lr", "3", "--precision", "float32"]
+    tiny.run(script, "--data", npz, "--out", out, *ONE_STEP[script], *harm)
+    best, given_state = model.load_checkpoint(out / "best.pt"), model.load_checkpoint(given)
+    assert tiny.same(best["model"], given_state["model"]) and best["step"] == 0
+    assert best["validation"]["auc"] == pytest.approx(given_state["validation"]["auc"])
+    last = model.load_checkpoint(out / "last.pt")
+    assert last["validation"]["auc"] < best["validation"]["auc"] and given.read_bytes() == before
+    with open(out / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["step"] == "0" and float(rows[0]["auc"]) > float(rows[-1]["auc"])
+
+
+def test_given_weights_are_trained_at_small_rates(train, tmp_path):
+    scratch = train(train_classic)
+    first = tmp_path / "first.pt"
+    (tmp_path / "train_classic" / "last.pt").rename(first)
+    warm, chosen = (train(train_classic, "--weights", first, *more) for more in ([], ["--lr", 0.3, "--muon-lr", 0.4]))
+    rates = [tuple(run["options"][name] for name in ("lr", "muon_lr")) for run in (scratch, warm, chosen)]
+    assert rates == [(0.1, 0.02), (pytest.approx(0.01), pytest.approx(0.002)), (0.3, 0.4)]
 
 
 def test_a_state_dict_brings_its_pixel_statistics(train, arguments, tmp_path, refusal):
