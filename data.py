@@ -44,7 +44,8 @@ def split_classes(
 ) -> tuple[list[int], list[int]]:
     """Labels of the seen and of the unseen classes. Raises ValueError.
 
-    "a-b": max(2, round(C b / (a + b))) classes are unseen, none in "a-0": the last labels, or `split_seed` draws them.
+    "a-b": max(2, round(C b / (a + b))) classes are unseen, none in "a-0" and all in "0-b": the last labels, or
+    `split_seed` draws them.
     "cifar-fs", "fc100": the test classes are unseen, the training classes seen; the validation classes are neither, so
     that a recipe can be chosen on them. "cifar-fs+val", "fc100+val": they are seen too, as in final runs.
     """
@@ -56,18 +57,44 @@ def split_classes(
         kept_out = {*test} if with_validation else {*test, *validation}
         return [label for label in range(len(class_names)) if label not in kept_out], test
     match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", split)
-    if not match or int(match[1]) == 0:
+    if not match or int(match[1]) + int(match[2]) == 0:
         choices = ", ".join(f"{name}, {name}+val" for name in STANDARD_SPLITS)
         raise ValueError(f"split must be {choices} or like 90-10 (seen-unseen shares of the classes), got {split!r}")
     a, b = int(match[1]), int(match[2])
     n_classes = len(class_names)
     n_unseen = max(2, round(n_classes * b / (a + b))) if b else 0
-    if n_classes - n_unseen < 2:
+    if a and n_classes - n_unseen < 2:
         raise ValueError(f"split {split} of {n_classes} classes leaves fewer than 2 to train on")
     order = list(range(n_classes))
     if split_seed is not None:
         order = torch.randperm(n_classes, generator=torch.Generator().manual_seed(split_seed)).tolist()
     return sorted(order[: n_classes - n_unseen]), sorted(order[n_classes - n_unseen :])
+
+
+def pick_classes(
+    names: list[str], trained: dict, facts: dict, split: str | None, split_seed: int | None
+) -> tuple[list[int], list[int], str]:
+    """Labels of the seen and the unseen classes among `names`, and the split in words. Raises ValueError.
+
+    Without a split, those of a checkpoint with the options `trained` and the data `facts`; if classes came or went
+    since, what it was trained on is seen, by name, and all others unseen. Its validation classes are never seen.
+    """
+    known, validation = facts["classes"], {facts["classes"][label] for label in facts.get("validation", [])}
+    if split is None and split_seed is None and known and known != names:
+        learned = trained_classes(facts)
+        seen = [label for label, name in enumerate(names) if name in learned - validation]
+        unseen = [label for label, name in enumerate(names) if name not in learned | validation]
+        return seen, unseen, f"{len(seen)}-{len(unseen)} by the checkpoint's class names"
+    split = split or trained.get("split", "90-10")
+    split_seed = trained.get("split_seed") if split_seed is None else split_seed
+    seen, unseen = split_classes(names, split, split_seed)
+    seen = [label for label in seen if names[label] not in validation]
+    return seen, unseen, split if split_seed is None else f"{split}, seed {split_seed}"
+
+
+def trained_classes(facts: dict) -> set[str]:
+    """Names of the classes that a checkpoint with these data `facts`, or weights it started from, was trained on."""
+    return {facts["classes"][label] for label in facts["seen"]} | {*facts.get("learned_before", [])}
 
 
 def standard_classes(class_names: list[str], name: str, part: int) -> list[int]:
@@ -106,6 +133,13 @@ def few_shot_images(data: Data, classes: list[int], split: str) -> Images:
     """Images for N-way K-shot: the test images; with the standard splits all of them, as the literature does."""
     test = data.test.of(classes)
     return data.train.of(classes) + test if split.removesuffix("+val") in STANDARD_SPLITS else test
+
+
+def copies(train: Images, test: Images) -> tuple[int, int]:
+    """How many test images equal a training image, pixel for pixel, and how many an earlier test image."""
+    pixels = (part.images.permute(0, 2, 3, 1).numpy() for part in (train, test))
+    known, tested = (torch.tensor([hash(image.tobytes()) for image in part], dtype=torch.int64) for part in pixels)
+    return int(torch.isin(tested, known).sum()), len(tested) - len(tested.unique())
 
 
 def hold_back(train: Images, per_class: int = HELD_BACK) -> tuple[Images, Images]:
@@ -278,13 +312,15 @@ def load_for_training(options: DataOptions, seed: int, device: torch.device) -> 
     if options.rotate and height != width:
         raise ValueError(f"--rotate needs square images, got {(height, width)}; give --rotate 0")
     seen, unseen = split_classes(loaded.class_names, options.split, options.split_seed)
+    if not seen:
+        raise ValueError(f"--split {options.split} leaves no class to train on; evaluate.py takes it")
     seen, withheld = withhold(loaded.class_names, options.split, seen, options.withhold)
     kept, held_back = hold_back(loaded.train.of(seen))
     validation = hold_back(loaded.train.of(withheld), VALIDATION)[1] if withheld else None
     if int(torch.bincount(kept.labels)[seen].min()) < 2:
         raise ValueError("a seen class has fewer than 2 training images: triplets need an anchor and a positive")
     if len(held_back.labels.unique()) < 2:
-        raise ValueError("two seen classes need 4 training images or more: some are held back to set the threshold")
+        raise ValueError("two seen classes need 4 training images or more (6 without test/): some set the threshold")
     facts = {"name": loaded.name, "source": options.data, "classes": loaded.class_names}
     facts |= {"seen": seen, "validation": withheld, "unseen": unseen}
     facts["fingerprint"] = fingerprint(kept, held_back, facts)

@@ -53,7 +53,8 @@ class Images:
 
     def of(self, classes: list[int]) -> "Images":
         """The images of these classes, in their order; labels keep their values."""
-        return self[torch.isin(self.labels, torch.tensor(classes, dtype=torch.int64)).nonzero()[:, 0]]
+        chosen = torch.isin(self.labels, torch.tensor(classes, dtype=torch.int64))
+        return self if chosen.all() else self[chosen.nonzero()[:, 0]]
 
     def to(self, device: torch.device) -> "Images":
         return Images(self.images.to(device), self.labels.to(device))
@@ -201,7 +202,7 @@ def load_folder(root: Path, size: int) -> Data:
     """Pictures in folders that name their classes, as torchvision's ImageFolder has them, scaled to `size` pixels.
 
     With train/ and test/ (or val/) in `root`, the class folders are in these; without, the last sixth of each class, at
-    least one picture, is for testing. Files that cannot be read are listed and left out. Raises ValueError.
+    least two pictures of five or more, is for testing. Unreadable files are listed and left out. Raises ValueError.
     """
     tests = [name for name in ("test", "val") if (root / name).is_dir()]
     if (root / "train").is_dir() and tests:
@@ -214,7 +215,7 @@ def load_folder(root: Path, size: int) -> Data:
         pictures, class_names = read_classes(root, size, least=2)
         counts = torch.bincount(pictures.labels)  # pictures are sorted by class
         from_end = (counts.cumsum(0))[pictures.labels] - torch.arange(len(pictures))  # 1 is the last of a class
-        for_testing = from_end <= (counts // 6).clamp(min=1)[pictures.labels]
+        for_testing = from_end <= torch.where(counts < 5, 1, (counts // 6).clamp(min=2))[pictures.labels]
         train, test = pictures[~for_testing], pictures[for_testing]
     return Data(root.resolve().name, train, test, class_names)
 

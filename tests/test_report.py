@@ -39,7 +39,7 @@ def make(folder, unseen_classes):
     threshold = {"mode": "auto", "criterion": "balanced", "value": 0.5, "false_accept": 12.0, "false_reject": 9.0}
     threshold |= {"logistic": [9.0, -4.0], "calibrated_on": "60 held-back training images of 6 seen classes"}
     facts = {"checkpoint": "runs/" + "x" * 80 + "/best.pt", "commit": "0123456789ab", "data": "own", "split": "60-40"}
-    facts["training"] = None
+    facts |= {"training": None, "notes": ["seen: 60 images", "2 <copies>"]}
     thresholds = {"auto balanced": 0.5, "auto eer": 0.52, "fixed 0.2": 0.2}
     made = evaluate.make_report(facts, threshold, thresholds, measured, names)
     if unseen_classes:
@@ -85,6 +85,7 @@ def test_files_and_figures(tmp_path):
         light, dark = (Image.open(tmp_path / f"{name}{theme}.png").convert("RGB") for theme in ("", "-dark"))
         assert light.size == dark.size and light.getpixel((0, 0)) == (255, 255, 255) != dark.getpixel((0, 0))
     assert not re.search(r"<class>|https?:|src=\"(?!data:)", text) and "a rather long &lt;class&gt; name 12" in text
+    assert "seen: 60 images" in text and "2 &lt;copies&gt;" in text
     assert "unseen, adapted (published variant)" in text and "65.0 (60.5..69.5)" in text
     assert "4 steps (learning rate 0.0003) of the last block" in text and "+3.00" in text and "+1.61..+4.39" in text
     unseen = made["unseen"]
@@ -99,7 +100,7 @@ def test_without_pairs_there_is_still_a_page(tmp_path):
     assert metrics.measure(pixels, torch.tensor([0, 1]), torch.eye(2), 0.5) is None
     measured, names = sides(3)
     measured["unseen"] = None
-    facts = {"checkpoint": "a.pt", "commit": None, "data": "own", "split": "60-40", "training": None}
+    facts = {"checkpoint": "a.pt", "commit": None, "data": "own", "split": "60-40", "training": None, "notes": []}
     threshold = {"mode": "fixed", "value": 0.5, "criterion": None}
     made = evaluate.make_report(facts, threshold, {}, measured, names)
     assert report.write(tmp_path, made, measured, names).exists()
