@@ -320,7 +320,7 @@ def load_for_training(options: DataOptions, seed: int, device: torch.device) -> 
     if int(torch.bincount(kept.labels)[seen].min()) < 2:
         raise ValueError("a seen class has fewer than 2 training images: triplets need an anchor and a positive")
     if len(held_back.labels.unique()) < 2:
-        raise ValueError("two seen classes need 4 training images or more (6 without test/): some set the threshold")
+        raise ValueError("two seen classes need 4 training images or more: some are held back to set the threshold")
     facts = {"name": loaded.name, "source": options.data, "classes": loaded.class_names}
     facts |= {"seen": seen, "validation": withheld, "unseen": unseen}
     facts["fingerprint"] = fingerprint(kept, held_back, facts)

@@ -98,7 +98,7 @@ class Loaded:
     notes: list[str]  # what one should know of these classes
     commit: str | None
     training: dict | None  # how long it was trained, and with which options
-    calibration: dict | None  # the checkpoint's threshold, where it goes with these classes
+    calibration: dict | None  # the checkpoint's threshold, where it goes with these classes and images
     triplet: dict  # keyword arguments of the loss it was trained with, the defaults for a bare state dict
 
     @property
@@ -143,10 +143,12 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         if options.adapt_published:
             raise ValueError("--adapt-published takes negatives from seen classes, and there are none")
         loaded = data.Data(loaded.name, loaded.train.of([]), loaded.train + loaded.test, names)
-    kept = data.hold_back(loaded.train.of(seen))[0] if seen else loaded.test
-    net, as_trained = load_network(saved, path, backbone, options, kept.images)
-    missing = [name for name in facts["classes"] if name not in names]
+    kept, held_back = data.hold_back(loaded.train.of(seen))
+    net, as_trained = load_network(saved, path, backbone, options, (kept if seen else loaded.test).images)
+    shared = {*facts["classes"]} & {*names}
+    missing = [name for name in facts["classes"] if shared and name not in shared]
     new = [names[label] for label in seen if ours and names[label] not in learned]
+    calibrates = new and metrics.enough(held_back.labels)  # the threshold, on these images
     notes = {"of the checkpoint's classes are missing here": missing, "of the seen classes were not trained on": new}
     return Loaded(
         path=path,
@@ -158,7 +160,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         notes=[f"{len(of)} {text}: {textwrap.shorten(', '.join(of), 100)}" for text, of in notes.items() if of],
         commit=saved.get("commit") if ours else None,
         training=training_facts(saved) if ours else None,
-        calibration=saved["threshold"] if ours and as_trained and not new else None,
+        calibration=saved["threshold"] if ours and as_trained and not calibrates else None,
         triplet={name: trained.get(name, default) for name, default in cli.LossOptions().triplet.items()},
     )
 
@@ -352,12 +354,11 @@ def evaluate(
         notes.append(f"{name}: {len(test)} images of {len(classes)} classes{too_few}")
     trained_on, test = data.hold_back(loaded.data.train.of(loaded.seen))[0], loaded.data.test
     copies = data.copies(trained_on, test.of(loaded.seen + loaded.unseen))
-    notes += loaded.notes
     if any(copies):
         notes.append(f"copies among the test images: {copies[0]} of training images, {copies[1]} of other test images")
     measured["copies"] = dict(zip(("of_training_images", "of_test_images"), copies, strict=True))
     facts = {"checkpoint": loaded.path, "commit": loaded.commit, "data": loaded.data.name, "split": loaded.split}
-    facts |= {"training": loaded.training, "measured": measured, "notes": notes}
+    facts |= {"training": loaded.training, "measured": measured, "notes": notes + loaded.notes}
     made = make_report(facts, threshold, thresholds, sides, loaded.data.class_names)
     if made["unseen"]:
         made["unseen"]["adapted"] = adapted(loaded, threshold, options)

@@ -331,9 +331,8 @@ def check_structure(saved: dict, path: str | os.PathLike) -> None:
     wrong = []
     if not isinstance(saved["options"], dict):
         wrong.append("options")
-    classes = data.get("classes") if isinstance(data, dict) else None
-    names = [classes, data.get("learned_before", [])] if isinstance(data, dict) else [None]
-    if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in names):
+    classes, before = (data.get("classes"), data.get("learned_before", [])) if isinstance(data, dict) else (None, None)
+    if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in (classes, before)):
         wrong.append("classes")
     elif not all(labels(data.get(name, default), classes) for name, default in defaults.items()):
         wrong.append("labels of the classes")

@@ -276,7 +276,7 @@ def test_classes_are_known_by_name(folder, tmp_path, capsys, refusal, gone, adde
     assert [names[label] for label in loaded.seen] == [f"class {label}" for label in seen]
     assert report["threshold"] == model.load_checkpoint(best)["threshold"]
     text = f"{len(gone)} of the checkpoint's classes are missing here: class {gone[0]}"
-    assert text in report["notes"][2] and text in capsys.readouterr().out
+    assert text in report["notes"][-1] and text in capsys.readouterr().out
     assert "calls unseen (class" in refusal(evaluate, best, "--data", path, "--split", "0-100")
 
 
@@ -288,23 +288,34 @@ def test_weights_it_started_from_count_as_training(folder, tmp_path):
     assert loaded.seen == [3, 5] and len(loaded.unseen) == 10
 
 
-def test_a_network_is_measured_on_pictures_of_new_classes(folder, tmp_path, refusal):
-    """All images count, by the checkpoint's own threshold; where it has none that fits, this is said."""
-    best, bare = folder / "run" / "best.pt", tmp_path / "net.pt"
-    path = with_classes(folder / "tiny.npz", tmp_path / "own.npz", ["a", "b", "c", "d", "e"])
+def test_a_network_is_measured_on_pictures_of_new_classes(folder, tmp_path):
+    """All images count, by the checkpoint's own threshold, with --split 0-100 or without."""
+    best = folder / "run" / "best.pt"
+    path = with_classes(folder / "tiny.npz", tmp_path / "own.npz", ["a", "b", "c", "d"])
     report = evaluated(tmp_path, best, "--data", path, "--split", "0-100")
-    assert report["seen"] is None and report["measured"]["unseen"] == {"classes": 5, "images": 5 * 32}
+    assert report["seen"] is None and report["measured"]["unseen"] == {"classes": 4, "images": 4 * 32}
+    assert report["measured"]["copies"] == {"of_training_images": 0, "of_test_images": 3 * 32}
     assert report["threshold"] == model.load_checkpoint(best)["threshold"]
     assert [row["name"] for row in report["thresholds"]] == ["auto balanced", "oracle", "always different"]
-    again = evaluated(tmp_path, best, "--data", path)
-    assert again["unseen"] == report["unseen"] and again["measured"]["copies"]["of_test_images"] == 4 * 32
+    loaded = evaluate.load(str(best), evaluate.Options((), data=str(path)), torch.device("cpu"))
+    assert loaded.seen == [] and len(loaded.data.test) == 4 * 32
+
+
+def test_a_threshold_is_calibrated_on_enough_pictures_or_is_the_checkpoints(folder, tmp_path, refusal):
+    best, bare = folder / "run" / "best.pt", tmp_path / "net.pt"
+    path = with_classes(folder / "tiny.npz", tmp_path / "own.npz", ["a", "b", "c", "d", "e", "f", "g"])
+    for split, source in (
+        ("3-4", "54 held-back training images of 9 seen"),
+        ("5-2", "30 held-back training images of 5"),
+    ):
+        options = evaluate.Options((), data=str(path), split=split)
+        loaded = evaluate.load(str(best), options, torch.device("cpu"))
+        assert evaluate.pick_thresholds(loaded, options)[0]["calibrated_on"].startswith(source)
+        assert loaded.notes[0].startswith(f"{split[0]} of the seen classes were not trained on: a, b, c")
     torch.save(model.load_checkpoint(best)["model"], bare)
     for arguments in ([best, "--criterion", "eer"], [best, "--mirror", "no"], [bare, *BARE[:4]]):
         message = refusal(evaluate, *arguments, "--data", path, "--split", "0-100")
         assert "has no threshold by --criterion" in message and "give --threshold a number" in message
-    own = evaluated(tmp_path, best, "--data", path, "--split", "60-40")
-    assert "3 of the seen classes were not trained on: a, b, c" in own["notes"][3]
-    assert own["threshold"]["calibrated_on"] == "18 held-back training images of 3 seen classes"
 
 
 def test_published_figures_stand_beside_cifar100_only(folder, tmp_path, capsys):
