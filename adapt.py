@@ -184,14 +184,13 @@ def published_variant(
         loss = partial(domain_loss, own=data.train.of([label]), rest=rest, generator=generator)
         adapted = adapt(net, loss, STEPS, lr)
         z = F.normalize(model.embed(adapted, test.images))
-        triplets = metrics.triplet_table(z, test.labels).per_class()[place]
-        pairs = metrics.pair_table(z, test.labels, threshold).per_class()[place]
-        rows.append({"label": label, "triplet_accuracy": float(triplets), "pair_accuracy": float(pairs)})
+        found = metrics.accuracies(z, test.labels, threshold)
+        rows.append({"label": label} | {name: float(accuracy.per_class[place]) for name, accuracy in found.items()})
     variant = f"{STEPS} steps (learning rate {lr:g}) on each unseen class's training images"
     report = {"variant": variant, "ci95": {}, "per_class": rows}
     for figure in ("triplet_accuracy", "pair_accuracy"):
         values = torch.tensor([row[figure] for row in rows], dtype=torch.float64)
-        draws = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(seed))
-        low, high = torch.quantile(values[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-        report[figure], report["ci95"][figure] = float(values.mean()), (low, high)
+        weight = metrics.resample(test.labels, seed=seed).double()
+        report["ci95"][figure] = metrics.interval(weight @ values / len(values))
+        report[figure] = float(values.mean())
     return report

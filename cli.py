@@ -208,8 +208,10 @@ def printable(text: str) -> str:
 
 
 def cell(value: object, decimals: int = 1, dash: str = "-") -> str:
-    """A table's cell: floats with `decimals`, None as a dash."""
-    return dash if value is None else f"{value:.{decimals}f}" if isinstance(value, float) else printable(str(value))
+    """A table's cell: floats with `decimals`, None and NaN as a dash."""
+    if value is None or value != value:
+        return dash
+    return f"{value:.{decimals}f}" if isinstance(value, float) else printable(str(value))
 
 
 def text_table(header: list[str], rows: list[list], decimals: int = 1) -> str:

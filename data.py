@@ -44,12 +44,13 @@ def split_classes(
 ) -> tuple[list[int], list[int]]:
     """Labels of the seen and of the unseen classes. Raises ValueError.
 
-    `own`: the split that the data set has; `split` must then be "own".
-    "a-b": max(2, round(C b / (a + b))) classes are unseen, none in "a-0": the last labels, or `split_seed` draws them.
+    `own`: the split that the data set has; `split` must then be "own", or "0-b".
+    "a-b": max(2, round(C b / (a + b))) classes are unseen, none in "a-0" and all in "0-b": the last labels, or
+    `split_seed` draws them.
     "cifar-fs", "fc100": the test classes are unseen, the training classes seen; the validation classes are neither, so
     that a recipe can be chosen on them. "cifar-fs+val", "fc100+val": they are seen too, as in final runs.
     """
-    if own is not None:
+    if own is not None and not split.startswith("0-"):
         if split != "own" or split_seed is not None:
             raise ValueError("the data set has seen and unseen classes of its own; leave --split and --split-seed out")
         return own[0], own[2]
@@ -61,18 +62,45 @@ def split_classes(
         kept_out = {*test} if with_validation else {*test, *validation}
         return [label for label in range(len(class_names)) if label not in kept_out], test
     match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", split)
-    if not match or int(match[1]) == 0:
+    if not match or int(match[1]) + int(match[2]) == 0:
         choices = ", ".join(f"{name}, {name}+val" for name in STANDARD_SPLITS)
         raise ValueError(f"split must be {choices} or like 90-10 (seen-unseen shares of the classes), got {split!r}")
     a, b = int(match[1]), int(match[2])
     n_classes = len(class_names)
     n_unseen = max(2, round(n_classes * b / (a + b))) if b else 0
-    if n_classes - n_unseen < 2:
+    if a and n_classes - n_unseen < 2:
         raise ValueError(f"split {split} of {n_classes} classes leaves fewer than 2 to train on")
     order = list(range(n_classes))
     if split_seed is not None:
         order = torch.randperm(n_classes, generator=torch.Generator().manual_seed(split_seed)).tolist()
     return sorted(order[: n_classes - n_unseen]), sorted(order[n_classes - n_unseen :])
+
+
+def pick_classes(
+    data: Data, trained: dict, facts: dict, split: str | None, split_seed: int | None
+) -> tuple[list[int], list[int], str]:
+    """Labels of the seen and the unseen classes of a data set, and the split in words. Raises ValueError.
+
+    Without a split, its own or those of a checkpoint with options `trained` and data `facts`; if classes came or went
+    since, what it was trained on is seen, by name, and all others unseen. Its validation classes are never seen.
+    """
+    names, usual = data.class_names, {"split": "own"} if data.own_split else trained
+    known, validation = facts["classes"], {facts["classes"][label] for label in facts.get("validation", [])}
+    if split is None and split_seed is None and known and known != names:
+        learned = trained_classes(facts)
+        seen = [label for label, name in enumerate(names) if name in learned - validation]
+        unseen = [label for label, name in enumerate(names) if name not in learned | validation]
+        return seen, unseen, f"{len(seen)}-{len(unseen)} by the checkpoint's class names"
+    split = split or usual.get("split", "90-10")
+    split_seed = usual.get("split_seed") if split_seed is None else split_seed
+    seen, unseen = split_classes(names, split, split_seed, data.own_split)
+    seen = [label for label in seen if names[label] not in validation]
+    return seen, unseen, split if split_seed is None else f"{split}, seed {split_seed}"
+
+
+def trained_classes(facts: dict) -> set[str]:
+    """Names of the classes that a checkpoint with these data `facts`, or weights it started from, was trained on."""
+    return {facts["classes"][label] for label in facts["seen"]} | {*facts.get("learned_before", [])}
 
 
 def standard_classes(class_names: list[str], name: str, part: int) -> list[int]:
@@ -111,6 +139,13 @@ def few_shot_images(data: Data, classes: list[int], split: str) -> Images:
     """Images for N-way K-shot: the test images; with the standard splits all of them, as the literature does."""
     test = data.test.of(classes)
     return data.train.of(classes) + test if split.removesuffix("+val") in STANDARD_SPLITS else test
+
+
+def copies(train: Images, test: Images) -> tuple[int, int]:
+    """How many test images equal a training image, pixel for pixel, and how many an earlier test image."""
+    pixels = (part.images.permute(0, 2, 3, 1).numpy() for part in (train, test))
+    known, tested = (torch.tensor([hash(image.tobytes()) for image in part], dtype=torch.int64) for part in pixels)
+    return int(torch.isin(tested, known).sum()), len(tested) - len(tested.unique())
 
 
 def hold_back(train: Images, per_class: int = HELD_BACK) -> tuple[Images, Images]:
@@ -274,6 +309,8 @@ def load_for_training(options: DataOptions, seed: int, device: torch.device) -> 
         loaded = load(options.data, options.data_root, options.image_size)
     split = "own" if loaded.own_split and options.split == DataOptions.split else options.split
     seen, unseen = split_classes(loaded.class_names, split, options.split_seed, loaded.own_split)
+    if not seen:
+        raise ValueError(f"--split {split} leaves no class to train on; evaluate.py takes it")
     seen, withheld = withhold(loaded.class_names, split, seen, options.withhold)
     if loaded.own_split and not withheld:
         withheld = loaded.own_split[1]

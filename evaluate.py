@@ -33,7 +33,7 @@ class DataOptions:
     data: cli.OptionalDataSource = None  # default: what the checkpoint was trained on
     data_root: cli.Folder = "data"  # folder for downloads and caches
     image_size: int | None = None  # side to which pictures of a folder are scaled; default: as in training, or 32
-    split: cli.OptionalSplit = None  # seen and unseen classes; default: the checkpoint's, or 90-10
+    split: cli.OptionalSplit = None  # seen-unseen shares, 0-100: all unseen; default: what the checkpoint has seen
     split_seed: int | None = None  # draw the unseen classes at random; default: the checkpoint's
     on: Literal["test", "validation"] = "test"  # validation: held-back images and the validation classes (--withhold)
 
@@ -67,6 +67,7 @@ if __name__ == "__main__":
     cli.parse(Options, __doc__)  # before PyTorch is imported, so that --help takes no seconds
 
 import functools
+import textwrap
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -95,9 +96,10 @@ class Loaded:
     seen: list[int]
     unseen: list[int]
     split: str
+    notes: list[str]  # what one should know of these classes
     commit: str | None
     training: dict | None  # how long it was trained, and with which options
-    calibration: dict | None  # the checkpoint's threshold, where it goes with these classes
+    calibration: dict | None  # the checkpoint's threshold, where it goes with these classes and images
     triplet: dict  # keyword arguments of the loss it was trained with, the defaults for a bare state dict
 
     @property
@@ -120,7 +122,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     """A checkpoint of the training scripts, or a bare state dict. Raises ValueError or OSError."""
     saved = model.load_checkpoint(path)
     ours = model.is_ours(saved)
-    trained, facts = (saved["options"], saved["data"]) if ours else ({}, {})
+    trained, facts = (saved["options"], saved["data"]) if ours else ({}, {"classes": [], "seen": []})
     source, backbone = options.data or trained.get("data"), options.backbone or trained.get("backbone")
     if source is None or backbone is None:
         raise ValueError(f"{path} is a bare state dict: give --backbone and --data (and --split) with it")
@@ -129,39 +131,41 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     if options.data is None and source not in ("cifar100", "glyphs") and not Path(source).exists():
         raise ValueError(f"{path} was trained on {source}, which is not found from {Path.cwd()}; give --data PATH")
     loaded = load_data(source, options.data_root, options.image_size or trained.get("image_size", 32))
-    usual = {"split": "own"} if loaded.own_split else trained
-    split = options.split or usual.get("split", "90-10")
-    split_seed = options.split_seed if options.split_seed is not None else usual.get("split_seed")
-    seen, unseen = data.split_classes(loaded.class_names, split, split_seed, loaded.own_split)
+    names, learned = loaded.class_names, data.trained_classes(facts)
+    seen, unseen, split = data.pick_classes(loaded, trained, facts, options.split, options.split_seed)
+    leaked = [names[label] for label in unseen if names[label] in learned]
+    if leaked:
+        why = f"{path} was trained on classes that --split {split} calls unseen ({', '.join(leaked[:5])})"
+        raise ValueError(f"{why}; leave --split and --split-seed out")
     if options.adapt_published and loaded.own_split:
         raise ValueError("--adapt-published needs training images of the unseen classes; this data set has none")
-    same_names = ours and loaded.class_names == facts["classes"]
-    validation = facts.get("validation", [])
-    if same_names and set(validation) < set(seen):
-        seen = [label for label in seen if label not in validation]
-    if same_names and set(facts["seen"]) & set(unseen):
-        raise ValueError(
-            f"{path} was trained on classes that --split {split} calls unseen; leave --split and --split-seed out"
-        )
     if options.on == "validation":
-        if not validation or not same_names:
-            raise ValueError(
-                f"--on validation: {path} has no validation classes in this data; train with --withhold 0.1"
-            )
-        seen, unseen, split = facts["seen"], validation, f"{split}, validation classes"
-        loaded = data.for_choosing(loaded, seen, validation)
-    kept = data.hold_back(loaded.train.of(seen))[0].images
-    net, as_trained = load_network(saved, path, backbone, options, kept)
+        if not facts.get("validation") or names != facts["classes"]:
+            raise ValueError(f"--on validation: {path} has no validation classes here; train with --withhold 0.1")
+        seen, unseen, split = facts["seen"], facts["validation"], f"{split}, validation classes"
+        loaded = data.for_choosing(loaded, seen, unseen)
+    if not seen:  # nothing was trained on, so all images are for testing
+        if options.adapt_published:
+            raise ValueError("--adapt-published takes negatives from seen classes, and there are none")
+        loaded = data.Data(loaded.name, loaded.train.of([]), loaded.train + loaded.test, names)
+    kept, held_back = data.hold_back(loaded.train.of(seen))
+    net, as_trained = load_network(saved, path, backbone, options, (kept if seen else loaded.test).images)
+    shared = {*facts["classes"]} & {*names}
+    missing = [name for name in facts["classes"] if shared and name not in shared]
+    new = [names[label] for label in seen if ours and names[label] not in learned]
+    calibrates = new and metrics.enough(held_back.labels)  # the threshold, on these images
+    notes = {"of the checkpoint's classes are missing here": missing, "of the seen classes were not trained on": new}
     return Loaded(
         path=path,
         net=net.to(device),
         data=loaded,
         seen=seen,
         unseen=unseen,
-        split=split if split_seed is None else f"{split}, seed {split_seed}",
+        split=split,
+        notes=[f"{len(of)} {text}: {textwrap.shorten(', '.join(of), 100)}" for text, of in notes.items() if of],
         commit=saved.get("commit") if ours else None,
         training=training_facts(saved) if ours else None,
-        calibration=saved["threshold"] if same_names and seen == facts["seen"] and as_trained else None,
+        calibration=saved["threshold"] if ours and as_trained and not calibrates else None,
         triplet={name: trained.get(name, default) for name, default in cli.LossOptions().triplet.items()},
     )
 
@@ -214,12 +218,14 @@ def pick_thresholds(loaded: Loaded, options: Options) -> tuple[dict, dict[str, f
     curve = metrics.roc(z, held_back.labels)
     found = {} if curve is None else metrics.calibrate(curve, z, held_back.labels, criteria)
     named = {f"auto {name}": made["value"] for name, made in found.items()}
-    named |= {f"fixed {value}": value for value in PUBLISHED_THRESHOLDS.values()}
+    if loaded.data.name == "cifar100":
+        named |= {f"fixed {value}": value for value in PUBLISHED_THRESHOLDS.values()}
     if options.threshold == "auto":
         stored = loaded.calibration
         threshold = stored if stored and stored.get("criterion") == options.criterion else found.get(options.criterion)
         if threshold is None:
-            raise ValueError("too few training images to calibrate a threshold; give --threshold a number")
+            why = f"{loaded.path} has no threshold by --criterion {options.criterion} for images like these"
+            raise ValueError(f"{why}, and too few training images to calibrate one; give --threshold a number")
         return threshold, named | {f"auto {options.criterion}": threshold["value"]}
     value = float(options.threshold)
     unknown = dict.fromkeys(("false_accept", "false_reject", "logistic", "calibrated_on"))
@@ -243,10 +249,12 @@ def make_report(
 ) -> dict:
     """The JSON report; figures in percent unless a name says otherwise.
 
-    `facts`: checkpoint, commit, data, split, network, training, date. threshold: the one in force, with its criterion
-    and, if it was calibrated, its errors on the images of the calibration. seen, unseen: null or the figures of the
-    test images of these classes, ci95 by resampling classes; few_shot: by way and shot, with half the width of the
-    95 % interval.
+    `facts`: checkpoint, commit, data, split, network, training, date, measured, notes. measured: classes and images of
+    each side, and copies among the images; notes: the same and more in words. threshold: the one in force, with its
+    criterion and, if it was calibrated, its errors on the images of the calibration. seen, unseen: null without pairs,
+    or the figures of the test images of these classes, ci95 by resampling classes; few_shot: by way and shot, with half
+    the width of the 95 % interval of the draw of episodes. Intervals are null if there are too few classes or images.
+    published_protocol, constant_answer: for CIFAR-100, else null.
     adapted: where asked for, few-shot accuracy with and without adaptation to the support images of the same episodes
     (adapt.SupportAdaptation.report), and figures by the published way of adapting (adapt.published_variant).
     thresholds: other thresholds beside it, on pairs of which one in two, or one in ten, is of one class. per_class:
@@ -255,7 +263,7 @@ def make_report(
     found = {name: None if side is None else side_report(side) for name, side in sides.items()}
     unseen = sides["unseen"]
     if unseen is not None:
-        found["unseen"] |= unseen_report(unseen, threshold["value"])
+        found["unseen"] |= unseen_report(unseen, threshold["value"], facts["data"] == "cifar100")
     return {
         **facts,
         "threshold": threshold,
@@ -268,27 +276,24 @@ def make_report(
 
 def side_report(side: Side) -> dict:
     """Figures of one side, in percent."""
-    tables = {"triplet_accuracy": side.triplets, "pair_accuracy": side.pairs}
     return {
-        "images": len(side.labels),
-        "classes": len(side.labels.unique()),
-        **{name: float(table.accuracy()) for name, table in tables.items()},
+        **{name: accuracy.value for name, accuracy in side.accuracies.items()},
         "pair_accuracy_oracle": side.curve.best()[0],
         "auc": side.curve.auc,
         "eer": side.curve.eer,
-        "ci95": {name: metrics.bootstrap(table) for name, table in tables.items()},
+        "ci95": {name: metrics.interval(accuracy.resampled) for name, accuracy in side.accuracies.items()},
     }
 
 
-def unseen_report(side: Side, threshold: float) -> dict:
-    """What is measured on unseen classes only."""
-    score, constant = published_few_shot(side.z, side.labels, threshold)
-    few_shot = {}
+def unseen_report(side: Side, threshold: float, published: bool) -> dict:
+    """What is measured on unseen classes only, with the `published` score or without."""
+    score, constant = published_few_shot(side.z, side.labels, threshold) if published else (None, None)
+    few_shot, some = {}, metrics.enough(side.labels)
     for name, accuracies in side.episodes.items():
         few_shot[name] = None
         if accuracies is not None:
             mean, half = metrics.mean_interval(accuracies)
-            few_shot[name] = {"accuracy": mean, "ci95": half}
+            few_shot[name] = {"accuracy": mean, "ci95": half if some else None, "episodes": len(accuracies)}
     adapted = {"support": None, "published": None}
     return {"published_protocol": score, "constant_answer": constant, "few_shot": few_shot, "adapted": adapted}
 
@@ -310,11 +315,10 @@ def published_few_shot(z: Tensor, labels: Tensor, threshold: float) -> tuple[flo
 
 def class_rows(side: Side, names: list[str]) -> list[dict]:
     """One row a class: its own anchors' triplets, the pairs it takes part in."""
-    labels = side.labels.unique().tolist()
-    accuracies = zip(labels, side.triplets.per_class().tolist(), side.pairs.per_class().tolist(), strict=True)
     return [
-        {"label": label, "name": names[label], "triplet_accuracy": triplet, "pair_accuracy": pair}
-        for label, triplet, pair in accuracies
+        {"label": label, "name": names[label]}
+        | {name: float(of.per_class[row]) for name, of in side.accuracies.items()}
+        for row, label in enumerate(side.labels.unique().tolist())
     ]
 
 
@@ -341,19 +345,28 @@ def evaluate(
     loaded: Loaded, threshold: dict, thresholds: dict[str, float], options: Options
 ) -> tuple[dict, dict[str, Side | None]]:
     """The report of one checkpoint and what it was made from, by side: seen, unseen."""
-    sides = {}
+    sides, measured, notes = {}, {}, []
     for name, classes in (("seen", loaded.seen), ("unseen", loaded.unseen)):
         test = loaded.data.test.of(classes)
+        measured[name] = {"classes": len(classes), "images": len(test)}
         z = loaded.embed(test)
         shots = None
         if name == "unseen":
             pictures = loaded.pictures
             shots = (z if len(pictures) == len(test) else loaded.embed(pictures), pictures.labels)
         sides[name] = metrics.measure(test.images, test.labels, z, threshold["value"], shots)
+        too_few = "" if sides[name] or not classes else "; nothing is measured, for want of two images of one class"
+        notes.append(f"{name}: {len(test)} images of {len(classes)} classes{too_few}")
+    trained_on, test = data.hold_back(loaded.data.train.of(loaded.seen))[0], loaded.data.test
+    copies = data.copies(trained_on, test.of(loaded.seen + loaded.unseen))
+    if any(copies):
+        notes.append(f"copies among the test images: {copies[0]} of training images, {copies[1]} of other test images")
+    measured["copies"] = dict(zip(("of_training_images", "of_test_images"), copies, strict=True))
     facts = {"checkpoint": loaded.path, "commit": loaded.commit, "data": loaded.data.name, "split": loaded.split}
     shape = {name: loaded.net.settings[name] for name in ("backbone", "width", "size") if name in loaded.net.settings}
     shape["parameters"] = sum(parameter.numel() for parameter in loaded.net.parameters())
     facts |= {"network": shape, "training": loaded.training, "date": date.today().isoformat()}
+    facts |= {"measured": measured, "notes": notes + loaded.notes}
     made = make_report(facts, threshold, thresholds, sides, loaded.data.class_names)
     if made["unseen"]:
         made["unseen"]["adapted"] = adapted(loaded, threshold, options)
@@ -419,14 +432,14 @@ def main(args: Sequence[str] | None = None) -> None:
         first, first_sides, _ = evaluated[0] if evaluated else (made, sides, None)
         if made is not first and report.comparable(sides, first_sides):
             made["compared_with"] = {"checkpoint": first["checkpoint"]} | report.compare(sides, first_sides)
+        elif made is not first:
+            made["notes"].append(f"not compared with {first['checkpoint']}: measured on other images")
         evaluated.append((made, sides, each.data.class_names))
     reports = [made for made, _, _ in evaluated]
     if options.json:  # before anything that may fail
         cli.write_json(options.json, reports if reports[1:] else first)
     for made in reports:
         report.show(made)
-        if made is not first and made["compared_with"] is None:
-            print("\n" + report.not_compared(made, first))
     if options.report:
         print(f"\nreport: {report.write(options.report, evaluated)}")
 

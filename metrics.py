@@ -15,30 +15,30 @@ from torch import Tensor
 
 FEW_SHOT = {"5w1s": (5, 1), "5w5s": (5, 5), "10w1s": (10, 1), "all1s": (None, 1)}  # way (None: all classes), shot
 SHARES = {"1:1": 0.5, "1:9": 0.1}  # same-class to different-class pairs: share of the former
-ROWS = 500  # of a block of similarities, at most
+ROWS = 500  # of a block of similarities
 LOWEST = -1 - 2**-20  # just below the similarities there can be, rounding included
+SORTED = 100_000_000  # pairs whose similarities are sorted for a ROC curve; more are counted on a grid
+GRID = 2**21  # steps of that grid from 0 to 1, hardly coarser than the rounding errors of the similarities
+FEW_POSITIVES = 40  # comparing with each of so many is faster than a binary search
+LEAST = (5, 10)  # classes and images: an interval from fewer says nothing
+CELLS = 40_000_000  # numbers in a batch of episodes
+COMPARISONS = 1_500_000_000  # of queries with classes, in all episodes of a setting
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs
 
 
-def pair_blocks(z: Tensor, labels: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Every pair of rows of `z` (N, D) once, class after class.
-
-    Yields a class's place among the sorted labels, similarities within it (pairs,), and similarities of n of its images
-    to the M images of all later classes (n, M) with the places of those classes (M,).
-    """
-    index = labels.unique(return_inverse=True)[1]
-    order = torch.argsort(index, stable=True)
-    z, index = z[order], index[order]
-    start = 0
-    for row, end in enumerate(torch.bincount(index).cumsum(0).tolist()):
-        for first in range(start, end, ROWS):
-            own = z[first : min(first + ROWS, end)]
-            inside = own @ z[first:end].T
-            once = torch.triu(torch.ones_like(inside, dtype=torch.bool), 1)
-            yield row, inside[once], own @ z[end:].T, index[end:]
-        start = end
+def pair_blocks(z: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Similarities of all pairs of rows of `z` (N, D), each once, in blocks: of one class (P,), of two classes (Q,)."""
+    order = torch.argsort(labels, stable=True)
+    z, labels = z[order], labels[order]
+    for first in range(0, len(z), ROWS):
+        own, classes = z[first : first + ROWS], labels[first : first + ROWS]
+        end = int(torch.searchsorted(labels, classes[-1], right=True))  # from here on all are of later classes
+        near = own @ z[first:end].T
+        once = torch.ones_like(near, dtype=torch.bool).triu(1)
+        same = classes[:, None] == labels[first:end]
+        yield near[same & once], torch.cat((near[~same & once], (own @ z[end:].T).flatten()))
 
 
 @dataclass(frozen=True)
@@ -84,39 +84,65 @@ class Roc:
 
 
 def roc(z: Tensor, labels: Tensor) -> Roc | None:
-    """The errors of every threshold on rows `z` (N, D) with `labels` (N,); None without pairs of both kinds."""
-    same = torch.cat([inside for _, inside, _, _ in pair_blocks(z, labels)] or [z.new_empty(0)])
+    """The errors of every threshold on rows `z` (N, D) with `labels` (N,); None without pairs of both kinds.
+
+    With more than SORTED pairs, similarities are rounded to multiples of 1 / GRID.
+    """
+    count = count_sorted if len(z) * (len(z) - 1) // 2 <= SORTED else count_on_grid
+    values, counts, below, up_to, beneath, total = count(z, labels)
+    n_same = int(counts.sum())
+    if not n_same or not total:
+        return None
+    rejected = counts.double().cumsum(0) / n_same
+    false_reject, false_accept = rejected - counts.double() / n_same, 1 - below.double() / total
+    auc = float((counts * (below + up_to).double()).sum()) / (2 * n_same * total)
+    accepted = torch.stack((false_accept, 1 - up_to.double() / total), 1)
+    eer = equal_error(torch.stack((false_reject, rejected), 1).flatten(), accepted.flatten())
+    thresholds = (values.double() + beneath.double()) / 2
+    return Roc(thresholds, false_reject, false_accept, 100 * auc, 100 * eer)
+
+
+def count_sorted(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """The distinct similarities of same-class pairs, rising, (U,); how many such pairs have each; how many
+    different-class pairs lie below it, and up to it; the next lower similarity of any pair; all different-class pairs.
+    """
+    same = torch.cat([inside for inside, _ in pair_blocks(z, labels)] or [z.new_empty(0)])
     values, counts = same.unique(return_counts=True)
-    below, up_to = torch.zeros(2, len(values), dtype=torch.int64)  # different-class pairs
-    beneath = torch.cat((values.new_tensor([LOWEST]), values[:-1])) if len(values) else values  # next lower similarity
+    below, up_to = torch.zeros(2, len(values), dtype=torch.int64)
+    beneath = torch.cat((values.new_tensor([LOWEST]), values[:-1])) if len(values) else values
     total = 0
-    for _, _, across, _ in pair_blocks(z, labels):
-        if not across.numel():
+    for _, across in pair_blocks(z, labels):
+        if not len(across):
             continue
-        ordered = torch.from_numpy(np.sort(across.numpy(), axis=None))  # ten times as fast as torch's
+        ordered = torch.from_numpy(np.sort(across.numpy()))  # ten times as fast as torch's
         place = torch.searchsorted(ordered, values)
         below += place
         up_to += torch.searchsorted(ordered, values, right=True)
         beneath = torch.maximum(beneath, torch.where(place > 0, ordered[(place - 1).clamp(min=0)], LOWEST))
         total += len(ordered)
-    if not len(same) or not total:
-        return None
-    rejected = counts.double().cumsum(0) / len(same)
-    false_reject, false_accept = rejected - counts.double() / len(same), 1 - below.double() / total
-    auc = float((counts * (below + up_to).double()).sum()) / (2 * len(same) * total)
-    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    eer = equal_error(
-        torch.cat((torch.stack((false_reject, rejected), 1).flatten(), one)),
-        torch.cat((torch.stack((false_accept, 1 - up_to.double() / total), 1).flatten(), zero)),
-    )
-    thresholds = (values.double() + beneath.double()) / 2
-    return Roc(thresholds, false_reject, false_accept, 100 * auc, 100 * eer)
+    return values, counts, below, up_to, beneath, total
+
+
+def count_on_grid(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """As `count_sorted`, of similarities rounded to multiples of 1 / GRID: the memory does not grow with the pairs."""
+    counts = torch.zeros(2, 2 * GRID + 1, dtype=torch.int64)  # different, same
+    for inside, across in pair_blocks(z, labels):
+        for row, similarity in enumerate((across, inside)):
+            step = similarity.mul_(GRID).add_(GRID).round_().clamp_(0, 2 * GRID).int()
+            counts[row] += torch.bincount(step, minlength=2 * GRID + 1)
+    different, same = counts
+    steps = same.nonzero()[:, 0]
+    taken = torch.cat((torch.tensor([-2]), counts.sum(0).nonzero()[:, 0]))  # -2 is the step of LOWEST
+    beneath = taken[torch.searchsorted(taken, steps) - 1]
+    values, beneath = steps.double() / GRID - 1, beneath.double() / GRID - 1
+    up_to = different.cumsum(0)[steps]
+    return values, same[steps], up_to - different[steps], up_to, beneath, int(different.sum())
 
 
 def equal_error(false_reject: Tensor, false_accept: Tensor) -> float:
     """Where two error rates at rising thresholds, (T,) float64 each, meet; linear in between."""
-    rising = torch.cat((torch.zeros(1, dtype=torch.float64), false_reject))
-    falling = torch.cat((torch.ones(1, dtype=torch.float64), false_accept))
+    none, all_ = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    rising, falling = torch.cat((none, false_reject, all_)), torch.cat((all_, false_accept, none))
     after = int((rising >= falling).int().argmax())
     gap_before, gap_after = falling[after - 1] - rising[after - 1], falling[after] - rising[after]
     share = gap_before / (gap_before - gap_after)
@@ -129,10 +155,10 @@ def pair_errors(z: Tensor, labels: Tensor, thresholds: list[float]) -> tuple[Ten
     Both kinds of pairs must exist.
     """
     counts = torch.zeros(2, len(thresholds) + 1, dtype=torch.float64)  # accepted by each, and all; different, same
-    for _, inside, across, _ in pair_blocks(z, labels):
+    for inside, across in pair_blocks(z, labels):
         for row, similarity in enumerate((across, inside)):
-            accepted = [int((similarity > threshold).sum()) for threshold in thresholds]
-            counts[row] += torch.tensor([*accepted, similarity.numel()], dtype=torch.float64)
+            accepted = [torch.count_nonzero(similarity > threshold) for threshold in thresholds]
+            counts[row] += torch.tensor([*accepted, len(similarity)], dtype=torch.float64)
     different, same = counts[:, :-1] / counts[:, -1:]
     return different, 1 - same
 
@@ -141,95 +167,93 @@ def pair_histogram(z: Tensor, labels: Tensor, bins: int = 2000) -> Tensor:
     """How many similarities of pairs lie in each of `bins` equal parts of -1..1: (2, bins) float64, different classes
     first, then same."""
     counts = torch.zeros(2, bins, dtype=torch.float64)
-    for _, inside, across, _ in pair_blocks(z, labels):
+    for inside, across in pair_blocks(z, labels):
         for row, similarity in enumerate((across, inside)):
-            counts[row] += torch.histc(similarity.clamp(-1, 1), bins, -1, 1).double()
+            counts[row] += torch.histc(similarity.clamp_(-1, 1), bins, -1, 1).double()
     return counts
 
 
-@dataclass(frozen=True)
-class PairTable:
-    """Pairs between each two classes: how many there are, how many are accepted; (C, C) each, symmetric, float64."""
-
-    accepted: Tensor
-    total: Tensor
-
-    def accuracy(self, weight: Tensor | None = None) -> Tensor:
-        """Balanced pair accuracy in percent; `weight` (R, C): how often each class counts in each of R resamples."""
-        weight = torch.ones(1, len(self.total)) if weight is None else weight
-        weight = weight.double()
-        accepted, total = self.accepted.diagonal(), self.total.diagonal()
-        hit = (weight @ accepted) / (weight @ total)
-        crossed = torch.stack([self.total - self.accepted, self.total]) * (
-            1 - torch.eye(len(total), dtype=torch.float64)
-        )
-        refused, all_crossed = torch.einsum("rc,kcd,rd->kr", weight, crossed, weight)
-        return 50 * (hit + refused / all_crossed)
-
-    def per_class(self) -> Tensor:
-        """Balanced accuracy (C,) of the pairs that each class takes part in."""
-        others = self.total.sum(1) - self.total.diagonal()
-        refused = others - self.accepted.sum(1) + self.accepted.diagonal()
-        return 50 * (self.accepted.diagonal() / self.total.diagonal() + refused / others)
-
-
-def pair_table(z: Tensor, labels: Tensor, threshold: float) -> PairTable:
-    """The pairs of rows `z` (N, D) by class; the table's rows are the sorted labels that occur."""
-    images = torch.bincount(labels.unique(return_inverse=True)[1]).double()
-    accepted = torch.zeros(len(images), len(images), dtype=torch.float64)
-    for row, inside, across, others in pair_blocks(z, labels):
-        accepted[row, row] += (inside > threshold).sum()
-        accepted[row].index_add_(0, others, (across > threshold).sum(0).double())
-    total = torch.outer(images, images)
-    total.diagonal().copy_(images * (images - 1) / 2)
-    return PairTable(accepted + accepted.triu(1).T, total)
-
-
-# ------------------------------------------------------------------------------------------------------------- triplets
+# ----------------------------------------------------------------------------------------------------------- accuracies
 
 
 @dataclass(frozen=True)
-class TripletTable:
-    """For anchors of one class and negatives of another: share of right triplets (C, C), 0..1; images a class (C,)."""
+class Accuracy:
+    """An accuracy in percent."""
 
-    right: Tensor
-    images: Tensor
-
-    def accuracy(self, weight: Tensor | None = None) -> Tensor:
-        """Triplet accuracy in percent, averaged over anchors; `weight` as in `PairTable.accuracy`."""
-        weight = torch.ones(1, len(self.images)) if weight is None else weight
-        weight = weight.double() * self.images
-        negatives = weight.sum(1, keepdim=True) - weight
-        per_class = (weight @ self.right.T) / negatives
-        anchors = torch.where((self.images > 1) & (negatives > 0), weight, 0)
-        return 100 * (anchors * per_class.nan_to_num()).sum(1) / anchors.sum(1)
-
-    def per_class(self) -> Tensor:
-        """Triplet accuracy (C,) of each class's anchors."""
-        return 100 * (self.right @ self.images) / (self.images.sum() - self.images)
+    value: float
+    per_class: Tensor  # (C,) float64, by sorted label; NaN for a class of one image
+    resampled: Tensor  # (R,) float64, in resamples of the classes
 
 
-def triplet_table(z: Tensor, labels: Tensor) -> TripletTable:
-    """All triplets of rows `z` (N, D); one is right if the positive is more similar, so a tie is wrong."""
-    classes, index = labels.unique(return_inverse=True)
-    images = torch.bincount(index).double()
-    right = torch.zeros(len(classes), len(classes), dtype=torch.float64)
-    for row in range(len(classes)):
-        own = index == row
-        n = int(own.sum())
-        if n < 2:
-            continue
-        similarity = z[own] @ z.T  # (n, N)
-        positives = similarity[:, own][~torch.eye(n, dtype=torch.bool)].view(n, n - 1).sort().values
-        negatives = similarity[:, ~own].contiguous()
-        beaten = (n - 1 - torch.searchsorted(positives, negatives, right=True)).sum(0)  # (negatives,)
-        right[row].index_add_(0, index[~own], beaten.double() / (n * (n - 1)))
-    return TripletTable(right / images, images)
+def accuracies(z: Tensor, labels: Tensor, threshold: float, weight: Tensor | None = None) -> dict[str, Accuracy]:
+    """triplet_accuracy of all triplets of rows `z` (N, D), averaged over anchors; balanced pair_accuracy of all pairs.
+
+    A class has the triplets of its anchors, and the pairs it takes part in. A tie is wrong. `weight` (R, C): how often
+    each class counts in each of R resamples; copies of a class are not compared with each other.
+    """
+    index = labels.unique(return_inverse=True)[1]
+    order = torch.argsort(index, stable=True)
+    images = torch.bincount(index).double()  # (C,)
+    weight = torch.cat((torch.ones(1, len(images)), torch.empty(0, len(images)) if weight is None else weight)).double()
+    shown = weight * images  # (1 + R, C): images of each class, in the data and in each resample
+    everything = shown.sum(1, keepdim=True)
+    own, crossed, right = torch.zeros(3, len(images), dtype=torch.float64)
+    all_crossed, all_right = torch.zeros(2, len(shown), dtype=torch.float64)
+    for rows, accepted, beaten in class_blocks(z[order], index[order], threshold):
+        n, place = images[rows], torch.arange(len(images))[rows, None]
+        own[rows] += accepted.gather(1, place)[:, 0]
+        accepted.scatter_(1, place, 0)
+        crossed[rows] += accepted.sum(1)
+        all_crossed += (weight[:, rows] * (weight @ accepted.T)).sum(1)
+        shares = beaten / (n * (n - 1)).clamp(min=1)[:, None]  # summed over negatives
+        right[rows] += shares.sum(1)
+        per_anchor = (weight @ shares.T) / (everything - shown[:, rows])
+        all_right += (shown[:, rows] * per_anchor.nan_to_num()).sum(1)
+    anchors = torch.where((images > 1) & (everything > shown), shown, 0).sum(1)
+    pairs, others = images * (images - 1), len(z) - images
+    all_pairs = everything[:, 0].square() - shown.square().sum(1)
+    refused, all_refused = images * others - crossed, all_pairs - all_crossed
+    found = {
+        "triplet_accuracy": (100 * all_right / anchors, torch.where(images > 1, 100 * right / others, torch.nan)),
+        "pair_accuracy": (
+            50 * ((weight @ own) / (weight @ pairs) + all_refused / all_pairs),
+            50 * (own / pairs + refused / (images * others)),
+        ),
+    }
+    return {name: Accuracy(float(of_all[0]), of_each, of_all[1:]) for name, (of_all, of_each) in found.items()}
 
 
-def triplet_accuracy(z: Tensor, labels: Tensor) -> float:
-    """P(similarity(anchor, positive) > similarity(anchor, negative)) over all triplets, in percent."""
-    return float(triplet_table(z, labels).accuracy())
+def class_blocks(z: Tensor, index: Tensor, threshold: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Counts for blocks of rows of `z` (N, D), sorted by class, `index` (N,).
+
+    Yields the c classes of a block's rows and, for these and each of all classes, (c, C) float64: accepted pairs of a
+    row and an image of the class, and right triplets of a row as the anchor and a negative of the class.
+    """
+    starts = [0, *torch.bincount(index).cumsum(0).tolist()]
+    for first in range(0, len(z), ROWS):
+        similarity = z[first : first + ROWS] @ z.T
+        similarity[:, first:].fill_diagonal_(LOWEST)  # not a pair
+        low, high = int(index[first]), int(index[first : first + ROWS][-1]) + 1
+        accepted, beaten = torch.zeros(2, high - low, len(starts) - 1, dtype=torch.float64)
+        for row in range(low, high):
+            start, end = starts[row], starts[row + 1]
+            anchors = similarity[max(start - first, 0) : end - first]
+            positives = anchors[:, start:end].sort().values[:, 1:]
+            accepted[row - low].index_add_(0, index, (anchors > threshold).sum(0).double())
+            beaten[row - low].index_add_(0, index, less_similar(anchors, positives).double())
+            beaten[row - low, row] = 0
+        yield slice(low, high), accepted, beaten
+
+
+def less_similar(similarity: Tensor, positives: Tensor) -> Tensor:
+    """How many of the positives (n, P) of its row, rising, each similarity (n, M) is below, summed over rows: (M,)."""
+    if positives.shape[1] > FEW_POSITIVES:
+        above = torch.searchsorted(positives.contiguous(), similarity, right=True, out_int32=True)
+        return (positives.shape[1] - above).sum(0)
+    counts = torch.zeros(similarity.shape, dtype=torch.uint8)
+    for positive in positives.T:
+        counts += (similarity < positive[:, None]).view(torch.uint8)
+    return counts.sum(0)
 
 
 # ---------------------------------------------------------------------------------------------------------- calibration
@@ -283,23 +307,30 @@ def probability_same(similarity: float, logistic: list[float]) -> float:
 # ------------------------------------------------------------------------------------------------------------ intervals
 
 
-def bootstrap(
-    table: PairTable | TripletTable, minus: PairTable | TripletTable | None = None, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float] | None:
-    """95 % interval of a table's accuracy, resampling the classes; None if there are fewer than 3.
+def enough(labels: Tensor) -> bool:
+    """Are there enough classes of two images or more, and images in them, for an interval?"""
+    counts = torch.unique(labels, return_counts=True)[1]
+    return int((counts > 1).sum()) >= LEAST[0] and int(counts[counts > 1].sum()) >= LEAST[1]
 
-    With `minus`, a table of the same images by another network: of the difference, in the same resamples. Pairs share
-    images and images share classes, so resampling pairs or images would understate the spread.
+
+def resample(labels: Tensor, resamples: int = 2000, seed: int = 0) -> Tensor:
+    """How often each of C classes, sorted, counts in each of R draws of C classes: (R, C). R is 0 for too few.
+
+    Pairs share images and images share classes, so resampling pairs or images would understate the spread.
     """
-    n = len(table.right if isinstance(table, TripletTable) else table.total)
-    if n < 3:
-        return None
+    n = len(labels.unique())
+    if not enough(labels):
+        return torch.empty(0, n)
     draws = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(seed))
     weight = torch.zeros(resamples, n).scatter_add_(1, draws, torch.ones(resamples, n))
-    weight = weight[(weight > 0).sum(1) > 1]
-    accuracy = table.accuracy(weight) if minus is None else table.accuracy(weight) - minus.accuracy(weight)
-    low, high = torch.quantile(accuracy, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    return weight[(weight > 0).sum(1) > 1]
+
+
+def interval(values: Tensor) -> tuple[float, float] | None:
+    """95 % interval of a figure from its values in resamples (R,) float64; None without any."""
+    values = values[~values.isnan()]
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return tuple(torch.quantile(values, ends).tolist()) if len(values) else None
 
 
 def mean_interval(values: Tensor) -> tuple[float, float]:
@@ -315,8 +346,9 @@ def draw_episodes(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of episodes: places of the classes among the sorted labels (E, way), images (E, way, shot + queries).
 
-    `queries` a class, fewer if the smallest class has fewer than shot + queries images. Nothing if there are fewer than
-    `way` classes or no query is left. The same labels and settings give the same episodes.
+    `queries` a class, fewer if the smallest class has fewer than shot + queries images. Fewer episodes, but at least
+    20, if they hold more than COMPARISONS of queries with classes. Nothing if there are fewer than `way` classes or no
+    query is left. The same labels and settings give the same episodes.
     """
     classes, counts = labels.unique(return_counts=True)
     queries = min(queries, int(counts.min()) - shot)
@@ -325,7 +357,9 @@ def draw_episodes(
     generator = torch.Generator().manual_seed(seed)
     order, starts = torch.argsort(labels, stable=True), counts.cumsum(0) - counts
     slots = torch.arange(int(counts.max()))
-    for size in [250] * (episodes // 250) + [episodes % 250] * (episodes % 250 > 0):
+    episodes = min(episodes, max(20, COMPARISONS // (way * queries * way)))
+    batch = min(250, max(1, CELLS // (way * max(len(slots), way * (shot + queries)))))
+    for size in [batch] * (episodes // batch) + [episodes % batch] * (episodes % batch > 0):
         rows = torch.rand(size, len(classes), generator=generator).topk(way).indices  # (E, way)
         chance = torch.rand(size, way, len(slots), generator=generator)
         chance -= (slots >= counts[rows][:, :, None]).float()
@@ -340,7 +374,9 @@ def classify(z: Tensor, images: Tensor, shot: int) -> Tensor:
     """
     rows = z[images]  # (E, way, shot + queries, D)
     support = F.normalize(rows[:, :, :shot].mean(2), dim=2)
-    return torch.einsum("ewqd,evd->ewqv", rows[:, :, shot:], support).argmax(3)
+    part = max(1, CELLS // (support[..., 0].numel() * rows.shape[2]))  # classes whose queries are compared at once
+    found = [torch.einsum("ewqd,evd->ewqv", some, support).argmax(3) for some in rows[:, :, shot:].split(part, 1)]
+    return torch.cat(found, 1)
 
 
 def episode_accuracies(z: Tensor, labels: Tensor, way: int, shot: int, **settings: int) -> Tensor | None:
@@ -351,12 +387,6 @@ def episode_accuracies(z: Tensor, labels: Tensor, way: int, shot: int, **setting
         for _, images in draw_episodes(labels, way, shot, **settings)
     ]
     return 100 * torch.cat(found) if found else None
-
-
-def few_shot(z: Tensor, labels: Tensor, way: int, shot: int, **settings: int) -> tuple[float, float] | None:
-    """(accuracy, half width of its 95 % interval) of N-way K-shot classification of rows `z` (N, D)."""
-    accuracies = episode_accuracies(z, labels, way, shot, **settings)
-    return None if accuracies is None else mean_interval(accuracies)
 
 
 # --------------------------------------------------------------------------------------------------------- one side
@@ -370,8 +400,7 @@ class Side:
     labels: Tensor  # (N,)
     z: Tensor  # (N, D) embeddings of length 1
     curve: Roc
-    pairs: PairTable
-    triplets: TripletTable
+    accuracies: dict[str, Accuracy]  # of triplets and of pairs
     episodes: dict[str, Tensor | None]  # accuracies (episodes,) in the settings of FEW_SHOT; empty for seen classes
 
 
@@ -385,9 +414,6 @@ def measure(
     curve = roc(z, labels)
     if curve is None:
         return None
-    episodes = {}
-    if shots is not None:
-        for name, (way, shot) in FEW_SHOT.items():
-            episodes[name] = episode_accuracies(*shots, way or len(labels.unique()), shot)
-    pairs, triplets = pair_table(z, labels, threshold), triplet_table(z, labels)
-    return Side(images, labels, z, curve, pairs, triplets, episodes)
+    ways = {name: (way or len(labels.unique()), shot) for name, (way, shot) in FEW_SHOT.items() if shots}
+    episodes = {name: episode_accuracies(*shots, *setting) for name, setting in ways.items()}
+    return Side(images, labels, z, curve, accuracies(z, labels, threshold, resample(labels)), episodes)

@@ -327,12 +327,12 @@ def check_structure(saved: dict, path: str | os.PathLike) -> None:
         return isinstance(values, list) and all(type(label) is int and 0 <= label < len(classes) for label in values)
 
     data, threshold, network = saved["data"], saved["threshold"], saved.get("network", {})
-    defaults = {"seen": None, "validation": [], "unseen": []}  # the last two may be missing
+    defaults = {"seen": None, "validation": [], "unseen": []}  # the last two may be missing, and "learned_before"
     wrong = []
     if not isinstance(saved["options"], dict):
         wrong.append("options")
-    classes = data.get("classes") if isinstance(data, dict) else None
-    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+    classes, before = (data.get("classes"), data.get("learned_before", [])) if isinstance(data, dict) else (None, None)
+    if not all(isinstance(each, list) and all(isinstance(name, str) for name in each) for each in (classes, before)):
         wrong.append("classes")
     elif not all(labels(data.get(name, default), classes) for name, default in defaults.items()):
         wrong.append("labels of the classes")

@@ -79,11 +79,13 @@ class Table:
 
 def tables(report: dict) -> Iterator[Table]:
     """The tables of a report."""
-    yield side_table(report)
-    yield threshold_table(report)
+    if report["seen"] or report["unseen"]:
+        yield side_table(report)
+        yield threshold_table(report)
     if report["unseen"] is not None:
         rows = [few_shot_row(report, name) for name in FEW_SHOT]
-        yield Table("One or five pictures of each unseen class", ["", "accuracy", "95 %", "chance"], rows)
+        title = "One or five pictures of each unseen class; ± is the 95 % interval of the draw of episodes only"
+        yield Table(title, ["", "accuracy", "95 %", "chance"], rows)
         if report["unseen"]["adapted"]["support"]:
             yield adapted_table(report)
         yield class_table(report)
@@ -96,7 +98,7 @@ def tables(report: dict) -> Iterator[Table]:
 def with_interval(figures: dict, name: str) -> str:
     """A figure with its 95 % interval."""
     value, interval = figures[name], figures["ci95"][name]
-    return f"{value:.1f}" if interval is None else f"{value:.1f} ({interval[0]:.1f}..{interval[1]:.1f})"
+    return cli.cell(value) + ("" if interval is None else f" ({interval[0]:.1f}..{interval[1]:.1f})")
 
 
 def side_table(report: dict) -> Table:
@@ -131,8 +133,9 @@ def few_shot_row(report: dict, name: str) -> list:
     way, shot = FEW_SHOT[name]
     setting = f"{way}-way" if way else f"all {len(report['per_class'])},"
     found = report["unseen"]["few_shot"][name]
-    accuracy = [None, None] if found is None else [found["accuracy"], f"± {found['ci95']:.2f}"]
-    return [f"{setting} {shot}-shot", *accuracy, 100 / (way or len(report["per_class"]))]
+    accuracy, half = (found["accuracy"], found["ci95"]) if found else (None, None)
+    interval = None if half is None else f"± {half:.2f}"
+    return [f"{setting} {shot}-shot", accuracy, interval, 100 / (way or len(report["per_class"]))]
 
 
 def adapted_table(report: dict) -> Table:
@@ -149,7 +152,7 @@ def adapted_table(report: dict) -> Table:
         rows.append([*row, f"{found['difference']['difference']:+.2f} ({low:+.2f}..{high:+.2f})"])
     title = (
         f"{support['steps']} steps (learning rate {support['lr']:g}) of the last block on augmented support images, "
-        f"each query alone; the same {support['episodes']} episodes"
+        f"each query alone; intervals are of the draw of {support['episodes']} episodes only"
     )
     return Table(title, ["adapted to support images", "zero steps", "adapted", "difference"], rows)
 
@@ -194,12 +197,11 @@ def comparison_table(report: dict) -> Table:
             text = "" if interval is None else f"{interval[0]:+.1f}..{interval[1]:+.1f}"
             verdict = "" if interval is None or interval[0] <= 0 <= interval[1] else "differs"
             rows.append([f"{side} {figure.replace('_', ' ')}", f"{found['difference']:+.1f}", text, verdict])
-    title = f"{report['checkpoint']} minus {compared['checkpoint']}, on the same images and episodes"
+    title = (
+        f"{report['checkpoint']} minus {compared['checkpoint']}, on the same images and episodes; intervals are by "
+        "resampling classes, for few-shot accuracy of the draw of episodes only"
+    )
     return Table(title, ["points", "difference", "95 %", ""], rows)
-
-
-def not_compared(report: dict, first: dict) -> str:
-    return f"{report['checkpoint']} is not compared with {first['checkpoint']}: it was measured on other images"
 
 
 # ---------------------------------------------------------------------------------------------------------- comparison
@@ -207,12 +209,8 @@ def not_compared(report: dict, first: dict) -> str:
 
 def comparable(a: dict[str, Side | None], b: dict[str, Side | None]) -> bool:
     """Were both measured on the same images?"""
-    for one, other in zip(a.values(), b.values(), strict=True):
-        if (one is None) != (other is None):
-            return False
-        if one is not None and not (torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)):
-            return False
-    return True
+    both = [(a[name], b[name]) for name in a if a[name] or b[name]]
+    return all(x and y and torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) for x, y in both)
 
 
 def compare(sides: dict[str, Side | None], other: dict[str, Side | None]) -> dict:
@@ -225,18 +223,15 @@ def compare(sides: dict[str, Side | None], other: dict[str, Side | None]) -> dic
         if side is None:
             found[name] = None
             continue
-        tables = {
-            "triplet_accuracy": (side.triplets, other[name].triplets),
-            "pair_accuracy": (side.pairs, other[name].pairs),
-        }
-        rows = {
-            figure: {"difference": float(a.accuracy() - b.accuracy()), "ci95": metrics.bootstrap(a, b)}
-            for figure, (a, b) in tables.items()
-        }
+        rows, theirs = {}, other[name]
+        for figure, a in side.accuracies.items():
+            b = theirs.accuracies[figure]
+            rows[figure] = {"difference": a.value - b.value, "ci95": metrics.interval(a.resampled - b.resampled)}
         for setting, accuracies in side.episodes.items():
             if accuracies is not None:
-                mean, half = metrics.mean_interval(accuracies - other[name].episodes[setting])
-                rows[setting] = {"difference": mean, "ci95": (mean - half, mean + half)}
+                mean, half = metrics.mean_interval(accuracies - theirs.episodes[setting])
+                interval = (mean - half, mean + half) if metrics.enough(side.labels) else None
+                rows[setting] = {"difference": mean, "ci95": interval}
         found[name] = rows
     return found
 
@@ -246,10 +241,10 @@ def compare(sides: dict[str, Side | None], other: dict[str, Side | None]) -> dic
 
 def show(report: dict) -> None:
     """Print a report."""
-    print("", *facts(report), sep="\n")
+    print("", *map(cli.printable, facts(report)), sep="\n")
     for table in tables(report):
         print("\n" + table.text())
-    if report["unseen"] is not None:
+    if report["unseen"] and report["unseen"]["published_protocol"] is not None:
         print("\n" + protocol_text(report))
 
 
@@ -261,12 +256,11 @@ def facts(report: dict) -> list[str]:
     if training.get("seconds") is not None:
         minutes = training["seconds"] / 60
         text += f"; trained for {training['step']} steps, {training['images']} images, {minutes:.1f} minutes"
-    sides = [(name, report[name]) for name in ("seen", "unseen") if report[name] is not None]
-    images = " and ".join(f"{side['images']} images of {side['classes']} {name} classes" for name, side in sides)
     return [
         f"{report['checkpoint']}: {report['data']}, split {report['split']} (seen-unseen){start_text(report)}",
         text + (f"; commit {report['commit']}" if report["commit"] else ""),
-        f"evaluated on {report['date']}" + (f" with {images}" if images else ""),
+        f"evaluated on {report['date']}",
+        *report["notes"],
         threshold_text(report["threshold"]),
     ]
 
@@ -312,7 +306,8 @@ def write(folder: str | os.PathLike, evaluated: list[tuple[dict, dict[str, Side 
     for number, (report, sides, names) in enumerate(evaluated, 1):
         place = folder / str(number) if len(evaluated) > 1 else folder
         place.mkdir(parents=True, exist_ok=True)
-        drawn = figures.of_report(report, {name: side for name, side in sides.items() if side is not None}, names)
+        sides = {name: side for name, side in sides.items() if side is not None}
+        drawn = figures.of_report(report, sides, names) if sides else {}
         for name, picture in drawn.items():
             for theme, file in picture.files.items():
                 with cli.writing(place / (f"{name}.png" if theme == "light" else f"{name}-{theme}.png")) as path:
@@ -347,8 +342,7 @@ def overview(reports: list[dict]) -> str:
         parts.append(f'<section><h2><a href="{number}/index.html">{html.escape(title)}</a></h2>')
         parts += [paragraphs(lines), cards(report), "</section>"]
     compared = [comparison_table(report).html() for report in reports if report["compared_with"]]
-    others = [not_compared(report, reports[0]) for report in reports[1:] if not report["compared_with"]]
-    return document(f"{len(reports)} checkpoints", *parts, paragraphs(others), "<main>", *compared, "</main>")
+    return document(f"{len(reports)} checkpoints", *parts, "<main>", *compared, "</main>")
 
 
 def document(title: str, *parts: str) -> str:
@@ -379,7 +373,8 @@ def cards(report: dict) -> str:
     for name in side.get("few_shot", {}):
         setting, accuracy, interval, chance = few_shot_row(report, name)
         if accuracy is not None and name != "all1s":
-            found.append((setting, accuracy, f"{interval}, chance {chance:.0f} %"))
+            episodes = f"{interval} over episodes, " if interval else ""
+            found.append((setting, accuracy, f"{episodes}chance {chance:.0f} %"))
     items = (f"<li><span>{name}</span><b>{value:.1f}<i> %</i></b><small>{note}</small>" for name, value, note in found)
     return f"<ul class=cards>{''.join(items)}</ul>"
 

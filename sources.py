@@ -63,7 +63,8 @@ class Images:
 
     def of(self, classes: list[int]) -> "Images":
         """The images of these classes, in their order; labels keep their values."""
-        return self[torch.isin(self.labels, torch.tensor(classes, dtype=torch.int64)).nonzero()[:, 0]]
+        chosen = torch.isin(self.labels, torch.tensor(classes, dtype=torch.int64))
+        return self if chosen.all() else self[chosen.nonzero()[:, 0]]
 
     def split(self, last: Tensor) -> tuple["Images", "Images"]:
         """(the rest, the last `last[label]` images of each class)."""
@@ -251,8 +252,9 @@ def few_shot_data(name: str, class_names: list[str], train: Images, test: Images
 
 
 def last_sixth(images: Images) -> tuple[Images, Images]:
-    """(the rest, the last sixth of each class, at least one image)."""
-    return images.split((torch.bincount(images.labels) // 6).clamp(min=1))
+    """(the rest, the last sixth of each class, at least one image, or two of five or more)."""
+    counts = torch.bincount(images.labels)
+    return images.split(torch.where(counts < 5, 1, (counts // 6).clamp(min=2)))
 
 
 def listed(names: list[str], between: str = ", ") -> str:

@@ -118,10 +118,10 @@ def given_weights(options: cli.NetworkOptions, train: data.TrainingData) -> tupl
     if model.is_ours(saved):
         if options.pixel_mean is not None:
             raise ValueError(f"{options.weights} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
-        theirs, classes = saved["data"], train.facts["classes"]
-        learned = {theirs["classes"][label] for label in theirs["seen"]}
-        if learned & {classes[label] for label in train.facts["unseen"]}:
+        learned = data.trained_classes(saved["data"])
+        if learned & {train.facts["classes"][label] for label in train.facts["unseen"]}:
             raise ValueError(f"{options.weights} was trained on classes that are unseen here; give it its own --split")
+        train.facts["learned_before"] = sorted(learned)
         settings = model.settings_of(saved)
         statistics = settings["mean"], settings["std"]
     elif options.pixel_mean is not None:
@@ -349,17 +349,17 @@ class Run:
         z, labels = self.embed(self.train.held_back)
         curve = metrics.roc(z, labels)
         pair_accuracy, threshold = curve.best()
-        found = {"triplet_accuracy": metrics.triplet_accuracy(z, labels), "pair_accuracy": pair_accuracy}
-        found |= {"auc": curve.auc, "threshold": threshold}
+        triplets = metrics.accuracies(z, labels, threshold)["triplet_accuracy"].value
+        found = {"triplet_accuracy": triplets, "pair_accuracy": pair_accuracy, "auc": curve.auc, "threshold": threshold}
         self.validation, self.calibration = found, metrics.calibrate(curve, z, labels, ["balanced"])["balanced"]
         if self.train.validation is None:
             return found
         z, labels = self.embed(self.train.validation)
         way = min(5, len(labels.unique()))
         return found | {
-            "new_triplet_accuracy": metrics.triplet_accuracy(z, labels),
+            "new_triplet_accuracy": metrics.accuracies(z, labels, threshold)["triplet_accuracy"].value,
             "new_pair_accuracy": metrics.roc(z, labels).best()[0],
-            "new_one_shot": metrics.few_shot(z, labels, way, 1, episodes=2000)[0],
+            "new_one_shot": float(metrics.episode_accuracies(z, labels, way, 1, episodes=2000).mean()),
         }
 
     def keep_best(self) -> None:

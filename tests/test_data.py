@@ -25,19 +25,21 @@ import train_classic
         (7, "90-10", 2),
         (37, "80-20", 7),
         (10, "3-1", 2),
+        (5, "0-100", 5),
+        (1, "0-1", 1),
     ],
 )
 def test_split_sizes(classes, split, unseen):
     names = [f"class {label}" for label in range(classes)]
     seen, last = data.split_classes(names, split)
     assert last == list(range(classes - unseen, classes)) and seen == list(range(classes - unseen))
-    assert (seen, last) != data.split_classes(names, split, split_seed=1) or unseen == 0
+    assert (seen, last) != data.split_classes(names, split, split_seed=1) or unseen in (0, classes)
     drawn_seen, drawn = data.split_classes(names, split, split_seed=1)
     assert len(drawn) == unseen and sorted(drawn_seen + drawn) == list(range(classes))
     assert data.split_classes(names, split, 1) == data.split_classes(names, split, 1)
 
 
-@pytest.mark.parametrize("split", ["90", "90/10", "0-100", "a-b", "10-1000000", "cifar", "90-10+val", "-1-2", ""])
+@pytest.mark.parametrize("split", ["90", "90/10", "0-0", "a-b", "10-1000000", "cifar", "90-10+val", "-1-2", ""])
 def test_wrong_splits_are_refused(split):
     with pytest.raises(ValueError, match="split"):
         data.split_classes([f"class {label}" for label in range(100)], split)
@@ -154,6 +156,16 @@ def test_held_back_are_the_last_images_of_each_class():
     kept, held = data.hold_back(data.Images(images.repeat(8, 1, 1, 1), labels.repeat(8)), per_class=9)
     assert torch.bincount(held.labels).tolist() == [9, 8, 6]  # a quarter at most
     assert len(kept) == 112 - 23
+
+
+def test_copies_are_counted():
+    """Of training images, and of each other; a picture differs if one value does, or its labels' order in memory."""
+    pixels = torch.randint(0, 256, (6, 4, 4, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    train, test = data.Images(pixels[:4], torch.zeros(4)), data.Images(pixels[[0, 4, 4, 5, 0, 2, 4]], torch.zeros(7))
+    assert data.copies(train, test) == (3, 3)
+    test.images[0, 2, 3, 3] ^= 1
+    assert data.copies(train, test) == (2, 2)
+    assert data.copies(train[torch.empty(0, dtype=torch.int64)], test) == (0, 2)
 
 
 # -------------------------------------------------------------------------------------------------------------- batches

@@ -194,6 +194,7 @@ def nan_weights(saved):
         (lambda saved: saved["threshold"].update(value="0.5"), "threshold"),
         (lambda saved: saved.update(threshold=[0.5]), "threshold"),
         (lambda saved: saved.update(data=None), "classes"),
+        (lambda saved: saved["data"].update(learned_before=[7]), "classes"),
         (lambda saved: saved["data"].update(seen=[99]), "labels of the classes"),
         (lambda saved: saved["data"].pop("seen"), "labels of the classes"),
         (lambda saved: saved["data"].update(classes=7), "classes"),

@@ -1,6 +1,9 @@
 """metrics.py against brute force over pairs and triplets, and against scikit-learn."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,11 +36,19 @@ def balanced(similarity, same, threshold):
     return 50 * ((similarity[same] > threshold).mean() + (similarity[~same] <= threshold).mean())
 
 
+def few_shot(z, labels, way, shot, **settings):
+    """Accuracy and half the width of its interval."""
+    return metrics.mean_interval(metrics.episode_accuracies(z, labels, way, shot, **settings))
+
+
 CASES = [(60, 5, None), (90, 7, 4), (700, 9, None), (40, 3, 4)]
 
 
+@pytest.mark.parametrize("sorts", [True, False])
 @pytest.mark.parametrize(("images", "classes", "levels"), CASES)
-def test_pair_statistics(images, classes, levels):
+def test_pair_statistics(images, classes, levels, sorts, monkeypatch):
+    if not sorts:
+        monkeypatch.setattr(metrics, "SORTED", 0)
     z, labels = embeddings(images, classes, levels=levels)
     similarity, same = all_pairs(z, labels)
     found = metrics.roc(z, labels)
@@ -59,21 +70,22 @@ def test_the_oracle_threshold_is_the_middle_of_its_interval():
 
 @pytest.mark.parametrize(("images", "classes", "levels"), CASES)
 @pytest.mark.parametrize("threshold", [-0.3, 0.25, 0.5])
-def test_pair_table(images, classes, levels, threshold):
+def test_pair_accuracy(images, classes, levels, threshold):
     z, labels = embeddings(images, classes, levels=levels)
     similarity, same = all_pairs(z, labels)
-    table = metrics.pair_table(z, labels, threshold)
-    assert float(table.accuracy()) == pytest.approx(balanced(similarity, same, threshold), abs=1e-3)
-    assert table.total.diagonal().sum() + table.total.triu(1).sum() == len(z) * (len(z) - 1) / 2
+    found = metrics.accuracies(z, labels, threshold)["pair_accuracy"]
+    assert found.value == pytest.approx(balanced(similarity, same, threshold), abs=1e-3)
     for row, label in enumerate(labels.unique()):
         i, j = torch.triu_indices(len(z), len(z), 1)
         member = ((labels[i] == label) | (labels[j] == label)).numpy()
         expected = balanced(similarity[member], same[member], threshold)
-        assert float(table.per_class()[row]) == pytest.approx(expected, abs=1e-3)
+        assert float(found.per_class[row]) == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("few", [metrics.FEW_POSITIVES, 0])
 @pytest.mark.parametrize(("images", "classes", "levels"), CASES[:2])
-def test_triplet_accuracy(images, classes, levels):
+def test_triplet_accuracy(images, classes, levels, few, monkeypatch):
+    monkeypatch.setattr(metrics, "FEW_POSITIVES", few)
     z, labels = embeddings(images, classes, levels=levels)
     similarity = z @ z.T
     per_anchor = {}
@@ -83,10 +95,11 @@ def test_triplet_accuracy(images, classes, levels):
         if positives and negatives:
             right = [bool(similarity[a, p] > similarity[a, n]) for p, n in itertools.product(positives, negatives)]
             per_anchor[a] = 100 * np.mean(right)
-    assert metrics.triplet_accuracy(z, labels) == pytest.approx(np.mean(list(per_anchor.values())), abs=1e-3)
+    found = metrics.accuracies(z, labels, 0.0)["triplet_accuracy"]
+    assert found.value == pytest.approx(np.mean(list(per_anchor.values())), abs=1e-3)
     for row, label in enumerate(labels.unique()):
         own = [value for a, value in per_anchor.items() if labels[a] == label]
-        assert float(metrics.triplet_table(z, labels).per_class()[row]) == pytest.approx(np.mean(own), abs=1e-3)
+        assert float(found.per_class[row]) == pytest.approx(np.mean(own), abs=1e-3)
 
 
 @pytest.mark.parametrize(("images", "classes", "levels"), CASES)
@@ -116,7 +129,8 @@ def test_blocks_do_not_matter(monkeypatch):
 
     def figures():
         curve = metrics.roc(z, labels)
-        return curve.auc, curve.eer, *curve.best(), float(metrics.pair_table(z, labels, 0.3).accuracy())
+        values = [found.value for found in metrics.accuracies(z, labels, 0.3).values()]
+        return curve.auc, curve.eer, *curve.best(), *values
 
     whole = figures()
     monkeypatch.setattr(metrics, "ROWS", 7)
@@ -128,9 +142,9 @@ def test_constant_embeddings_know_nothing():
     found = metrics.roc(z, labels)
     assert (found.auc, found.eer, found.best()[0]) == (50.0, 50.0, 50.0)
     for threshold in (0.5, 1.0):
-        assert float(metrics.pair_table(z, labels, threshold).accuracy()) == 50
-    assert metrics.triplet_accuracy(z, labels) == 0  # a tie is wrong
-    accuracy, _ = metrics.few_shot(z, labels, 3, 1, episodes=500)
+        values = [found.value for found in metrics.accuracies(z, labels, threshold).values()]
+        assert values == [0, 50]  # of triplets, where a tie is wrong, and of pairs
+    accuracy, _ = few_shot(z, labels, 3, 1, episodes=500)
     assert accuracy == pytest.approx(100 / 3)
 
 
@@ -139,18 +153,31 @@ def test_degenerate_inputs():
     assert metrics.roc(z, torch.zeros(10, dtype=torch.long)) is None  # one class
     assert metrics.roc(z, torch.arange(10)) is None  # no two of a class
     lonely = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1, 2])  # a class of one image has no positive pair
-    assert 0 <= metrics.triplet_accuracy(z, lonely) <= 100
-    assert metrics.bootstrap(metrics.pair_table(z, torch.arange(10) % 2, 0.5)) is None  # 2 classes
+    for found in metrics.accuracies(z, lonely, 0.5).values():
+        assert 0 <= found.value <= 100 and found.per_class.isnan().tolist() == [False, False, True]
 
 
-@pytest.mark.parametrize("make", [metrics.triplet_table, lambda z, labels: metrics.pair_table(z, labels, 0.2)])
-def test_resampling_classes_equals_copying_them(make):
+@pytest.mark.parametrize(
+    ("classes", "images", "some"), [(4, 400, False), (5, 9, False), (5, 10, True), (90, 180, True)]
+)
+def test_there_is_no_interval_from_too_few(classes, images, some):
+    labels = torch.arange(images) % classes
+    weight = metrics.resample(labels)
+    assert (len(weight) > 1900 if some else len(weight) == 0) and metrics.enough(labels) == some
+    z = torch.randn(images, 4, generator=torch.Generator().manual_seed(0))
+    for found in metrics.accuracies(normalize(z), labels, 0.3, weight).values():
+        assert (metrics.interval(found.resampled) is not None) == some
+
+
+@pytest.mark.parametrize("figure", ["triplet_accuracy", "pair_accuracy"])
+def test_resampling_classes_equals_copying_them(figure):
     """A class drawn twice counts as two classes that are never compared with each other."""
     z, labels = embeddings(120, 5)
-    accuracy = float(make(z, labels).accuracy(torch.tensor([[2.0, 0, 1, 1, 1]])))
+    weight = torch.tensor([[2.0, 0, 1, 1, 1]])
+    accuracy = float(metrics.accuracies(z, labels, 0.2, weight)[figure].resampled)
     similarity = z @ z.T
     counts = torch.tensor([2.0, 0, 1, 1, 1])[labels]
-    if make is metrics.triplet_table:
+    if figure == "triplet_accuracy":
         total = weight = 0.0
         for a in range(len(z)):
             same = (labels == labels[a]) & (torch.arange(len(z)) != a)
@@ -169,29 +196,54 @@ def test_resampling_classes_equals_copying_them(make):
 
 def test_bootstrap_covers_the_spread_between_classes():
     z, labels = embeddings(400, 20)
-    table = metrics.pair_table(z, labels, 0.3)
-    low, high = metrics.bootstrap(table)
-    assert low < float(table.accuracy()) < high and 1 < high - low < 30
-    assert (low, high) == metrics.bootstrap(table)
+    found = metrics.accuracies(z, labels, 0.3, metrics.resample(labels))["pair_accuracy"]
+    low, high = metrics.interval(found.resampled)
+    assert low < found.value < high and 1 < high - low < 30
+    assert torch.equal(metrics.resample(labels), metrics.resample(labels))
 
 
-@pytest.mark.parametrize("make", [metrics.triplet_table, lambda z, labels: metrics.pair_table(z, labels, 0.2)])
-def test_differences_are_paired(make):
+@pytest.mark.parametrize("figure", ["triplet_accuracy", "pair_accuracy"])
+def test_differences_are_paired(figure):
     """Nearly equal embeddings differ by little, however much the classes differ; with itself a table differs by 0."""
     z, labels = embeddings(400, 20)
     near = normalize(z + 0.05 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1)))
-    table, other = make(z, labels), make(near, labels)
-    low, high = metrics.bootstrap(table, other)
-    alone = metrics.bootstrap(table)
-    assert low <= float(table.accuracy() - other.accuracy()) <= high and high - low < (alone[1] - alone[0]) / 3
-    assert metrics.bootstrap(table, table) == (0, 0)
+    weight = metrics.resample(labels)
+    found, other = (metrics.accuracies(rows, labels, 0.2, weight)[figure] for rows in (z, near))
+    low, high = metrics.interval(found.resampled - other.resampled)
+    alone = metrics.interval(found.resampled)
+    assert low <= found.value - other.value <= high and high - low < (alone[1] - alone[0]) / 3
+
+
+def test_many_classes_take_little_memory():
+    """1200 classes of 4 images: an episode of all of them compares 2 million pairs."""
+    code = (
+        "import resource, torch, metrics\n"
+        "labels, z = torch.arange(4800) // 4, torch.nn.functional.normalize(torch.randn(4800, 16))\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "side = metrics.measure(torch.empty(0), labels, z, 0.3, (z, labels))\n"
+        "print(len(side.episodes['all1s']), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    root = Path(metrics.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    episodes, kilobytes = map(int, done.stdout.split())
+    assert episodes == metrics.COMPARISONS // (1200 * 3 * 1200) and kilobytes < 400_000
+
+
+def test_queries_may_be_compared_in_parts(monkeypatch):
+    z, labels = embeddings(150, 8)
+    _, images = next(metrics.draw_episodes(labels, 8, 2, episodes=9))
+    whole = metrics.classify(z, images, 2)
+    monkeypatch.setattr(metrics, "CELLS", 2000)
+    assert torch.equal(metrics.classify(z, images, 2), whole)
+    sizes = [len(rows) for rows, _ in metrics.draw_episodes(labels, 8, 2, episodes=5)]
+    assert sum(sizes) == 5 and max(sizes) == 2
 
 
 def test_few_shot_by_hand():
     """Two classes of two images: with one support each, every query is another image; which ones are right is known."""
     z = torch.tensor([[1.0, 0], [0.8, 0.6], [0, 1], [0.8, -0.6]])
     labels = torch.tensor([0, 0, 1, 1])
-    accuracy, interval = metrics.few_shot(z, labels, way=2, shot=1, episodes=20_000)
+    accuracy, interval = few_shot(z, labels, way=2, shot=1, episodes=20_000)
     right = []
     for a, b in itertools.product((0, 1), (2, 3)):
         for query, own, other in ((1 - a, a, b), (5 - b, b, a)):
@@ -227,13 +279,13 @@ def test_episodes_by_loops(shot):
 
 def test_few_shot_episodes():
     z, labels = embeddings(200, 8)
-    same = [metrics.few_shot(z, labels, 5, 1, episodes=300) for _ in range(2)]
-    assert same[0] == same[1] != metrics.few_shot(z, labels, 5, 1, episodes=300, seed=1)
-    assert metrics.few_shot(z, labels, 9, 1) is None  # more classes than there are
-    assert metrics.few_shot(z, labels, 5, 200) is None  # no query is left
-    assert metrics.few_shot(z, labels, 5, 5, episodes=300)[0] > same[0][0]
+    same = [few_shot(z, labels, 5, 1, episodes=300) for _ in range(2)]
+    assert same[0] == same[1] != few_shot(z, labels, 5, 1, episodes=300, seed=1)
+    assert metrics.episode_accuracies(z, labels, 9, 1) is None  # more classes than there are
+    assert metrics.episode_accuracies(z, labels, 5, 200) is None  # no query is left
+    assert few_shot(z, labels, 5, 5, episodes=300)[0] > same[0][0]
     noise = normalize(torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)))
-    accuracy, _ = metrics.few_shot(noise, torch.arange(1000) % 10, 10, 1, episodes=2000)
+    accuracy, _ = few_shot(noise, torch.arange(1000) % 10, 10, 1, episodes=2000)
     assert accuracy == pytest.approx(10, abs=0.7)
 
 

@@ -330,7 +330,7 @@ def as_image_folder(root: Path) -> tuple[list[str], torch.Tensor, torch.Tensor]:
 
 
 def test_a_folder_without_parts_gives_its_last_sixth_for_testing(tmp_path):
-    for seed, (name, count) in enumerate({"b": 13, "a": 5, "c": 2}.items()):
+    for seed, (name, count) in enumerate({"b": 18, "a": 5, "c": 4}.items()):
         save_pictures(tmp_path / name, count, seed=seed)
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "notes.txt").write_text("not a class")
@@ -338,8 +338,8 @@ def test_a_folder_without_parts_gives_its_last_sixth_for_testing(tmp_path):
     (tmp_path / ".hidden").rmdir()
     names, images, labels = as_image_folder(tmp_path)
     assert loaded.name == tmp_path.name and loaded.class_names == names == ["a", "b", "c"]
-    assert torch.bincount(loaded.train.labels).tolist() == [4, 11, 1]
-    assert torch.bincount(loaded.test.labels).tolist() == [1, 2, 1]
+    assert torch.bincount(loaded.train.labels).tolist() == [3, 15, 3]
+    assert torch.bincount(loaded.test.labels).tolist() == [2, 3, 1]  # two, a pair, of five
     for label in range(3):
         own = torch.cat([part.images[part.labels == label] for part in (loaded.train, loaded.test)])
         assert torch.equal(own, images[labels == label])
