@@ -59,7 +59,8 @@ class Table:
     bars: bool = False  # numbers are percentages, drawn as bars
 
     def text(self) -> str:
-        return "\n".join(filter(None, [self.title, cli.text_table(self.header, self.rows), self.note]))
+        title = self.title.replace("±", "+-")  # in ASCII
+        return "\n".join(filter(None, [title, cli.text_table(self.header, self.rows), self.note]))
 
     def html(self) -> str:
         head = "".join(f"<th scope=col>{html.escape(name)}</th>" for name in self.header)
