@@ -14,6 +14,7 @@ from torch import Tensor
 
 import distributed
 from cli import DataOptions
+from model import trained_classes
 from sources import Data, Images, OwnSplit, listed, load  # noqa: F401 (data.load is how the scripts read a data set)
 
 HELD_BACK = 25  # images of each seen class, its last training images, for the threshold and the best checkpoint
@@ -96,11 +97,6 @@ def pick_classes(
     seen, unseen = split_classes(names, split, split_seed, data.own_split)
     seen = [label for label in seen if names[label] not in validation]
     return seen, unseen, split if split_seed is None else f"{split}, seed {split_seed}"
-
-
-def trained_classes(facts: dict) -> set[str]:
-    """Names of the classes that a checkpoint with these data `facts`, or weights it started from, was trained on."""
-    return {facts["classes"][label] for label in facts["seen"]} | {*facts.get("learned_before", [])}
 
 
 def standard_classes(class_names: list[str], name: str, part: int) -> list[int]:

@@ -82,6 +82,7 @@ import metrics
 import model
 import report
 from metrics import SHARES, Side
+from oneshot import Strangers
 
 PUBLISHED_THRESHOLDS = {"classic": 0.2, "Reptile": 0.7}  # fixed by hand
 
@@ -131,7 +132,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     if options.data is None and source not in ("cifar100", "glyphs") and not Path(source).exists():
         raise ValueError(f"{path} was trained on {source}, which is not found from {Path.cwd()}; give --data PATH")
     loaded = load_data(source, options.data_root, options.image_size or trained.get("image_size", 32))
-    names, learned = loaded.class_names, data.trained_classes(facts)
+    names, learned = loaded.class_names, model.trained_classes(facts)
     seen, unseen, split = data.pick_classes(loaded, trained, facts, options.split, options.split_seed)
     leaked = [names[label] for label in unseen if names[label] in learned]
     if leaked:
@@ -223,6 +224,8 @@ def pick_thresholds(loaded: Loaded, options: Options) -> tuple[dict, dict[str, f
     if options.threshold == "auto":
         stored = loaded.calibration
         threshold = stored if stored and stored.get("criterion") == options.criterion else found.get(options.criterion)
+        if threshold and found and "strangers" not in threshold:
+            threshold = threshold | {"strangers": found[options.criterion]["strangers"]}
         if threshold is None:
             why = f"{loaded.path} has no threshold by --criterion {options.criterion} for images like these"
             raise ValueError(f"{why}, and too few training images to calibrate one; give --threshold a number")
@@ -257,8 +260,10 @@ def make_report(
     published_protocol, constant_answer: for CIFAR-100, else null.
     adapted: where asked for, few-shot accuracy with and without adaptation to the support images of the same episodes
     (adapt.SupportAdaptation.report), and figures by the published way of adapting (adapt.published_variant).
-    thresholds: other thresholds beside it, on pairs of which one in two, or one in ten, is of one class. per_class:
-    the unseen classes. compared_with: see `report.compare`; null for the first or only checkpoint.
+    open_set: recognition with strangers among the queries, see `metrics.open_set`: (mean, half the width of the 95 %
+    interval of the draw of episodes). thresholds: other thresholds beside it, on pairs of which one in two, or one in
+    ten, is of one class. per_class: the unseen classes. compared_with: see `report.compare`; null for the first or only
+    checkpoint.
     """
     found = {name: None if side is None else side_report(side) for name, side in sides.items()}
     unseen = sides["unseen"]
@@ -266,7 +271,7 @@ def make_report(
         found["unseen"] |= unseen_report(unseen, threshold["value"], facts["data"] == "cifar100")
     return {
         **facts,
-        "threshold": threshold,
+        "threshold": {name: value for name, value in threshold.items() if name != "strangers"},
         **found,
         "thresholds": threshold_rows(sides, thresholds),
         "per_class": [] if unseen is None else class_rows(unseen, names),
@@ -338,6 +343,24 @@ def threshold_rows(sides: dict[str, Side | None], thresholds: dict[str, float]) 
     return [*rows, best, constant]
 
 
+def open_set_rows(sides: dict[str, Side | None], threshold: dict) -> list[dict]:
+    """Recognition with strangers among the queries, by enrolled classes and pictures of each."""
+    seen, unseen, rows = sides["seen"], sides["unseen"], []
+    if unseen is None or not threshold.get("strangers"):
+        return rows
+    table, trained = Strangers(threshold["strangers"]), seen and len(seen.labels.unique())
+    settings = [("unseen", min(5, len(unseen.labels.unique()) // 2))]
+    settings += [("seen", way) for way in sorted({min(20, trained), trained})] if trained else []
+    for name, way in settings:
+        for shot in (1, 5):
+            enrolled, others = ((side.z, side.labels) for side in (sides[name], unseen))
+            found = metrics.open_set(enrolled, others, way, shot, table, adapt=name == "unseen")
+            if found:
+                figures = {figure: metrics.mean_interval(values) for figure, values in found.items()}
+                rows.append({"enrolled": name, "classes": way, "pictures": shot, **figures})
+    return rows
+
+
 # ------------------------------------------------------------------------------------------------------------- running
 
 
@@ -368,6 +391,7 @@ def evaluate(
     facts |= {"network": shape, "training": loaded.training, "date": date.today().isoformat()}
     facts |= {"measured": measured, "notes": notes + loaded.notes}
     made = make_report(facts, threshold, thresholds, sides, loaded.data.class_names)
+    made["open_set"] = open_set_rows(sides, threshold)
     if made["unseen"]:
         made["unseen"]["adapted"] = adapted(loaded, threshold, options)
     return made, sides

@@ -39,15 +39,19 @@ from torch import Tensor
 
 import model
 import sources
-from model import Recogniser
+from model import Embedder, PixelEmbedder
 
 BOUND = 1e-5  # largest allowed difference between numbers of two embeddings of length 1
+PREPROCESSING = (
+    "EXIF orientation applied; centre square; Pillow's resize to {0} x {0}, Resampling.BICUBIC with the square as box; "
+    "transparent parts white; RGB"
+)
 BATCHES = (1, 7, 64)  # batch sizes that the check tries
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 Embed = Callable[[Tensor], Tensor]
 
 
-def trace(net: Recogniser, pixels: str) -> torch.export.ExportedProgram:
+def trace(net: PixelEmbedder, pixels: str) -> torch.export.ExportedProgram:
     """The computation for any number of images."""
     net = net.to(memory_format=torch.contiguous_format)  # weights are saved whole, not as strided views
     size = net.net.size
@@ -72,6 +76,11 @@ def to_onnx(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> 
         raise ValueError(f"ONNX needs more packages ({error.name}): pip install -e '.[onnx]'") from error
     names = {"input_names": ["images"], "output_names": ["embeddings"]}
     proto = torch.onnx.export(program, **names, dynamo=True, verbose=False).model_proto
+    symbol = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param == symbol:
+                size.dim_param = "batch"
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=value)
     file = proto.SerializeToString()
@@ -87,7 +96,7 @@ def random_images(count: int, side: int) -> Tensor:
     return ((0.8 * coarse + 0.2 * fine) * 255).to(torch.uint8)
 
 
-def largest_difference(exported: Embed, net: Recogniser, images: Tensor) -> float:
+def largest_difference(exported: Embed, net: PixelEmbedder, images: Tensor) -> float:
     """Between the embeddings of batches of `images` (N, 3, size, size), exported and by PyTorch."""
     worst = 0.0
     for size in BATCHES:
@@ -97,16 +106,18 @@ def largest_difference(exported: Embed, net: Recogniser, images: Tensor) -> floa
     return worst
 
 
-def describe(saved: dict, size: int, pixels: str) -> dict[str, str]:
-    """The metadata: plain text, or JSON where it is a list."""
-    facts, threshold = saved["data"], saved["threshold"]
+def describe(net: Embedder, saved: dict, pixels: str) -> dict[str, str]:
+    """The metadata: plain text, or JSON where it is more. "recogniser" is what oneshot.load needs."""
+    facts, threshold, size = saved["data"], saved["threshold"], net.size
     kept = ("value", "criterion", "false_accept", "false_reject", "calibrated_on")
     return {
         **{"threshold" if name == "value" else name: str(threshold[name]) for name in kept},
         "logistic": json.dumps(threshold["logistic"]),
         "classes": json.dumps(facts["classes"]),
         "seen": json.dumps(facts["seen"]),
+        "recogniser": json.dumps(model.recogniser_facts(net, saved)),
         "input": f"{pixels} RGB pixels 0..255, {size} x {size}",
+        "preprocessing": PREPROCESSING.format(size),
         "data": facts["name"],
         "commit": str(saved["commit"]),
     }
@@ -116,7 +127,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = cli.parse(Options, __doc__, args)
     with cli.user_errors():
         net, saved = model.load(options.checkpoint)
-        recogniser, size = Recogniser(net).eval(), net.size
+        recogniser, size = PixelEmbedder(net).eval(), net.size
         out = Path(options.out or Path(options.checkpoint).with_suffix(SUFFIXES[options.format]))
         cli.check_output("--out", out, options.checkpoint, *([options.data] if options.data else []))
         images = random_images(max(BATCHES), size)
@@ -125,7 +136,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if images.shape[2] != size:
             raise ValueError(f"the images of --data are of {images.shape[2]} pixels, the checkpoint's of {size}")
         write = {"onnx": to_onnx, "torch": to_torch}[options.format]
-        metadata = describe(saved, size, options.pixels)
+        metadata = describe(net, saved, options.pixels)
         file, exported = write(trace(recogniser, options.pixels), metadata)
         images = images.to(getattr(torch, options.pixels))
         difference = largest_difference(exported, recogniser, images)

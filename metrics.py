@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from oneshot import STRANGERS, Strangers
+
 FEW_SHOT = {"5w1s": (5, 1), "5w5s": (5, 5), "10w1s": (10, 1), "all1s": (None, 1)}  # way (None: all classes), shot
 SHARES = {"1:1": 0.5, "1:9": 0.1}  # same-class to different-class pairs: share of the former
 ROWS = 500  # of a block of similarities
@@ -22,6 +24,10 @@ GRID = 2**21  # steps of that grid from 0 to 1, hardly coarser than the rounding
 FEW_POSITIVES = 40  # comparing with each of so many is faster than a binary search
 LEAST = (5, 10)  # classes and images: an interval from fewer says nothing
 CELLS = 40_000_000  # numbers in a batch of episodes
+FALSE_ALARMS = (0.01, 0.1)  # shares of strangers that get a name, at which open-set recognition is measured
+NAMED = (0.05, 0.1)  # shares that are asked for
+STRANGER_CLASSES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 3000, 10_000]
+STRANGER_RATES = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9]
 COMPARISONS = 1_500_000_000  # of queries with classes, in all episodes of a setting
 
 
@@ -262,16 +268,17 @@ def less_similar(similarity: Tensor, positives: Tensor) -> Tensor:
 def calibrate(curve: Roc, z: Tensor, labels: Tensor, criteria: Iterable[str]) -> dict[str, dict]:
     """What a checkpoint stores, by criterion, from rows `z` (N, D) of held-back images and their ROC `curve`.
 
-    The threshold and how it was found, its errors in percent on the same pairs, and `logistic`: see
-    `probability_same`. New classes are harder to tell apart than those of the held-back images.
+    The threshold and how it was found, its errors in percent on the same pairs, `logistic` for
+    `oneshot.probability_same`, and the table of `strangers`. New classes are harder to tell apart than those of the
+    held-back images.
     """
-    logistic = fit_logistic(pair_histogram(z, labels))
+    logistic, table = fit_logistic(pair_histogram(z, labels)), strangers(z, labels)
     source = f"{len(labels)} held-back training images of {len(labels.unique())} seen classes"
     found = {}
     for criterion in criteria:
         value, accept, reject = curve.threshold(criterion)
         found[criterion] = {"mode": "auto", "criterion": criterion, "value": value, "false_accept": accept}
-        found[criterion] |= {"false_reject": reject, "logistic": logistic, "calibrated_on": source}
+        found[criterion] |= {"false_reject": reject, "logistic": logistic, "calibrated_on": source, "strangers": table}
     return found
 
 
@@ -298,10 +305,43 @@ def fit_logistic(histogram: Tensor) -> list[float]:
     return parameters.tolist()
 
 
-def probability_same(similarity: float, logistic: list[float]) -> float:
-    """Probability 0..1 that two images of this similarity are of one class, if half of all pairs are (a prior)."""
-    slope, intercept = logistic
-    return float(torch.sigmoid(torch.tensor(slope * similarity + intercept, dtype=torch.float64)))
+def strangers(z: Tensor, labels: Tensor, most: int = 1000) -> dict[str, list]:
+    """How similar rows `z` (N, D) are to the most similar of so many `classes` other than their own: a table for
+    `oneshot.Strangers`.
+
+    "similarities" (shots, classes, rates): a share `rates` of all rows exceeds it. The classes of a row are drawn
+    independently, each represented by the mean of `shots` rows of it.
+    """
+    generator, grid = torch.Generator().manual_seed(0), torch.linspace(-1, 1, 1001)
+    rows = torch.randperm(len(z), generator=generator)[:most]
+    found = {"shots": [], "classes": STRANGER_CLASSES, "rates": STRANGER_RATES, "similarities": []}
+    for shots in (1, 5):
+        draws = [class_means(z, labels, shots, generator) for _ in range(shots)]
+        means, owners = (torch.cat(parts) for parts in zip(*draws, strict=True))
+        if len(owners.unique()) < 2:
+            break
+        others = labels[rows, None] != owners
+        similarity = torch.where(others, z[rows] @ means.T, -2.0).sort().values
+        above = len(means) - torch.searchsorted(similarity, grid.expand(len(rows), -1).contiguous(), right=True)
+        share = above.double() / others.sum(1, keepdim=True)  # (rows, similarities)
+        found["shots"].append(shots)
+        found["similarities"].append([])
+        for classes in STRANGER_CLASSES:
+            rate = (1 - (1 - share) ** classes).mean(0)
+            at = np.interp(STRANGER_RATES, rate.flip(0).numpy(), grid.flip(0).double().numpy())
+            found["similarities"][-1].append([round(value, 4) for value in at.tolist()])
+    return found
+
+
+def class_means(z: Tensor, labels: Tensor, shots: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows `z` (N, D) of each class at random in groups of `shots`, each of them once at most: normalised means (M, D)
+    and labels (M,)."""
+    counts = torch.bincount(labels)
+    order = torch.randperm(len(z), generator=generator)
+    order = order[torch.argsort(labels[order], stable=True)]
+    place = torch.arange(len(z)) - (counts.cumsum(0) - counts)[labels[order]]
+    order = order[place < counts[labels[order]] // shots * shots]
+    return F.normalize(z[order].view(-1, shots, z.shape[1]).mean(1)), labels[order][::shots]
 
 
 # ------------------------------------------------------------------------------------------------------------ intervals
@@ -387,6 +427,51 @@ def episode_accuracies(z: Tensor, labels: Tensor, way: int, shot: int, **setting
         for _, images in draw_episodes(labels, way, shot, **settings)
     ]
     return 100 * torch.cat(found) if found else None
+
+
+def open_set(
+    enrolled: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], way: int, shot: int, table: Strangers, adapt: bool
+) -> dict[str, Tensor] | None:
+    """400 episodes in which `way` classes are enrolled with `shot` images each, and as many queries as theirs are
+    strangers. `enrolled`: embeddings (N, D) and labels (N,) of what support and queries are drawn from; `others`: of
+    what strangers are, those of enrolled classes excepted. None without enough classes or images.
+
+    Of each episode, (episodes,) in percent: auroc, of telling the two kinds of queries by their highest similarity;
+    right@R: queries of enrolled classes that get their class where a share R of all strangers gets a name; named@R:
+    strangers that get a name at the threshold of `table` for a share R, with `adapt` as a gallery adapts it.
+    """
+    (z, labels), (z_others, labels_others) = enrolled, others
+    generator, truth, owners = torch.Generator().manual_seed(0), torch.arange(way)[:, None], np.arange(way).repeat(shot)
+    known, right, strange, named = [], [], [], []
+    for rows, images in draw_episodes(labels, way, shot, max(1, min(15, 300 // way)), episodes=400):
+        support, queries = z[images].split([shot, images.shape[2] - shot], 2)
+        means = F.normalize(support.mean(2), dim=2)
+        best, place = torch.einsum("ewqd,evd->ewqv", queries, means).max(3)
+        known.append(best.flatten(1))
+        right.append((place == truth).flatten(1))
+        taken = torch.zeros(len(rows), int(max(labels.max(), labels_others.max())) + 1)
+        taken = taken.scatter_(1, labels.unique()[rows], 1.0)[:, labels_others]
+        count = min(known[-1].shape[1], int((1 - taken).sum(1).min()))
+        if not count:
+            return None
+        drawn = (torch.rand(taken.shape, generator=generator) - taken).topk(count).indices
+        strange.append(torch.einsum("esd,evd->esv", z_others[drawn], means).amax(2))
+        similarity = torch.einsum("ewkd,evd->ewkv", support, means)
+        to_others = similarity.masked_fill(torch.eye(way, dtype=torch.bool)[:, None], -1).amax(3).flatten(1).numpy()
+        for similar, strangers in zip(to_others, strange[-1], strict=True):
+            factor = table.factor(similar, owners, way - 1, shot) if adapt and way > 1 else STRANGERS
+            thresholds = [table.threshold(share, factor * way, shot) for share in NAMED]
+            named.append([float((strangers > threshold).double().mean()) for threshold in thresholds])
+    if not known:
+        return None
+    known, right, strange = torch.cat(known), torch.cat(right), torch.cat(strange)
+    pairs = zip(known[:, :, None], strange[:, None], strict=True)
+    found = {"auroc": torch.stack([(k > s).double().mean() + 0.5 * (k == s).double().mean() for k, s in pairs])}
+    for share in FALSE_ALARMS:
+        above = known > np.quantile(strange.numpy(), 1 - share)
+        found[f"right@{share}"] = (right & above).double().mean(1)
+    found |= {f"named@{share}": column for share, column in zip(NAMED, torch.tensor(named).T, strict=True)}
+    return {name: 100 * values for name, values in found.items()}
 
 
 # --------------------------------------------------------------------------------------------------------- one side

@@ -7,6 +7,8 @@ ResNet-18 as in torchvision, so that published weights load. A network owns the 
 normalised with.
 """
 
+import hashlib
+import json
 import math
 import os
 import textwrap
@@ -368,6 +370,20 @@ def settings_of(saved: dict) -> dict:
     return older | saved.get("network", {})
 
 
+def trained_classes(facts: dict) -> set[str]:
+    """Names of the classes that a checkpoint with these data `facts`, or weights it started from, was trained on."""
+    return {facts["classes"][label] for label in facts["seen"]} | {*facts.get("learned_before", [])}
+
+
+def recogniser_facts(net: Embedder, saved: dict) -> dict:
+    """What `oneshot.Recogniser` needs beside the network of a checkpoint, as plain values."""
+    hashed = hashlib.sha256(json.dumps(net.settings, sort_keys=True).encode())
+    for name, value in sorted(saved["model"].items()):
+        hashed.update(name.encode() + value.contiguous().numpy().tobytes())
+    facts = {"size": net.size, "threshold": saved["threshold"], "fingerprint": hashed.hexdigest()}
+    return facts | {"trained": sorted(trained_classes(saved["data"]))}
+
+
 def load(path: str | os.PathLike) -> tuple[Embedder, dict]:
     """The network of a calibrated checkpoint of ours, in evaluation mode, and the checkpoint. Raises ValueError or
     OSError."""
@@ -396,7 +412,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-class Recogniser(nn.Module):
+class PixelEmbedder(nn.Module):
     """(B, 3, size, size) pixels, uint8 or float32 in 0..255 -> (B, D) float32 embeddings of length 1."""
 
     def __init__(self, net: Embedder):

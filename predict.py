@@ -1,10 +1,13 @@
 """One-shot recognition of your own pictures.
 
     python predict.py runs/classic/best.pt --support classes --query new.jpg more/      # classes/NAME/picture.jpg
+    python predict.py runs/classic/best.pt --gallery animals.gallery --add classes      # embedded once, kept in a file
+    python predict.py runs/classic/best.pt --gallery animals.gallery --query new.jpg
     python predict.py runs/classic/best.pt --compare a.jpg b.jpg
 
 A class is a folder with one picture of it, or a few. Each query goes to the class it is most similar to, or is
-"unknown" if that similarity is not above the checkpoint's threshold. The network need not be trained on these classes.
+"unknown" if that similarity is not above a threshold. The network need not be trained on these classes. The threshold
+is such that about --false-accept of all pictures of other classes are given a name, however many classes are enrolled.
 """
 
 from dataclasses import dataclass
@@ -16,11 +19,17 @@ import cli
 
 @dataclass(frozen=True)
 class Options:
-    checkpoint: tyro.conf.Positional[cli.Checkpoint]  # best.pt or last.pt of a run
+    checkpoint: tyro.conf.Positional[cli.Checkpoint]  # best.pt or last.pt of a run, or what export.py made of it
     support: cli.OptionalFolder = None  # folder with a folder of pictures for each class
+    gallery: cli.OptionalFile = None  # file of enrolled classes, opened or made
+    add: cli.OptionalFolder = None  # make the gallery hold what this folder, like --support, holds
+    remove: cli.shown_as("NAME ...", tuple[str, ...]) = ()  # classes to remove from the gallery
+    list: bool = False  # list the classes of the gallery
     query: cli.shown_as("PICTURE|FOLDER ...", tuple[str, ...]) = ()  # pictures, or folders of pictures
     compare: cli.shown_as("PICTURE PICTURE", tuple[str, str] | None) = None  # two pictures: are they of one class?
-    threshold: cli.Threshold = "auto"  # auto (the checkpoint's) or a similarity in -1..1
+    top: int = 1  # how many of the most similar classes to list
+    false_accept: float = 0.1  # share of pictures of classes that are not enrolled that may be given a name
+    threshold: cli.Threshold = "auto"  # auto (by --false-accept; --compare: the checkpoint's) or a similarity in -1..1
     csv: cli.OptionalFile = None  # write the answers to this file
     json: cli.OptionalFile = None  # write the answers to this file
     device: cli.Device = "auto"  # where the network runs; auto: on a GPU, if there is one
@@ -32,25 +41,30 @@ if __name__ == "__main__":
 import csv
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-import metrics
-import model
-from sources import find_classes, list_pictures, listed, read_picture
+import oneshot
+from sources import list_pictures, listed
 
 
 def check(options: Options) -> None:
     """Raise ValueError unless the options say what to do and the files can be written."""
-    if options.compare and (options.support or options.query):
-        raise ValueError("--compare goes without --support and --query")
-    if not options.compare and not (options.support and options.query):
-        raise ValueError("give --support FOLDER and --query PICTURES, or --compare A B")
+    changes = options.add or options.remove or options.list
+    if options.compare and (options.support or options.gallery or options.query or changes):
+        raise ValueError("--compare goes without --support, --gallery and --query")
+    if options.support and options.gallery:
+        raise ValueError("give --support FOLDER or --gallery FILE, not both; --add FOLDER enrols a folder")
+    if changes and not options.gallery:
+        raise ValueError("--add, --remove and --list are for --gallery FILE")
+    if not (options.compare or options.support and options.query or options.gallery and (options.query or changes)):
+        use = "give --support FOLDER and --query PICTURES, or --compare A B"
+        raise ValueError(f"{use}; or --gallery FILE with --add, --remove, --list or --query")
+    cli.require(options, "top", least=1)
+    cli.require(options, "false_accept", most=1)
+    inputs = (options.checkpoint, *options.query, *(options.compare or ()), *filter(None, [options.gallery]))
     for option, path in (("--csv", options.csv), ("--json", options.json)):
-        cli.check_output(option, path, options.checkpoint, *options.query, *(options.compare or ()))
+        cli.check_output(option, path, *inputs)
     if options.csv and options.json and Path(options.csv).absolute() == Path(options.json).absolute():
         raise ValueError(f"--csv and --json are both {options.csv}; give two files")
 
@@ -66,88 +80,94 @@ def query_pictures(names: tuple[str, ...]) -> list[Path]:
     return found
 
 
-def embed(net: model.Embedder, paths: list[Path], batch: int = 100) -> Tensor:
-    """Embeddings of length 1 (N, D) of pictures. Raises ValueError for one that cannot be read."""
-    parts = []
-    for start in range(0, len(paths), batch):
-        images = torch.stack([read_picture(path, net.size) for path in paths[start : start + batch]])
-        parts.append(F.normalize(model.embed(net, images)))
-    return torch.cat(parts)
+def enrol(gallery: oneshot.Gallery, folder: str) -> list[str]:
+    """Make the gallery hold a folder's classes; returns errors of pictures. Raises ValueError or OSError."""
+    changes = gallery.synchronise(folder)
+    if changes.added + changes.removed:
+        gallery.calibrate()
+    if changes.empty:
+        raise ValueError(f"no picture can be read of class {listed(changes.empty)}: {changes.errors[-1]}")
+    if gallery.path != ":memory:":
+        print(
+            f"{gallery.path}: {changes.added} pictures added, {changes.removed} removed, {changes.kept} kept; "
+            f"{len(gallery.names())} classes"
+        )
+    return changes.errors
 
 
-def classify(net: model.Embedder, support: Tensor, names: list[str], path: Path, threshold: float) -> dict:
-    """The answer about one picture, given a row of `support` (C, D) a class. Raises ValueError."""
-    similarity = support @ embed(net, [path])[0]
-    best, *others = similarity.topk(min(2, len(names))).values.tolist()
-    nearest = names[int(similarity.argmax())]
-    return {
-        "picture": str(path),
-        "class": nearest if best > threshold else "unknown",
-        "nearest": nearest,
-        "similarity": best,
-        "margin": best - others[0] if others else None,
-    }
-
-
-def recognise(net: model.Embedder, options: Options, threshold: float) -> tuple[list[dict], list[str]]:
+def recognise(gallery: oneshot.Gallery, options: Options, threshold: float) -> tuple[list[dict], list[dict]]:
     """An answer for each readable query, and an error message for each other one. Raises ValueError or OSError."""
-    classes = find_classes(Path(options.support))
-    queries = query_pictures(options.query)
-    answers, errors, rows = [], [], {}
-    for name, paths in classes.items():
-        found = []
-        for path in paths:
-            try:
-                found.append(embed(net, [path]))
-            except ValueError as error:
-                errors.append(str(error))
-        if found:
-            rows[name] = torch.cat(found).mean(0)
-    lost = [name for name in classes if name not in rows]
-    if lost:
-        raise ValueError(f"no picture can be read of class {listed(lost)}: {errors[-1]}")
-    support = F.normalize(torch.stack([*rows.values()]))
-    for path in queries:
-        try:
-            answers.append(classify(net, support, list(classes), path, threshold))
-        except ValueError as error:
-            errors.append(str(error))
+    queries, answers, errors = query_pictures(options.query), [], []
+    names = iter(queries)
+    for _, z, problems in gallery.recogniser.batches(queries):
+        found = iter(gallery.answer(z, max(2, options.top), threshold))
+        for path, problem in zip(islice(names, len(problems)), problems, strict=True):
+            if problem:
+                errors.append({"picture": str(path), "error": problem})
+            else:
+                answers.append(as_row(str(path), next(found), options.top))
     return answers, errors
 
 
-def compare(net: model.Embedder, pair: tuple[str, str], threshold: float, stored: dict) -> dict:
-    """Are two pictures of one class? Raises ValueError."""
-    first, second = embed(net, [Path(path) for path in pair])
-    similarity = float(first @ second)
-    return {
-        "a": pair[0],
-        "b": pair[1],
-        "answer": "same" if similarity > threshold else "different",
-        "similarity": similarity,
-        "probability_same": metrics.probability_same(similarity, stored["logistic"]),
+def as_row(picture: str, answer: oneshot.Answer, top: int) -> dict:
+    """The answer about one picture as the columns of the table."""
+    best, *others = answer.candidates
+    row = {
+        "picture": picture,
+        "class": "unknown" if answer.name is None else answer.name,
+        "nearest": best.name,
+        "similarity": best.similarity,
+        "probability": best.probability,
+        "margin": best.similarity - others[0].similarity if others else None,
     }
+    for place, other in enumerate(others[: top - 1], start=2):
+        row |= {f"nearest_{place}": other.name, f"similarity_{place}": other.similarity}
+    return row
 
 
-def show(answers: list[dict], threshold: float, stored: dict) -> None:
-    """Print the answers as a table, with the threshold's expected error rates."""
-    if not answers:
-        return
-    header = [name.replace("_", " ") for name in answers[0]]
-    print(cli.text_table(header, [list(answer.values()) for answer in answers], decimals=3))
-    print(f"\nthreshold {threshold:.3f}")
+def compare(recogniser: oneshot.Recogniser, pair: tuple[str, str], threshold: float) -> dict:
+    """Are two pictures of one class? Raises ValueError."""
+    found = recogniser.compare(*pair)
+    answer = "same" if found.similarity > threshold else "different"
+    numbers = {"similarity": found.similarity, "probability_same": found.probability}
+    return {"a": pair[0], "b": pair[1], "answer": answer, **numbers}
+
+
+def show(answers: list[dict]) -> None:
+    if answers:
+        header = [name.replace("_", " ") for name in answers[0]]
+        print(cli.text_table(header, [list(answer.values()) for answer in answers], decimals=3) + "\n")
+
+
+def pair_text(threshold: float, stored: dict) -> str:
+    """The threshold of --compare, with its expected error rates."""
+    text = f"threshold {threshold:.3f}"
     if threshold == stored["value"]:
         accepts, refuses = stored["false_accept"], stored["false_reject"]
-        print(
-            f"on pairs of {stored['calibrated_on']} it accepts {accepts:.1f} % of different-class pairs\n"
+        text += (
+            f"\non pairs of {stored['calibrated_on']} it accepts {accepts:.1f} % of different-class pairs\n"
             f"and refuses {refuses:.1f} % of same-class pairs; expect more errors on other pictures"
         )
-    if "probability_same" in answers[0]:
-        print("probability: assuming that half of all pairs are of one class")
+    return text + "\nprobability: assuming that half of all pairs are of one class"
 
 
-def write(answers: list[dict], threshold: float, options: Options) -> None:
+def gallery_text(gallery: oneshot.Gallery, threshold: float) -> str:
+    """The threshold of a gallery, with its expected error rates."""
+    count = len(gallery.names())
+    expected, own = gallery.false_accept(threshold), gallery.recognised(threshold)
+    text = f"threshold {threshold:.3f} for {count} {'class' if count == 1 else 'classes'}"
+    if expected is None:
+        text += "\nmade for one pair, not for many classes; `python evaluate.py CHECKPOINT --store` adds what is needed"
+    else:
+        text += f"\nexpected to give a name to {100 * expected:.3g} % of the pictures of classes that are not enrolled"
+    if own is not None:
+        text += f"\nof {own[1]} enrolled pictures, each left out in turn, {100 * own[0]:.1f} % are given their class"
+    return text + "\nprobability: assuming that half of all pictures are of an enrolled class"
+
+
+def write(answers: list[dict], errors: list[dict], threshold: float, options: Options) -> None:
     if options.json:
-        found = {"checkpoint": options.checkpoint, "threshold": threshold, "answers": answers}
+        found = {"checkpoint": options.checkpoint, "threshold": threshold, "answers": answers, "errors": errors}
         cli.write_json(options.json, found)
     if options.csv:
         text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # names keep their bytes
@@ -157,20 +177,41 @@ def write(answers: list[dict], threshold: float, options: Options) -> None:
             rows.writerows(answers)
 
 
+def run_gallery(recogniser: oneshot.Recogniser, options: Options) -> list[str]:
+    """Change, list and ask the gallery; returns errors of pictures. Raises ValueError or OSError."""
+    queries = query_pictures(options.query)
+    with oneshot.Gallery(options.gallery or ":memory:", recogniser) as gallery:
+        folder = options.support or options.add
+        problems = enrol(gallery, folder) if folder else []
+        for name in options.remove:
+            print(f"{gallery.path}: {name} removed, {gallery.remove(name)} pictures")
+        if options.list:
+            print(cli.text_table(["class", "pictures"], [list(row) for row in gallery.names().items()]))
+        if queries:
+            given = None if options.threshold == "auto" else cli.check_threshold(options.threshold)
+            threshold = gallery.threshold(options.false_accept) if given is None else given
+            answers, errors = recognise(gallery, options, threshold)
+            show(answers)
+            print(gallery_text(gallery, threshold))
+            write(answers, errors, threshold, options)
+            problems += [error["error"] for error in errors]
+    return problems
+
+
 def main(args: Sequence[str] | None = None) -> None:
     options = cli.parse(Options, __doc__, args)
     with cli.user_errors():
         check(options)
-        net, saved = model.load(options.checkpoint)
-        net = net.to(model.pick_device(options.device))
-        stored, errors = saved["threshold"], []
-        threshold = stored["value"] if options.threshold == "auto" else cli.check_threshold(options.threshold)
+        recogniser, errors = oneshot.load(options.checkpoint, options.device), []
         if options.compare:
-            answers = [compare(net, options.compare, threshold, stored)]
+            stored = recogniser.threshold
+            threshold = stored["value"] if options.threshold == "auto" else cli.check_threshold(options.threshold)
+            answers = [compare(recogniser, options.compare, threshold)]
+            show(answers)
+            print(pair_text(threshold, stored))
+            write(answers, [], threshold, options)
         else:
-            answers, errors = recognise(net, options, threshold)
-        show(answers, threshold, stored)
-        write(answers, threshold, options)
+            errors = run_gallery(recogniser, options)
         for error in errors:
             print(cli.printable(error), file=sys.stderr)
         if errors:

@@ -89,6 +89,8 @@ def tables(report: dict) -> Iterator[Table]:
         yield Table(title, ["", "accuracy", "95 %", "chance"], rows)
         if report["unseen"]["adapted"]["support"]:
             yield adapted_table(report)
+        if report.get("open_set"):
+            yield open_set_table(report)
         yield class_table(report)
         if known_rows(report):
             yield known_table(report)
@@ -137,6 +139,20 @@ def few_shot_row(report: dict, name: str) -> list:
     accuracy, half = (found["accuracy"], found["ci95"]) if found else (None, None)
     interval = None if half is None else f"± {half:.2f}"
     return [f"{setting} {shot}-shot", accuracy, interval, 100 / (way or len(report["per_class"]))]
+
+
+def open_set_table(report: dict) -> Table:
+    rows = []
+    for row in report["open_set"]:
+        name = f"{row['classes']} {row['enrolled']}, {row['pictures']} each"
+        rows.append([name, *(f"{mean:.1f} ± {half:.1f}" for mean, half in list(row.values())[3:])])
+    header = ["enrolled classes, pictures", "AUROC", "right, 1 %", "right, 10 %", "named, 5 %", "named, 10 %"]
+    title = "Half of the queries are strangers, of unseen classes that are not enrolled"
+    note = (
+        "right: queries of enrolled classes that get their class where this share of the strangers is given a name; "
+        "named: strangers given a name at the threshold for this share; ranges are of the draw of episodes"
+    )
+    return Table(title, header, rows, note)
 
 
 def adapted_table(report: dict) -> Table:

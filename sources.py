@@ -20,6 +20,7 @@ from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -405,6 +406,22 @@ def read_picture(path: Path, size: int) -> Tensor:
     except Exception as error:  # decoders raise errors of many kinds over broken files
         raise ValueError(f"{path} cannot be read: {error}") from error
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def read(picture: Any, size: int) -> np.ndarray:
+    """Pixels (3, size, size) uint8 of a path, a PIL image, an array (H, W, 3) or (H, W) of uint8, or a tensor (3, H, W)
+    of uint8, as `read_picture` reads files. Raises ValueError."""
+    if isinstance(picture, (str, os.PathLike)):
+        return read_picture(Path(picture), size).numpy()
+    if not isinstance(picture, Image.Image):
+        pixels = np.asarray(picture.cpu() if hasattr(picture, "cpu") else picture)
+        if hasattr(picture, "cpu") and pixels.ndim == 3:
+            pixels = pixels.transpose(1, 2, 0)
+        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (3,)):
+            known = "arrays (H, W, 3) or (H, W) and tensors (3, H, W) of uint8"
+            raise ValueError(f"pictures are paths, PIL images, {known}, got {pixels.shape} of {pixels.dtype}")
+        picture = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.asarray(centre_square(picture, size)).transpose(2, 0, 1)
 
 
 def centre_square(image: Image.Image, size: int) -> Image.Image:

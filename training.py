@@ -118,7 +118,7 @@ def given_weights(options: cli.NetworkOptions, train: data.TrainingData) -> tupl
     if model.is_ours(saved):
         if options.pixel_mean is not None:
             raise ValueError(f"{options.weights} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
-        learned = data.trained_classes(saved["data"])
+        learned = model.trained_classes(saved["data"])
         if learned & {train.facts["classes"][label] for label in train.facts["unseen"]}:
             raise ValueError(f"{options.weights} was trained on classes that are unseen here; give it its own --split")
         train.facts["learned_before"] = sorted(learned)

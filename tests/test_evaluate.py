@@ -19,10 +19,17 @@ import model
 import tiny
 
 REPORT = {"checkpoint", "commit", "data", "split", "threshold", "seen", "unseen", "per_class"}
-REPORT |= {"training", "network", "date", "thresholds", "compared_with", "measured", "notes"}
+REPORT |= {"training", "network", "date", "thresholds", "compared_with", "measured", "notes", "open_set"}
 SIDE = {"triplet_accuracy", "pair_accuracy", "pair_accuracy_oracle", "auc", "eer", "ci95"}
 BARE = ["--backbone", "resnet20", "--width", "4", "--data", "{npz}", "--split", "75-25"]
 UNSEEN = SIDE | {"published_protocol", "constant_answer", "few_shot", "adapted"}
+
+
+def stored(path) -> dict:
+    """A checkpoint's threshold as a report tells it."""
+    threshold = model.load_checkpoint(path)["threshold"]
+    assert threshold.pop("strangers")
+    return threshold
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +59,10 @@ def test_report(folder, capsys, tmp_path):
     shots = report["unseen"]["few_shot"]
     assert shots["5w1s"] is None and shots["10w1s"] is None and shots["all1s"]["episodes"] == 10_000
     assert shots["all1s"]["ci95"] is None and report["unseen"]["ci95"]["pair_accuracy"] is None  # of three classes
+    rows = [(row["enrolled"], row["classes"], row["pictures"]) for row in report["open_set"]]
+    assert rows == [("unseen", 1, 1), ("unseen", 1, 5), ("seen", 9, 1), ("seen", 9, 5)]
+    assert all(row["auroc"][0] > 60 and row["right@0.1"][0] > row["right@0.01"][0] for row in report["open_set"][::2])
+    assert "strangers" not in report["threshold"]
     assert report["measured"]["seen"] == {"classes": 9, "images": 72} and len(report["notes"]) == 2
     assert report["seen"]["triplet_accuracy"] > 80 and shots["all1s"]["accuracy"] > 60
     printed = capsys.readouterr().out
@@ -108,7 +119,7 @@ def test_threshold(folder, tmp_path):
     for wanted in ("auto", "0.9", "-1"):
         tiny.run(evaluate, folder / "run" / "best.pt", "--threshold", wanted, "--json", tmp_path / "r.json")
         reports.append(json.loads((tmp_path / "r.json").read_text()))
-    assert reports[0]["threshold"] == model.load_checkpoint(folder / "run" / "best.pt")["threshold"]
+    assert reports[0]["threshold"] == stored(folder / "run" / "best.pt")
     threshold = reports[1]["threshold"]
     assert (threshold["mode"], threshold["value"], threshold["calibrated_on"]) == ("fixed", 0.9, None)
     assert reports[2]["seen"]["pair_accuracy"] == pytest.approx(50, abs=0.1)  # everything is accepted
@@ -213,10 +224,14 @@ def test_store(folder, tmp_path):
     tiny.run(evaluate, path, "--criterion", "far:0.02", "--store", "--json", tmp_path / "r.json")
     after = model.load_checkpoint(path)
     assert after["threshold"]["criterion"] == "far:0.02" and after["threshold"]["false_accept"] <= 2
-    assert after["threshold"] == json.loads((tmp_path / "r.json").read_text())["threshold"]
+    assert stored(path) == json.loads((tmp_path / "r.json").read_text())["threshold"]
     assert after["threshold"]["logistic"] == before["threshold"]["logistic"]
     assert all(torch.equal(after["model"][name], tensor) for name, tensor in before.pop("model").items())
     assert all(after[name] == value for name, value in before.items() if name != "threshold")
+    older = {name: value for name, value in after["threshold"].items() if name != "strangers"}
+    torch.save(after | {"threshold": older}, path)
+    tiny.run(evaluate, path, "--criterion", "far:0.02", "--store")
+    assert model.load_checkpoint(path)["threshold"] == after["threshold"]
 
 
 @pytest.mark.slow
@@ -325,7 +340,7 @@ def test_classes_are_known_by_name(folder, tmp_path, capsys, refusal, gone, adde
     assert [row["name"] for row in report["per_class"]] == unseen
     loaded = evaluate.load(str(best), evaluate.Options((), data=str(path)), torch.device("cpu"))
     assert [names[label] for label in loaded.seen] == [f"class {label}" for label in seen]
-    assert report["threshold"] == model.load_checkpoint(best)["threshold"]
+    assert report["threshold"] == stored(best)
     text = f"{len(gone)} of the checkpoint's classes are missing here: class {gone[0]}"
     assert text in report["notes"][-1] and text in capsys.readouterr().out
     assert "calls unseen (class" in refusal(evaluate, best, "--data", path, "--split", "0-100")
@@ -346,7 +361,7 @@ def test_a_network_is_measured_on_pictures_of_new_classes(folder, tmp_path):
     report = evaluated(tmp_path, best, "--data", path, "--split", "0-100")
     assert report["seen"] is None and report["measured"]["unseen"] == {"classes": 4, "images": 4 * 32}
     assert report["measured"]["copies"] == {"of_training_images": 0, "of_test_images": 3 * 32}
-    assert report["threshold"] == model.load_checkpoint(best)["threshold"]
+    assert report["threshold"] == stored(best)
     assert [row["name"] for row in report["thresholds"]] == ["auto balanced", "oracle", "always different"]
     loaded = evaluate.load(str(best), evaluate.Options((), data=str(path)), torch.device("cpu"))
     assert loaded.seen == [] and len(loaded.data.test) == 4 * 32

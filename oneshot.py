@@ -1,0 +1,560 @@
+"""Recognition with a trained network: embeddings, two pictures compared, galleries of enrolled classes.
+
+    recogniser = oneshot.load("weights/classic-90-10.pt")       # or an exported .onnx or .pt2 file
+    recogniser.compare("a.jpg", "b.jpg")                        # Comparison(similarity=0.71, same=True, ...)
+    gallery = oneshot.Gallery("animals.gallery", recogniser)    # opened, or made
+    gallery.enrol("cat", ["cat1.jpg", "cat2.jpg"])
+    gallery.recognise(["new.jpg"])                              # [Answer(name="cat", ...)], name None: unknown
+
+A picture is a path, a PIL image, an array (H, W, 3) or (H, W) of uint8, or a PyTorch tensor (3, H, W) of uint8. Its
+centre square counts, scaled to the network's size. PyTorch is only imported for checkpoints and .pt2 files.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+if __package__:  # installed by pip: a package of three modules
+    from . import pictures
+else:
+    import sources as pictures
+
+BATCH = 250  # pictures that are read and embedded at once
+STRANGERS = 1.7  # C classes name strangers as often as 1.7 C classes would name held-back images of other seen classes
+CELLS = 20_000_000  # similarities that are held at once
+
+
+# ------------------------------------------------------------------------------------------------------- the recogniser
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two pictures: cosine similarity of their embeddings, is it above the threshold, and the probability that they are
+    of one class, if half of all pairs are."""
+
+    similarity: float
+    same: bool
+    probability: float
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """A trained network with its calibration. `load` makes it."""
+
+    network: Callable[[np.ndarray], np.ndarray]  # (N, 3, size, size) uint8 -> (N, D) float32 of length 1
+    size: int  # side of the network's images in pixels
+    threshold: dict  # as a checkpoint stores it: "value", "logistic", "strangers", ...
+    trained: frozenset[str]  # names of the classes it was trained on
+    fingerprint: str  # of the network: embeddings are comparable where it is equal
+
+    def batches(self, some: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
+        """Pictures in batches: pixels (B, 3, size, size) uint8 and embeddings (B, D) of those that can be read, and an
+        error message for each of the batch, "" where there is none."""
+
+        def read(picture: Any) -> tuple[np.ndarray | None, str]:
+            try:
+                return pictures.read(picture, self.size), ""
+            except ValueError as error:
+                return None, str(error)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the GIL
+            for start in tqdm(range(0, len(some), BATCH), "embedding", delay=2, leave=False):
+                images, errors = zip(*pool.map(read, some[start : start + BATCH]), strict=True)
+                good = [image for image in images if image is not None]
+                pixels = np.stack(good) if good else np.empty((0, 3, self.size, self.size), np.uint8)
+                yield pixels, self.network(pixels) if good else np.empty((0, 1), np.float32), list(errors)
+
+    def embed(self, some: Any) -> np.ndarray:
+        """Embeddings (N, D) float32, of length 1, of a picture or several. Raises ValueError if one cannot be read."""
+        parts = []
+        for _, z, errors in self.batches(as_list(some)):
+            if any(errors):
+                raise ValueError(next(filter(None, errors)))
+            parts.append(z)
+        return np.concatenate(parts)
+
+    def compare(self, a: Any, b: Any) -> Comparison:
+        """Are two pictures of one class? Raises ValueError."""
+        first, second = self.embed([a, b])
+        similarity = float(first @ second)
+        probability = probability_same(similarity, self.threshold["logistic"])
+        return Comparison(similarity, similarity > self.threshold["value"], probability)
+
+
+def as_list(some: Any) -> list:
+    """Pictures as a list; one picture, or a batch in one array, is one too."""
+    if isinstance(some, (str, os.PathLike, Image.Image)) or getattr(some, "ndim", 4) in (2, 3):
+        return [some]
+    return list(some)
+
+
+def probability_same(similarity: float, logistic: Sequence[float], classes: float = 1.0) -> float:
+    """Probability 0..1 that a picture is of the class it is this similar to, if half of all pictures are of an enrolled
+    class: `classes` of them were tried, and the most similar of more classes is more often a chance hit."""
+    slope, intercept = logistic
+    return 1 / (1 + math.exp(-max(-700.0, min(700.0, slope * similarity + intercept - math.log(max(classes, 1.0))))))
+
+
+def load(path: str | os.PathLike, device: str = "auto") -> Recogniser:
+    """A recogniser from best.pt or last.pt of a run, or from a file that export.py made of it (.onnx or .pt2).
+
+    `device` is for checkpoints: "auto" (a GPU, if there is one), "cpu", "cuda", ... Raises ValueError or OSError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    if path.suffix in (".onnx", ".pt2"):
+        run, metadata = load_onnx(path) if path.suffix == ".onnx" else load_pt2(path)
+        if "recogniser" not in metadata:
+            raise ValueError(f"{path} lacks what recognition needs; export it again")
+        facts = json.loads(metadata["recogniser"])
+        return Recogniser(run, facts["size"], facts["threshold"], frozenset(facts["trained"]), facts["fingerprint"])
+    if __package__:
+        from . import model
+    else:
+        import model
+    net, saved = model.load(path)
+    net.to(model.pick_device(device))
+    facts = model.recogniser_facts(net, saved)
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        return normalised(model.embed(net, model.torch.from_numpy(pixels)).numpy())
+
+    return Recogniser(run, net.size, facts["threshold"], frozenset(facts["trained"]), facts["fingerprint"])
+
+
+def load_onnx(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict]:
+    """The function an .onnx file computes, by ONNX Runtime, and its metadata. Raises ValueError."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ValueError(f"{path} needs ONNX Runtime: pip install onnxruntime") from error
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read by ONNX Runtime: {str(error).splitlines()[0]}") from error
+    given = session.get_inputs()[0]
+    kind = np.uint8 if "uint8" in given.type else np.float32
+    metadata = session.get_modelmeta().custom_metadata_map
+    return lambda pixels: session.run(None, {given.name: np.ascontiguousarray(pixels, kind)})[0], metadata
+
+
+def load_pt2(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict]:
+    """The function a .pt2 file computes, by PyTorch on the CPU, and its metadata. Raises ValueError."""
+    import torch
+
+    extra = {"metadata.json": ""}
+    try:
+        program = torch.export.load(path, extra_files=extra)
+        metadata = json.loads(extra["metadata.json"])
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read by torch.export.load: {str(error).splitlines()[0]}") from error
+    kind, module = getattr(torch, metadata["input"].split()[0]), program.module()
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return module(torch.from_numpy(pixels).to(kind).contiguous()).numpy()
+
+    return run, metadata
+
+
+def normalised(rows: np.ndarray) -> np.ndarray:
+    """Rows (N, D) scaled to length 1; rows of zeros stay."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------ strangers
+
+
+class Strangers:
+    """How similar pictures of no enrolled class are to the most similar of C enrolled ones.
+
+    `stored` is a table that training measured on held-back images (`metrics.strangers`): "similarities" (shots,
+    classes, rates), those that a share `rates` of strangers exceeds, for so many `classes` with so many pictures of
+    each, `shots`. Between its points it is linear in the logarithms of all three.
+    """
+
+    def __init__(self, stored: dict):
+        self.shots, self.classes, self.rates = (np.log(stored[name]) for name in ("shots", "classes", "rates"))
+        self.similarities = np.array(stored["similarities"])
+
+    def curve(self, classes: float, shots: float) -> np.ndarray:
+        """Similarities (R,), falling as the rates rise."""
+        table = self.similarities
+        for values, points in ((shots, self.shots), (classes, self.classes)):
+            place = float(np.interp(math.log(max(values, 1.0)), points, np.arange(len(points))))
+            low, part = min(int(place), len(points) - 1), place % 1
+            table = table[low] if not part else (1 - part) * table[low] + part * table[low + 1]
+        return table
+
+    def threshold(self, false_accept: float, classes: float, shots: float) -> float:
+        """The similarity that this share (0..1) of strangers exceeds."""
+        return float(np.interp(math.log(false_accept), self.rates, self.curve(classes, shots)))
+
+    def rate(self, similarity: float, classes: float, shots: float) -> float:
+        """The share (0..1) of strangers that exceeds a similarity."""
+        return float(np.exp(np.interp(-similarity, -self.curve(classes, shots), self.rates)))
+
+    def factor(self, similarities: np.ndarray, labels: np.ndarray, classes: int, shots: float) -> float:
+        """How many classes of the table each of the enrolled `classes` counts for, STRANGERS unless pictures of other
+        classes, with `similarities` (M,) to the most similar enrolled class and `labels` (M,), say otherwise.
+
+        They are compared where the table expects about three of their classes above a similarity; pictures of one class
+        are alike and count as one. One more is added to both counts, so that few classes change little.
+        """
+        seen = len(np.unique(labels))
+        if not seen:
+            return STRANGERS
+        threshold = self.threshold(max(0.1, min(0.5, 3 / seen)), STRANGERS * classes, shots)
+        expected = seen * self.rate(threshold, STRANGERS * classes, shots)
+        return STRANGERS * (seen * float((similarities > threshold).mean()) + 1) / (expected + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- the gallery
+
+FORMAT = 0x4F534701  # of the file, SQLite's application_id
+SCHEMA = {
+    "facts": "CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "classes": "CREATE TABLE classes (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)",
+    "pictures": "CREATE TABLE pictures (id INTEGER PRIMARY KEY, class INTEGER NOT NULL, source TEXT NOT NULL, "
+    "sha256 BLOB NOT NULL, enrolled REAL NOT NULL, embedding BLOB NOT NULL, UNIQUE (class, sha256))",
+    "thumbnails": "CREATE TABLE thumbnails (picture INTEGER PRIMARY KEY, jpeg BLOB NOT NULL)",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An enrolled class: cosine similarity to the mean of its pictures, and the probability that the picture is of it,
+    if half of all pictures are of an enrolled class."""
+
+    name: str
+    similarity: float
+    probability: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The class of a picture, None for unknown, and the enrolled classes most similar to it, the best first."""
+
+    name: str | None
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What `Gallery.synchronise` did: pictures added, removed and left as they are, why some cannot be read, and the
+    classes of which none can."""
+
+    added: int
+    removed: int
+    kept: int
+    errors: list[str]
+    empty: list[str]
+
+
+class Gallery:
+    """Enrolled classes in one file, an SQLite database: pictures' embeddings, names, sources, hashes and times.
+
+    `path` is opened, or made; ":memory:" keeps the gallery in memory. Each change is one transaction: after a crash the
+    file is as before or as after it, and several processes may read and write. Raises ValueError for a file that is not
+    a gallery or belongs to another network, OSError for one that cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike, recogniser: Recogniser):
+        self.path, self.recogniser, self.version = os.fspath(path), recogniser, None
+        try:
+            self.database = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+            self.database.execute("PRAGMA trusted_schema = OFF")
+            self.database.text_factory = os.fsdecode  # names of folders that are not UTF-8 keep their bytes
+            with self.transaction():
+                if not self.database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                    self.make()
+                self.check()
+        except sqlite3.OperationalError as error:
+            raise OSError(f"cannot open the gallery {self.path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.path} is not a gallery: {error}") from error
+
+    def make(self) -> None:
+        for statement in SCHEMA.values():
+            self.database.execute(statement)
+        self.database.execute(f"PRAGMA application_id = {FORMAT}")
+        self.set_fact("fingerprint", self.recogniser.fingerprint)
+
+    def check(self) -> None:
+        """Raise ValueError unless the file is a gallery of this network: these tables and nothing that could run."""
+        found = dict(self.database.execute("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"))
+        if self.database.execute("PRAGMA application_id").fetchone()[0] != FORMAT or found != SCHEMA:
+            raise ValueError(f"{self.path} is not a gallery")
+        if self.fact("fingerprint") != self.recogniser.fingerprint:
+            raise ValueError(f"the gallery {self.path} was made with another network; enrol its pictures again")
+
+    @contextlib.contextmanager
+    def transaction(self):
+        self.database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self.database.execute("ROLLBACK")
+            raise
+        self.database.execute("COMMIT")
+
+    def close(self) -> None:
+        self.database.close()
+
+    def __enter__(self) -> "Gallery":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        return self.database.execute("SELECT count(*) FROM pictures").fetchone()[0]
+
+    def fact(self, name: str) -> str | None:
+        row = self.database.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
+        return row and row[0]
+
+    def set_fact(self, name: str, value: object) -> None:
+        self.database.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, str(value)))
+
+    def names(self) -> dict[str, int]:
+        """The enrolled classes, in alphabetical order, and how many pictures each has."""
+        query = "SELECT name, count(*) FROM classes JOIN pictures ON class = classes.id GROUP BY name ORDER BY name"
+        return dict(self.database.execute(query))
+
+    # ------------------------------------------------------------------------------------------------------ changes
+
+    def enrol(self, name: str, some: Any) -> int:
+        """Add pictures to a class; those it has already are skipped. Returns how many are new. Raises ValueError, and
+        adds none, if one cannot be read."""
+        rows, errors = self.new_rows([(name, picture) for picture in as_list(some)])
+        if errors:
+            raise ValueError(errors[0])
+        with self.transaction():
+            return self.insert(rows)
+
+    def remove(self, name: str) -> int:
+        """Remove a class; returns how many pictures it had. Raises ValueError if it is not enrolled."""
+        with self.transaction():
+            query = "SELECT pictures.id FROM pictures JOIN classes ON class = classes.id WHERE name = CAST(? AS TEXT)"
+            removed = self.delete([row[0] for row in self.database.execute(query, (os.fsencode(name),))])
+        if not removed:
+            raise ValueError(f"no class {name!r} is enrolled in {self.path}")
+        return removed
+
+    def synchronise(self, folder: str | os.PathLike) -> Changes:
+        """Make the gallery hold what a folder with a folder for each class holds: new and changed pictures are added,
+        those that came from the folder and are gone are removed. Others stay. Raises ValueError or OSError."""
+        root = os.path.realpath(folder)
+        classes = pictures.find_classes(Path(folder))
+        found = {(name, os.path.realpath(path)) for name, paths in classes.items() for path in paths}
+        hashes = {source: file_hash(source) for _, source in found}
+        query = "SELECT pictures.id, name, source, sha256 FROM pictures JOIN classes ON class = classes.id"
+        ours = [row for row in self.database.execute(query) if row[2].startswith(os.path.join(root, ""))]
+        kept = {(name, source) for _, name, source, sha in ours if hashes.get(source) == sha} & found
+        rows, errors = self.new_rows(sorted(found - kept))
+        gone = [number for number, name, source, _ in ours if (name, source) not in kept]
+        with self.transaction():
+            removed, added = self.delete(gone), self.insert(rows)
+        return Changes(added, removed, len(kept), errors, sorted(classes.keys() - self.names().keys()))
+
+    def new_rows(self, pairs: list[tuple[str, Any]]) -> tuple[list[tuple], list[str]]:
+        """What `insert` takes, of (class, picture) pairs that are not enrolled yet, and errors of those that cannot be
+        read. Raises ValueError for a name that no class can have."""
+        for name in {name for name, _ in pairs}:
+            if not isinstance(name, str) or not name.strip() or name == "unknown":
+                raise ValueError(f"a class cannot be called {name!r}; rename it")
+        query = "SELECT name, sha256 FROM pictures JOIN classes ON class = classes.id"
+        known, rows, errors = set(self.database.execute(query)), [], []
+        new = []
+        for name, picture in pairs:
+            is_file = isinstance(picture, (str, os.PathLike))
+            sha = file_hash(picture) if is_file else hashlib.sha256(np.asarray(picture).tobytes()).digest()
+            if (name, sha) not in known:
+                new.append((name, os.path.realpath(picture) if is_file else "", sha, picture))
+                known.add((name, sha))
+        facts = iter(new)
+        for pixels, z, problems in self.recogniser.batches([row[-1] for row in new]):
+            part = [row[:-1] for row, problem in zip(facts, problems, strict=False) if not problem]
+            images = (jpeg(image) for image in pixels)
+            rows += [(*row, z.astype("<f4").tobytes(), image) for row, z, image in zip(part, z, images, strict=True)]
+            errors += filter(None, problems)
+        return rows, errors
+
+    def insert(self, rows: list[tuple]) -> int:
+        added, now = 0, time.time()
+        query = "INSERT OR IGNORE INTO pictures (class, source, sha256, enrolled, embedding) "
+        query += "SELECT id, CAST(? AS TEXT), ?, ?, ? FROM classes WHERE name = CAST(? AS TEXT)"
+        for name, source, sha, z, thumbnail in rows:
+            name, source = os.fsencode(name), os.fsencode(source)
+            self.database.execute("INSERT OR IGNORE INTO classes (name) VALUES (CAST(? AS TEXT))", (name,))
+            done = self.database.execute(query, (source, sha, now, z, name))
+            if done.rowcount:
+                self.database.execute("INSERT INTO thumbnails VALUES (?, ?)", (done.lastrowid, thumbnail))
+                added += 1
+        self.version = None
+        return added
+
+    def delete(self, numbers: list[int]) -> int:
+        for table, column in (("pictures", "id"), ("thumbnails", "picture")):
+            query = f"DELETE FROM {table} WHERE {column} = ?"
+            self.database.executemany(query, [(number,) for number in numbers])
+        self.database.execute("DELETE FROM classes WHERE id NOT IN (SELECT class FROM pictures)")
+        self.version = None
+        return len(numbers)
+
+    # -------------------------------------------------------------------------------------------------- recognition
+
+    def load(self) -> None:
+        """Read names, embeddings and class means, unless they are as the file has them."""
+        version = self.database.execute("PRAGMA data_version").fetchone()[0]  # another connection's changes
+        if version == self.version:
+            return
+        query = "SELECT class, pictures.id, embedding, name FROM pictures JOIN classes ON class = classes.id "
+        rows = self.database.execute(query + "ORDER BY class, pictures.id").fetchall()
+        classes, self.numbers, blobs, names = zip(*rows, strict=True) if rows else ((), (), (), ())
+        try:
+            self.rows = np.frombuffer(b"".join(blobs), "<f4").reshape(len(rows), -1 if rows else 1)
+        except ValueError:
+            self.rows = np.array([[np.nan]])
+        if not np.isfinite(self.rows).all():
+            raise ValueError(f"{self.path} is damaged: its embeddings are not what they were")
+        starts = np.flatnonzero(np.diff(classes, prepend=-1))
+        self.counts = np.diff(starts, append=len(rows))
+        self.of = np.repeat(np.arange(len(starts)), self.counts)
+        self.classes = [names[start] for start in starts]
+        self.sums = np.add.reduceat(self.rows, starts) if rows else self.rows
+        self.means = normalised(self.sums)
+        self.version = version
+
+    def strangers(self) -> tuple[Strangers, float, float] | None:
+        """The calibration, and what it is asked about: how many classes these count for, and pictures of each."""
+        if not self.classes:
+            raise ValueError(f"the gallery {self.path} is empty")
+        if "strangers" not in self.recogniser.threshold:  # an older checkpoint
+            return None
+        factor = float(self.fact("strangers") or STRANGERS)
+        return Strangers(self.recogniser.threshold["strangers"]), factor * len(self.classes), self.counts.mean()
+
+    def threshold(self, false_accept: float = 0.1) -> float:
+        """The similarity above which a picture gets a name, so that this share (0..1) of strangers does.
+
+        Strangers are pictures of no enrolled class. Without a calibration, it is the threshold of one pair.
+        """
+        self.load()
+        found = self.strangers()
+        return found[0].threshold(false_accept, *found[1:]) if found else self.recogniser.threshold["value"]
+
+    def false_accept(self, threshold: float) -> float | None:
+        """The share (0..1) of strangers that is expected to get a name at a threshold; None without a calibration."""
+        self.load()
+        found = self.strangers()
+        return found and found[0].rate(threshold, *found[1:])
+
+    def recognise(
+        self, some: Any, top: int = 5, false_accept: float = 0.1, threshold: float | None = None
+    ) -> list[Answer]:
+        """An answer for each picture, with the `top` most similar classes. It has a name if the highest similarity is
+        above `threshold`, by default `threshold(false_accept)`. Raises ValueError."""
+        threshold = self.threshold(false_accept) if threshold is None else threshold
+        return self.answer(self.recogniser.embed(some), top, threshold)
+
+    def answer(self, z: np.ndarray, top: int, threshold: float) -> list[Answer]:
+        """As `recognise`, of embeddings (N, D)."""
+        self.load()
+        found, logistic = self.strangers(), self.recogniser.threshold["logistic"]
+        tried = found[1] if found else len(self.classes)
+        answers: list[Answer] = []
+        for part in np.array_split(z, math.ceil(len(z) * len(self.classes) / CELLS) or 1):
+            if not len(part):
+                continue
+            similarity = part @ self.means.T
+            for row, places in zip(similarity, highest(similarity, top), strict=True):
+                nearest = [(self.classes[place], float(row[place])) for place in places]
+                all_ = (Candidate(name, value, probability_same(value, logistic, tried)) for name, value in nearest)
+                answers.append(Answer(nearest[0][0] if nearest[0][1] > threshold else None, tuple(all_)))
+        return answers
+
+    def left_out(self, most: int = 2000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of enrolled pictures, spread over all: their classes (M,), the similarity to the mean of their class's other
+        pictures, NaN if there are none, and the highest to another class, as if theirs were not enrolled."""
+        chosen = np.unique(np.linspace(0, len(self.rows) - 1, most).astype(int))
+        own, other = np.full((2, len(chosen)), np.nan)
+        for part in np.array_split(np.arange(len(chosen)), math.ceil(len(chosen) * len(self.classes) / CELLS) or 1):
+            z, of = self.rows[chosen[part]], self.of[chosen[part]]
+            rest = np.einsum("nd,nd->n", z, normalised(self.sums[of] - z))
+            own[part] = np.where(self.counts[of] > 1, rest, np.nan)
+            similarity = z @ self.means.T
+            similarity[np.arange(len(part)), of] = -1
+            other[part] = similarity.max(1)
+        return self.of[chosen], own, other
+
+    def calibrate(self) -> float:
+        """Adapt the calibration of strangers to the enrolled pictures, and keep it in the file.
+
+        Each picture is a stranger to the gallery without its class. How often these are more similar to another class
+        than the stored table expects says how many more, or fewer, classes they count for. Classes that the network was
+        trained on say nothing of strangers. Returns the factor.
+        """
+        self.load()
+        found, factor = self.strangers(), STRANGERS
+        if found and len(self.classes) > 1:
+            of, _, other = self.left_out()
+            new = np.array([name not in self.recogniser.trained for name in self.classes])[of]
+            factor = found[0].factor(other[new], of[new], len(self.classes) - 1, self.counts.mean())
+        with self.transaction():
+            self.set_fact("strangers", factor)
+        return factor
+
+    def recognised(self, threshold: float) -> tuple[float, int] | None:
+        """The share (0..1) of enrolled pictures that are given their class when they are left out of it, and how many
+        pictures that is of; None if no class has two."""
+        self.load()
+        _, own, other = self.left_out() if len(self.rows) else (None, np.empty(0), np.empty(0))
+        own, other = own[~np.isnan(own)], other[~np.isnan(own)]
+        return (float(((own > other) & (own > threshold)).mean()), len(own)) if len(own) else None
+
+
+def highest(rows: np.ndarray, top: int) -> np.ndarray:
+    """Columns (N, top) of the highest numbers of each row (N, C), the highest first; fewer if there are fewer.
+
+    They lie in the `top` groups of columns that have the highest maxima, so that only these are sorted.
+    """
+    columns = np.arange(rows.shape[1])
+    maxima = np.maximum.reduceat(rows, columns[::256], axis=1)
+    groups = np.argsort(-maxima, kind="stable")[:, :top]
+    places = (256 * groups[:, :, None] + np.arange(256)).reshape(len(rows), -1)
+    values = np.where(places < len(columns), np.take_along_axis(rows, np.minimum(places, columns[-1]), 1), -np.inf)
+    return np.take_along_axis(places, np.argsort(-values, kind="stable")[:, : min(top, len(columns))], 1)
+
+
+def file_hash(path: str | os.PathLike) -> bytes:
+    """SHA-256 of a file; of nothing, if it cannot be read, which reading it as a picture will tell."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).digest()
+    except OSError:
+        return hashlib.sha256().digest()
+
+
+def jpeg(image: np.ndarray) -> bytes:
+    """(3, S, S) uint8 as a JPEG file."""
+    file = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(file, "JPEG", quality=90)
+    return file.getvalue()

@@ -1,0 +1,326 @@
+"""oneshot.py: recognisers, comparisons, galleries and what they say of strangers, as a program would use them."""
+
+import multiprocessing
+import shutil
+import sqlite3
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import metrics
+import model
+import oneshot
+import predict
+import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """best.pt of a moment's training on 9 classes, and pictures of 3 others in support/ and queries/."""
+    folder = tmp_path_factory.mktemp("gallery")
+    npz = str(tiny.write_npz(folder / "tiny.npz", classes=12, train=24, test=8))
+    tiny.train_classic(npz, folder)
+    test = data.load(npz).test.of([9, 10, 11])
+    for number, (image, label) in enumerate(zip(test.images, test.labels.tolist(), strict=True)):
+        place = folder / ("queries" if number % 2 else "support") / f"class {label}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{number:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recogniser(folder):
+    return oneshot.load(folder / "best.pt")
+
+
+def test_all_kinds_of_pictures_are_embedded_alike(folder, recogniser):
+    paths = sorted(folder.glob("support/*/*.png"))[:3]
+    z = recogniser.embed(paths)
+    net, _ = model.load(folder / "best.pt")
+    arrays = [np.asarray(Image.open(path)) for path in paths]
+    expected = torch.nn.functional.normalize(model.embed(net, torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)))
+    assert z.shape == (3, net.dimension) and np.allclose(z, expected, atol=1e-6)
+    tensors = [torch.tensor(array).permute(2, 0, 1) for array in arrays]
+    for some in ([str(path) for path in paths], map(Image.open, paths), arrays, np.stack(arrays), tensors):
+        assert np.allclose(recogniser.embed(some), z, atol=1e-6)
+    assert np.allclose(recogniser.embed(paths[0]), z[:1], atol=1e-6)
+    grey = arrays[0][..., 0]
+    assert np.allclose(recogniser.embed(grey), recogniser.embed(np.stack([grey] * 3, 2)), atol=1e-6)
+    for wrong in (arrays[0].astype(float), arrays[0][..., :2], "missing.png"):
+        with pytest.raises(ValueError, match="pictures are paths, PIL images, arrays|no such picture"):
+            recogniser.embed([arrays[0], wrong])
+
+
+def test_compare(folder, recogniser):
+    first, second, *_ = sorted(folder.glob("support/class 9/*.png"))
+    other = next(folder.glob("support/class 11/*.png"))
+    same, different = recogniser.compare(first, second), recogniser.compare(first, other)
+    assert same.same and not different.same and same.probability > 0.5 > different.probability
+    z = recogniser.embed([first, second])
+    assert same.similarity == pytest.approx(float(z[0] @ z[1]), abs=1e-6)
+
+
+def test_a_gallery_lasts(folder, recogniser, tmp_path):
+    path = tmp_path / "a.gallery"
+    with oneshot.Gallery(path, recogniser) as gallery:
+        for place in sorted((folder / "support").iterdir()):
+            pictures = sorted(place.iterdir())
+            assert gallery.enrol(place.name, pictures) == len(pictures)
+            assert gallery.enrol(place.name, pictures[:2]) == 0  # known already
+    queries = sorted(folder.glob("queries/*/*.png"))
+    with oneshot.Gallery(path, recogniser) as gallery:
+        assert gallery.names() == {"class 10": 4, "class 11": 4, "class 9": 4} and len(gallery) == 12
+        answers = gallery.recognise(queries, top=2, threshold=-1.0)
+        assert np.mean([answer.name == query.parent.name for answer, query in zip(answers, queries, strict=True)]) > 0.8
+        means = {
+            place.name: recogniser.embed(sorted(place.iterdir())).mean(0) for place in (folder / "support").iterdir()
+        }
+        for answer, z in zip(answers, recogniser.embed(queries), strict=True):
+            expected = sorted(((float(z @ m / np.linalg.norm(m)), name) for name, m in means.items()), reverse=True)
+            assert [candidate.name for candidate in answer.candidates] == [name for _, name in expected[:2]]
+            assert answer.candidates[1].similarity == pytest.approx(expected[1][0], abs=1e-5)
+        assert {answer.name for answer in gallery.recognise(queries, threshold=1.0)} == {None}
+        assert gallery.remove("class 9") == 4 and "class 9" not in gallery.names()
+        with pytest.raises(ValueError, match="no class 'class 9' is enrolled"):
+            gallery.remove("class 9")
+    with oneshot.Gallery(path, recogniser) as gallery:
+        assert gallery.names() == {"class 10": 4, "class 11": 4}
+
+
+@pytest.mark.parametrize("columns", [1, 3, 255, 256, 257, 3000])
+def test_highest(columns):
+    rows = np.random.default_rng(0).integers(0, 2000, (40, columns)).astype(np.float32)
+    for top in (1, 3, 20):
+        found = oneshot.highest(rows, top)
+        assert found.shape == (40, min(top, columns)) and all(
+            len(set(places)) == len(places) for places in found.tolist()
+        )
+        assert np.array_equal(np.take_along_axis(rows, found, 1), -np.sort(-rows, 1)[:, :top])
+
+
+def test_a_folder_is_synchronised(folder, recogniser, tmp_path, monkeypatch):
+    shutil.copytree(folder / "support", tmp_path / "classes")
+    embedded = []
+    counting = oneshot.Recogniser(
+        lambda pixels: embedded.append(len(pixels)) or recogniser.network(pixels),
+        **{name: getattr(recogniser, name) for name in ("size", "threshold", "trained", "fingerprint")},
+    )
+    with oneshot.Gallery(tmp_path / "a.gallery", counting) as gallery:
+        other = next(folder.glob("queries/class 9/*.png"))
+        gallery.enrol("class 9", other)
+        changes = gallery.synchronise(tmp_path / "classes")
+        assert (changes.added, changes.removed, changes.kept) == (12, 0, 0)
+        embedded.clear()
+        changes = gallery.synchronise(tmp_path / "classes")
+        assert (changes.added, changes.removed, changes.kept) == (0, 0, 12) and not embedded
+        gone, changed = sorted((tmp_path / "classes" / "class 10").iterdir())[:2]
+        gone.unlink()
+        shutil.copy(other, changed)
+        (tmp_path / "classes" / "class 11").rename(tmp_path / "classes" / "new name")
+        (tmp_path / "classes" / "class 9" / "broken.png").write_bytes(b"nothing")
+        changes = gallery.synchronise(tmp_path / "classes")
+        assert (changes.added, changes.removed, changes.kept) == (5, 6, 6)
+        assert len(changes.errors) == 1 and "broken.png" in changes.errors[0]
+        assert gallery.names() == {"class 10": 3, "class 9": 5, "new name": 4} and sum(embedded) == 5
+
+
+def test_a_gallery_belongs_to_one_network(folder, recogniser, tmp_path):
+    path = tmp_path / "a.gallery"
+    with oneshot.Gallery(path, recogniser) as gallery:
+        gallery.enrol("a", next(folder.glob("support/*/*.png")))
+    before = path.read_bytes()
+    saved = model.load_checkpoint(folder / "best.pt")
+    saved["model"]["conv1.weight"] = saved["model"]["conv1.weight"] * 1.01
+    torch.save(saved, tmp_path / "other.pt")
+    other = oneshot.load(tmp_path / "other.pt")
+    assert other.fingerprint != recogniser.fingerprint == oneshot.load(folder / "best.pt").fingerprint
+    with pytest.raises(ValueError, match="was made with another network; enrol its pictures again"):
+        oneshot.Gallery(path, other)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["text", "another database"])
+def test_other_files_are_not_taken_for_galleries(recogniser, tmp_path, how):
+    if how == "text":
+        (tmp_path / "a.gallery").write_text("no database, but some text that is long enough " * 9)
+    else:
+        sqlite3.connect(tmp_path / "a.gallery").execute("CREATE TABLE other (a)")
+    before = (tmp_path / "a.gallery").read_bytes()
+    with pytest.raises(ValueError, match="is not a gallery"):
+        oneshot.Gallery(tmp_path / "a.gallery", recogniser)
+    assert (tmp_path / "a.gallery").read_bytes() == before
+
+
+def test_what_a_hostile_gallery_holds_is_not_trusted(folder, recogniser, tmp_path):
+    """A trigger would run at the next change; embeddings cut short or not finite would be compared with."""
+    pictures = sorted(folder.glob("support/*/*.png"))
+    for statement, message in (
+        ("CREATE TRIGGER t AFTER INSERT ON pictures BEGIN DELETE FROM classes; END", "is not a gallery"),
+        ("UPDATE pictures SET embedding = x'00'", "is damaged"),
+        (f"UPDATE pictures SET embedding = x'{np.full(64, np.nan, '<f4').tobytes().hex()}'", "is damaged"),
+    ):
+        path = tmp_path / "a.gallery"
+        path.unlink(missing_ok=True)
+        with oneshot.Gallery(path, recogniser) as gallery:
+            gallery.enrol("a", pictures[:2])
+        with sqlite3.connect(path) as database:
+            database.execute(statement)
+        database.close()
+        with pytest.raises(ValueError, match=message):
+            oneshot.Gallery(path, recogniser).recognise(pictures[0])
+
+
+def test_a_folder_that_is_not_there(recogniser, tmp_path):
+    with pytest.raises(OSError, match="cannot open the gallery"):
+        oneshot.Gallery(tmp_path / "missing" / "a.gallery", recogniser)
+
+
+@pytest.mark.parametrize("name", ["", " ", "unknown", 3])
+def test_names_that_no_class_can_have(folder, recogniser, name):
+    with oneshot.Gallery(":memory:", recogniser) as gallery:
+        with pytest.raises(ValueError, match="a class cannot be called"):
+            gallery.enrol(name, next(folder.glob("support/*/*.png")))
+        with pytest.raises(ValueError, match="is empty"):
+            gallery.recognise(next(folder.glob("support/*/*.png")))
+
+
+def test_a_change_is_whole_or_not_at_all(folder, recogniser, tmp_path, monkeypatch):
+    pictures = sorted(folder.glob("support/*/*.png"))
+    with oneshot.Gallery(tmp_path / "a.gallery", recogniser) as gallery:
+        gallery.enrol("a", pictures[:2])
+        with pytest.raises(ValueError, match="no such picture"):
+            gallery.enrol("b", [pictures[3], "missing.png"])
+        monkeypatch.setattr(gallery, "delete", lambda numbers: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            gallery.synchronise(folder / "support")
+        assert gallery.names() == {"a": 2}
+
+
+def enrol_in_another_process(folder, path, name):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    with oneshot.Gallery(path, oneshot.load(folder / "best.pt")) as gallery:
+        for picture in sorted(folder.glob("support/*/*.png")):
+            gallery.enrol(name, picture)
+
+
+@pytest.mark.slow
+def test_two_writers(folder, recogniser, tmp_path):
+    """Both write picture after picture; a gallery that is open sees what they wrote."""
+    path = tmp_path / "a.gallery"
+    with oneshot.Gallery(path, recogniser) as gallery:
+        gallery.enrol("mine", next(folder.glob("queries/*/*.png")))
+        assert len(gallery.recognise(next(folder.glob("queries/*/*.png")))[0].candidates) == 1
+        context = multiprocessing.get_context("spawn")
+        writers = [context.Process(target=enrol_in_another_process, args=(folder, path, name)) for name in "ab"]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert gallery.names() == {"a": 12, "b": 12, "mine": 1}
+        assert len(gallery.recognise(next(folder.glob("queries/*/*.png")))[0].candidates) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ strangers
+
+
+def embeddings(classes, images, spread, seed=0, dimension=32):
+    """Embeddings (N, D) of length 1 in clusters, and labels (N,)."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(classes).repeat_interleave(images)
+    z = torch.randn(classes, dimension, generator=generator)[labels]
+    return torch.nn.functional.normalize(z + spread * torch.randn(len(z), dimension, generator=generator)), labels
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("classes", [1, 4, 20])
+def test_the_table_of_strangers_holds_on_other_classes(shots, classes):
+    """Thresholds for classes of one kind, tried on galleries of other classes of that kind."""
+    stored = metrics.strangers(*embeddings(60, 20, 1.0))
+    z, labels = (part.numpy() for part in embeddings(200, shots + 5, 1.0, seed=1))
+    means = z.reshape(200, -1, 32)[:, :shots].mean(1)
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    queries = z.reshape(200, -1, 32)[:, shots:].reshape(-1, 32)
+    draw, best = np.random.default_rng(0), []
+    for _ in range(40):
+        chosen = draw.permutation(200)
+        strangers = queries[~np.isin(np.repeat(np.arange(200), 5), chosen[:classes])]
+        best.append((strangers @ means[chosen[:classes]].T).max(1))
+    found = oneshot.Strangers(stored)
+    for rate in (0.02, 0.1, 0.5):
+        threshold = found.threshold(rate, classes, shots)
+        assert found.rate(threshold, classes, shots) == pytest.approx(rate, rel=0.05)
+        assert (np.concatenate(best) > threshold).mean() == pytest.approx(rate, rel=0.3)
+
+
+def test_the_table_of_strangers_is_the_formula():
+    """Three classes of one row each: of a row, a share 0, 1/2 or 1 of the others is more similar than a threshold."""
+    angles = torch.tensor([0.0, 0.3, 1.4])
+    z = torch.stack((angles.cos(), angles.sin()), 1)
+    stored = metrics.strangers(z, torch.arange(3))
+    shares = {np.cos(0.3): [0.5, 0.5, 0], np.cos(1.1): [0.5, 1, 0.5], np.cos(1.4): [1, 1, 1]}  # up to each similarity
+    for classes, row in zip(stored["classes"], stored["similarities"][0], strict=True):
+        reached = {value: np.mean([1 - (1 - share) ** classes for share in below]) for value, below in shares.items()}
+        for rate, similarity in zip(stored["rates"], row, strict=True):
+            expected = max(value for value, most in reached.items() if most > rate)
+            assert similarity == pytest.approx(expected, abs=0.01), (classes, rate)
+
+
+def gallery_of(z, names, recogniser):
+    """A gallery of given embeddings: its pictures are numbers that stand for rows of `z`."""
+    gallery = oneshot.Gallery(":memory:", recogniser)
+    numbered = enumerate(zip(names, z, strict=True))
+    rows = [(name, "", bytes([k // 256, k % 256]), row.astype("<f4").tobytes(), b"") for k, (name, row) in numbered]
+    with gallery.transaction():
+        gallery.insert(rows)
+    return gallery
+
+
+def made_recogniser(trained=()):
+    stored = {"value": 0.5, "logistic": [10.0, -5.0], "strangers": metrics.strangers(*embeddings(60, 20, 1.0))}
+    return oneshot.Recogniser(None, 8, stored, frozenset(trained), "x")
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(1.0, "as stored"), (0.0, "all alike")])
+def test_a_gallery_calibrates_itself(spread, expected):
+    """Pictures that are all alike make strangers more similar than the table says; others of its kind do not."""
+    z, labels = (part.numpy() for part in embeddings(40, 1, 1.0, seed=2))
+    if expected == "all alike":
+        z = z * 0.3 + z[:1]
+        z /= np.linalg.norm(z, axis=1, keepdims=True)
+    names = [f"class {label}" for label in labels]
+    gallery = gallery_of(z, names, made_recogniser())
+    before = gallery.threshold(0.1)
+    factor = gallery.calibrate()
+    assert gallery.strangers()[1] == pytest.approx(40 * factor)
+    if expected == "as stored":
+        assert 0.4 * oneshot.STRANGERS < factor < 1.2 * oneshot.STRANGERS  # the classes are independent: really 1
+    else:
+        assert factor > 3 * oneshot.STRANGERS and gallery.threshold(0.1) > before
+    same = gallery_of(z, names, made_recogniser(trained=names))
+    assert same.calibrate() == oneshot.STRANGERS  # classes it was trained on say nothing of strangers
+
+
+def test_enrolled_pictures_left_out_in_turn():
+    z, labels = (part.numpy() for part in embeddings(10, 3, 0.2, seed=3))
+    gallery = gallery_of(z, [f"class {label}" for label in labels], made_recogniser())
+    assert gallery.recognised(-1.0) == (1.0, 30) and gallery.recognised(1.0) == (0.0, 30)
+    own = [z[k] @ (total := z[labels == labels[k]].sum(0) - z[k]) / np.linalg.norm(total) for k in range(30)]
+    middle = float(np.median(own))
+    assert gallery.recognised(middle)[0] == pytest.approx(0.5)
+    single = gallery_of(z[::3], [f"class {label}" for label in labels[::3]], made_recogniser())
+    assert single.recognised(0.0) is None
+
+
+def test_an_older_checkpoint_has_the_threshold_of_one_pair(folder, tmp_path, capsys):
+    saved = model.load_checkpoint(folder / "best.pt")
+    del saved["threshold"]["strangers"]
+    torch.save(saved, tmp_path / "old.pt")
+    arguments = ["--support", folder / "support", "--query", folder / "queries"]
+    tiny.run(predict, tmp_path / "old.pt", *arguments)
+    printed = capsys.readouterr().out
+    assert "made for one pair, not for many classes; `python evaluate.py CHECKPOINT --store`" in printed
