@@ -40,7 +40,7 @@ OptionalFile = shown_as("FILE", str | None)
 DataSource, OptionalDataSource = (shown_as("cifar100|glyphs|FILE|FOLDER", kind) for kind in (str, str | None))
 Split, OptionalSplit = shown_as("SPLIT"), shown_as("SPLIT", str | None)
 Device, Threshold, Criterion = map(shown_as, ("auto|cpu|cuda|cuda:N|mps", "auto|NUMBER", "balanced|eer|far:RATE"))
-Rate = shown_as("FLOAT", float | None)
+Rate, Stages = shown_as("FLOAT", float | None), shown_as("INT", int | None)
 PixelStatistics = shown_as("R G B", tuple[float, float, float] | None)
 Backbone = Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet18"]
 
@@ -66,7 +66,7 @@ class NetworkOptions:
     width: int = 32  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
     weights: OptionalFile = None  # start from the weights in this file: a state dict, or a checkpoint of a run
     pretrained: bool = False  # start resnet18 from torchvision's ImageNet weights (downloaded)
-    freeze: int = 0  # leave the first stages as given: 1 is the first convolution, each further one a layer
+    freeze: Stages = None  # first stages left as given: 1 is the first convolution, each more a layer; with --weights 3
     pixel_mean: PixelStatistics = None  # channel means (0..1) that a state dict was trained with
     pixel_std: PixelStatistics = None  # its standard deviations; default: those of the training data
     stem: Literal["auto", "small", "full"] = "auto"  # first layer of resnet18: small is 3x3, full is 7x7 and pooling

@@ -40,7 +40,6 @@ class Options(cli.DataOptions, cli.NetworkOptions, cli.LossOptions, Optimisation
 if __name__ == "__main__":
     cli.parse(Options, __doc__)  # before PyTorch is imported, so that --help takes no seconds
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -71,14 +70,6 @@ class NormalisedSoftmax(nn.Module):
         """`embeddings` (B, D), `target` (B,) int64 in 0..n_classes-1 -> scalar loss."""
         cosine = F.normalize(embeddings.float()) @ F.normalize(self.weight).T
         return F.cross_entropy(self.scale * cosine, target)
-
-
-def with_rates(options: Options) -> Options:
-    """The options with both learning rates: from given weights small ones, or they are soon forgotten."""
-    share = 0.1 if options.weights or options.pretrained else 1.0
-    lr = 0.1 * share if options.lr is None else options.lr
-    muon_lr = 0.02 * share if options.muon_lr is None else options.muon_lr
-    return dataclasses.replace(options, lr=lr, muon_lr=muon_lr)
 
 
 def schedule(progress: float, options: Options) -> float:
@@ -141,7 +132,7 @@ def check(options: Options) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    options = with_rates(cli.parse(Options, __doc__, args))
+    options = training.with_defaults(cli.parse(Options, __doc__, args), lr=0.1, muon_lr=0.02)
     with cli.user_errors():
         check(options)
         device = training.prepare_process(options)

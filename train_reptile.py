@@ -28,8 +28,8 @@ class OptimisationOptions:
     images_per_class: int = 8  # images of each class in an inner step; with --task domain also of other classes in all
     inner_steps: int = 2  # gradient steps on each task
     optimizer: Literal["muon", "adam"] = "muon"  # inner steps by Muon for convolutions and Adam for the rest, or Adam
-    lr: float = 1e-3  # learning rate of Adam, whose moments restart with each task
-    muon_lr: float = 0.02  # learning rate of Muon, whose momentum also restarts with each task
+    lr: cli.Rate = None  # learning rate of Adam, whose moments restart with each task; 0.001, from given weights 0.0001
+    muon_lr: cli.Rate = None  # of Muon, whose momentum also restarts with each task; 0.02, from given weights 0.002
     muon_weight_decay: float = 0.05  # weight decay of Muon, decoupled
     beta1: float = 0.0  # decay of the first moment of Adam and Muon; 0 turns it off
     meta_batch: int = 1  # tasks whose adapted weights are averaged in a meta-iteration, split among the processes
@@ -120,7 +120,7 @@ def check(options: Options) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    options = cli.parse(Options, __doc__, args)
+    options = training.with_defaults(cli.parse(Options, __doc__, args), lr=0.001, muon_lr=0.02)
     with cli.user_errors():
         check(options)
         device = training.prepare_process(options)

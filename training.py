@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ import distributed
 import metrics
 import model
 
+Options = TypeVar("Options")
+FEW = 1000  # training images; from fewer, training from scratch does not pay (docs/recipe.md)
 FIELDS = ("step", "images", "seconds", "loss", "rate", "triplet_accuracy", "pair_accuracy", "auc", "threshold")
 FIELDS += ("new_triplet_accuracy", "new_pair_accuracy", "new_one_shot")  # on validation classes, where there are any
 
@@ -48,6 +51,17 @@ def check(options: cli.RunOptions) -> None:
         raise ValueError("--pixel-mean and --pixel-std belong to a state dict; give --weights FILE with them")
     if options.freeze and not (options.pretrained or options.weights):
         raise ValueError("--freeze keeps given weights; give --pretrained or --weights FILE with it")
+
+
+def with_defaults(options: Options, **usual: float) -> Options:
+    """The options with what was not given of `freeze` and of the learning rates, whose `usual` values these are.
+
+    Given weights move at a tenth of the rates, and the first three stages of --weights not at all: else a few pictures
+    make a network forget what it knew of other classes.
+    """
+    share, freeze = 0.1 if options.weights or options.pretrained else 1.0, 3 if options.weights else 0
+    found = {"freeze": freeze, **{name: share * rate for name, rate in usual.items()}}
+    return dataclasses.replace(options, **{n: value for n, value in found.items() if getattr(options, n) is None})
 
 
 def prepare_process(options: cli.RunOptions) -> torch.device:
@@ -97,6 +111,11 @@ def make_network(options: cli.NetworkOptions, train: data.TrainingData) -> model
     settings |= {"mirror": options.mirror, "mean": mean, "std": std}
     net = model.build(**settings) if state is None else model.build_with_weights(settings, state)[0]
     net.freeze(options.freeze)
+    if state is None and len(train.kept) < FEW:
+        print(
+            f"{len(train.kept)} training images are few: a network in weights/, such as weights/classic-90-10.pt, is "
+            "better as it is than one trained from scratch on so few, and better still after --weights FILE"
+        )
     net.to(train.kept.images.device)
     parameters, multiply_adds = model.count(net, train.size)
     trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)

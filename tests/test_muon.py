@@ -5,6 +5,7 @@ import torch
 
 import model
 import train_classic
+import training
 from muon import Muon, orthogonalise
 
 
@@ -55,7 +56,9 @@ def test_weights_without_a_gradient_stay():
 def test_it_has_the_hidden_convolutions_and_sgd_the_rest():
     net = model.build("resnet20", 4)
     head = train_classic.NormalisedSoftmax(5, net.dimension, 16.0)
-    made = train_classic.make_optimizers(train_classic.with_rates(train_classic.Options()), net, head)
+    made = train_classic.make_optimizers(
+        training.with_defaults(train_classic.Options(), lr=0.1, muon_lr=0.02), net, head
+    )
     groups = {name: [p for group in each.param_groups for p in group["params"]] for name, each in made.items()}
     assert len(groups["muon"]) == 18 and all(weight.ndim == 4 for weight in groups["muon"])
     everything = {id(each) for each in [*net.parameters(), *head.parameters()]}

@@ -51,11 +51,11 @@ def test_the_classes_of_a_task_stay_upright_or_turned(train, tmp_path, monkeypat
 
 def test_the_inner_optimizers_of_reptile():
     net = model.build("resnet20", 4)
-    muon, adam = train_reptile.make_optimizers(train_reptile.Options(muon_lr=0.01, beta1=0.5), net)
+    muon, adam = train_reptile.make_optimizers(train_reptile.Options(lr=0.001, muon_lr=0.01, beta1=0.5), net)
     (hidden,), (rest,) = muon.param_groups, adam.param_groups
     assert (hidden["lr"], hidden["momentum"], rest["lr"], rest["betas"]) == (0.01, 0.5, 1e-3, (0.5, 0.999))
     assert {id(p) for p in hidden["params"] + rest["params"]} == {id(p) for p in net.parameters()}
-    (adam,) = train_reptile.make_optimizers(train_reptile.Options(optimizer="adam"), net)
+    (adam,) = train_reptile.make_optimizers(train_reptile.Options(lr=0.001, optimizer="adam"), net)
     assert len(adam.param_groups[0]["params"]) == len(list(net.parameters()))
 
 

@@ -129,13 +129,20 @@ def test_training_that_does_harm_leaves_the_given_weights_the_best(npz, tmp_path
     assert rows[0]["step"] == "0" and float(rows[0]["auc"]) > float(rows[-1]["auc"])
 
 
-def test_given_weights_are_trained_at_small_rates(train, tmp_path):
-    scratch = train(train_classic)
+@pytest.mark.parametrize(("script", "lr"), [(train_classic, 0.1), (train_reptile, 0.001)])
+def test_given_weights_are_trained_gently(train, tmp_path, script, lr, capsys):
+    scratch = train(script)
+    assert "training images are few: a network in weights/" in capsys.readouterr().out
     first = tmp_path / "first.pt"
-    (tmp_path / "train_classic" / "last.pt").rename(first)
-    warm, chosen = (train(train_classic, "--weights", first, *more) for more in ([], ["--lr", 0.3, "--muon-lr", 0.4]))
-    rates = [tuple(run["options"][name] for name in ("lr", "muon_lr")) for run in (scratch, warm, chosen)]
-    assert rates == [(0.1, 0.02), (pytest.approx(0.01), pytest.approx(0.002)), (0.3, 0.4)]
+    (tmp_path / script.__name__ / "last.pt").rename(first)
+    other = ["--lr", 0.3, "--muon-lr", 0.4, "--freeze", 0]
+    warm, chosen = (train(script, "--weights", first, *more) for more in ([], other))
+    assert "are few" not in capsys.readouterr().out
+    found = [tuple(run["options"][name] for name in ("lr", "muon_lr", "freeze")) for run in (scratch, warm, chosen)]
+    assert found == [(lr, 0.02, 0), (pytest.approx(lr / 10), pytest.approx(0.002), 3), (0.3, 0.4, 0)]
+    for name in ("conv1.weight", "layer2.2.conv2.weight"):
+        assert torch.equal(warm["model"][name], scratch["model"][name])
+        assert not torch.equal(chosen["model"][name], scratch["model"][name])
 
 
 def test_a_state_dict_brings_its_pixel_statistics(train, arguments, tmp_path, refusal):
