@@ -1,9 +1,11 @@
 """oneshot.py: recognisers, comparisons, galleries and what they say of strangers, as a program would use them."""
 
 import multiprocessing
+import re
 import shutil
 import sqlite3
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +13,14 @@ import torch
 from PIL import Image
 
 import data
+import export
 import metrics
 import model
 import oneshot
 import predict
 import tiny
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -324,3 +329,26 @@ def test_an_older_checkpoint_has_the_threshold_of_one_pair(folder, tmp_path, cap
     tiny.run(predict, tmp_path / "old.pt", *arguments)
     printed = capsys.readouterr().out
     assert "made for one pair, not for many classes; `python evaluate.py CHECKPOINT --store`" in printed
+
+
+@pytest.mark.slow
+def test_the_documented_examples_run(tmp_path, monkeypatch, capsys):
+    """Both blocks of docs/recognise.md, in a folder with the pictures they name; the client without our code agrees."""
+    text = (ROOT / "docs" / "recognise.md").read_text()
+    recognise, client = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "weights").mkdir()
+    shutil.copy(ROOT / "weights" / "classic-90-10.pt", tmp_path / "weights")
+    shapes = np.random.default_rng(0).integers(0, 256, (5, 6, 8, 3), np.uint8)
+    for name, shape in zip(("cat1", "cat2", "dog1", "new1", "new2"), shapes, strict=True):
+        Image.fromarray(shape).resize((80, 60)).save(tmp_path / f"{name}.jpg", quality=95)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(recognise, names)
+    printed = capsys.readouterr().out
+    assert printed.startswith("Comparison(similarity=") and printed.count("Candidate(name='cat'") == 2
+    assert names["z"].shape == (2, 128)
+    tiny.run(export, "weights/classic-90-10.pt", "--out", "classic-90-10.onnx")
+    exec(client, names)
+    assert np.allclose(names["embedding"], names["recogniser"].embed("new1.jpg")[0], atol=2e-3)
+    with oneshot.Gallery("animals.gallery", oneshot.load("classic-90-10.onnx")) as gallery:
+        assert gallery.names() == {"cat": 2, "dog": 1}
