@@ -17,7 +17,7 @@ import cli
 @dataclass(frozen=True)
 class Options:
     checkpoint: tyro.conf.Positional[cli.Checkpoint]  # best.pt or last.pt of a run
-    support: cli.OptionalFolder = None  # folder with a folder of pictures for each class
+    support: cli.OptionalFolder = None  # folder, or a .zip file, with a folder of pictures for each class
     query: cli.shown_as("PICTURE|FOLDER ...", tuple[str, ...]) = ()  # pictures, or folders of pictures
     compare: cli.shown_as("PICTURE PICTURE", tuple[str, str] | None) = None  # two pictures: are they of one class?
     threshold: cli.Threshold = "auto"  # auto (the checkpoint's) or a similarity in -1..1
@@ -40,7 +40,7 @@ from torch import Tensor
 
 import metrics
 import model
-from sources import find_classes, list_pictures, listed, read_picture
+from sources import File, find_classes, listed, may_be_picture, open_folder, read_picture
 
 
 def check(options: Options) -> None:
@@ -59,14 +59,16 @@ def query_pictures(names: tuple[str, ...]) -> list[Path]:
     """The pictures named, and those in the folders named. Raises ValueError."""
     found = []
     for path in map(Path, names):
-        pictures = list_pictures(path)[0] if path.is_dir() else [path]
+        pictures = [path]
+        if path.is_dir():
+            pictures = [file for place, file in open_folder(path).files.items() if may_be_picture(place[-1])]
         if not pictures:
             raise ValueError(f"{path} holds no picture")
         found += pictures
     return found
 
 
-def embed(net: model.Embedder, paths: list[Path], batch: int = 100) -> Tensor:
+def embed(net: model.Embedder, paths: list[File], batch: int = 100) -> Tensor:
     """Embeddings of length 1 (N, D) of pictures. Raises ValueError for one that cannot be read."""
     parts = []
     for start in range(0, len(paths), batch):
@@ -91,7 +93,7 @@ def classify(net: model.Embedder, support: Tensor, names: list[str], path: Path,
 
 def recognise(net: model.Embedder, options: Options, threshold: float) -> tuple[list[dict], list[str]]:
     """An answer for each readable query, and an error message for each other one. Raises ValueError or OSError."""
-    classes = find_classes(Path(options.support))
+    classes = find_classes({"": open_folder(Path(options.support))})[""]
     queries = query_pictures(options.query)
     answers, errors, rows = [], [], {}
     for name, paths in classes.items():

@@ -72,7 +72,7 @@ def test_queries(folder, tmp_path, capsys):
     truth = [f"class {Path(answer['picture']).name.split('-')[0]}" for answer in found["answers"]]
     right = [answer["nearest"] == name for answer, name in zip(found["answers"], truth, strict=True)]
     assert np.mean(right) > 0.8
-    assert "54 held-back training images of 9 seen classes" in capsys.readouterr().out
+    assert "27 held-back training images of 9 seen classes" in capsys.readouterr().out
     tiny.run(predict, folder / "best.pt", *arguments, "--threshold", "1", "--json", tmp_path / "a.json")
     assert {answer["class"] for answer in json.loads((tmp_path / "a.json").read_text())["answers"]} == {"unknown"}
 
@@ -104,6 +104,23 @@ def test_folders_without_pictures_are_left_out_of_the_support(folder, tmp_path, 
         tiny.run(predict, folder / "best.pt", *arguments)
         found.append(json.loads((tmp_path / "a.json").read_text())["answers"])
     assert found[0] == found[1] and "support: left out .cache/, __MACOSX/, empty/\n" in capsys.readouterr().err
+
+
+def test_the_support_can_be_zipped_and_its_classes_nested(folder, tmp_path):
+    """As in training: the same answers, with names of two levels where a folder holds two classes."""
+    for number, path in enumerate(sorted((folder / "support").iterdir())):
+        shutil.copytree(path, tmp_path / "nested" / "more" / "ab"[number % 2] / path.name)
+    shutil.make_archive(str(tmp_path / "nested"), "zip", tmp_path / "nested")
+    found = []
+    for support in (folder / "support", tmp_path / "nested", tmp_path / "nested.zip"):
+        arguments = ["--support", support, "--query", folder / "queries", "--json", tmp_path / "a.json"]
+        tiny.run(predict, folder / "best.pt", *arguments)
+        found.append(json.loads((tmp_path / "a.json").read_text())["answers"])
+    names = {"class 9": "a/class 9", "class 10": "a/class 10", "class 11": "b"}
+    assert {answer["nearest"] for answer in found[0]} == {*names}
+    for answer in found[0]:
+        answer |= {name: names.get(answer[name], answer[name]) for name in ("nearest", "class")}
+    assert found[0] == found[1] == found[2]
 
 
 def test_compare(folder, tmp_path, capsys):
@@ -142,9 +159,10 @@ def test_a_broken_query_does_not_stop_the_others(folder, tmp_path, refusal):
             ["{folder}/best.pt", "--support", "{folder}/queries", "--query", "a.png"],
             "queries has no folders with pictures",
         ),
-        (["{folder}/best.pt", "--support", "{folder}", "--query", "a.png"], "is the data set one level down? Read as"),
-        (["{folder}/best.pt", "--support", "{wrapped}", "--query", "a.png"], "is the data set one level down?"),
-        (["{folder}/best.pt", "--support", "missing", "--query", "a.png"], "missing"),
+        (["{folder}/best.pt", "--support", "{folder}/tiny.npz", "--query", "a.png"], "has no folders with pictures"),
+        (["{folder}/best.pt", "--support", "{folder}/best.pt", "--query", "a.png"], "has no folders with pictures"),
+        (["{folder}/best.pt", "--support", "{old}.png", "--query", "a.png"], "is no folder and no zip file"),
+        (["{folder}/best.pt", "--support", "missing", "--query", "a.png"], "No such file or directory: 'missing'"),
         (["{folder}/best.pt", "--support", "{folder}/support", "--query", "{empty}"], "holds no picture"),
         (["{folder}/best.pt", "--compare", "a", "b", "--threshold", "2"], "--threshold must be auto or a number"),
         (["{folder}/best.pt", "--compare", "a", "b", "--csv", "/no/such/a.csv"], "no such folder"),
@@ -157,8 +175,8 @@ def test_bad_input_gives_one_message(folder, tmp_path, refusal, arguments, messa
     saved["threshold"] = {name: saved["threshold"][name] for name in ("mode", "value", "calibrated_on")}
     torch.save(saved, tmp_path / "old.pt")
     (tmp_path / "empty").mkdir()
-    shutil.copytree(folder / "support", tmp_path / "wrapped" / "support")
-    names = {"folder": folder, "old": tmp_path / "old.pt", "empty": tmp_path / "empty", "wrapped": tmp_path / "wrapped"}
+    (tmp_path / "old.pt.png").write_text("no archive")
+    names = {"folder": folder, "old": tmp_path / "old.pt", "empty": tmp_path / "empty"}
     assert message.format(**names) in refusal(predict, *[argument.format(**names) for argument in arguments])
 
 
