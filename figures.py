@@ -88,6 +88,8 @@ def embedded(file: bytes) -> str:
 
 def of_report(report: dict, sides: dict[str, Side], names: list[str]) -> dict[str, Picture]:
     """The figures of a report by name; `names` of all classes."""
+    if "runs" in sides:
+        return {"run": of_run(sides["runs"], names)}
     threshold = report["threshold"]["value"]
     points, counts = {}, {}
     for name, side in sides.items():
@@ -192,18 +194,9 @@ def of_episodes(side: Side, names: list[str], queries: int = 2) -> Picture:
     episodes, images = next(metrics.draw_episodes(side.labels, way, 1, queries=queries, episodes=2, seed=1))
     predicted = metrics.classify(side.z, images, 1)  # (2, way, queries)
     body = ""
-    for rows, episode, answers in zip(episodes, images, predicted.mT, strict=True):
+    for rows, episode, answers in zip(episodes, images, predicted, strict=True):
         own = [names[label] for label in classes[rows].tolist()]
-        lines = ["".join(f"<th>{caption(name)}</th>" for name in own)]
-        support, *rest = side.images[episode.T]  # of each row of pictures (way, 3, H, W)
-        lines.append("".join(f"<td>{thumbnail(*shown)}</td>" for shown in zip(support, own, strict=True)))
-        for pictures, line in zip(rest, answers.tolist(), strict=True):
-            cells = ""
-            for column, (image, answer) in enumerate(zip(pictures, line, strict=True)):
-                kind, mark = ("right", "✓") if answer == column else ("wrong", f"✗ {caption(own[answer])}")
-                cells += f"<td>{thumbnail(image, own[column], kind)}<small>{mark}</small></td>"
-            lines.append(cells)
-        body += f"<table class=board>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+        body += board(side.images[episode], answers.tolist(), own, range(way))
     right = int((predicted == torch.arange(way)[:, None]).sum())
     text = (
         f"Two episodes as they were drawn, {way} unseen classes each. Top row: the one picture of a class that the "
@@ -211,6 +204,39 @@ def of_episodes(side: Side, names: list[str], queries: int = 2) -> Picture:
         f"{predicted.numel()} are right."
     )
     return Picture(f"{way}-way one-shot, two examples", text, body=body)
+
+
+def of_run(side: Side, names: list[str], columns: int = 10) -> Picture:
+    """The run of the most errors."""
+    wrong = side.accuracies["error"].per_class
+    run = int(wrong.argmax())
+    images = torch.arange(len(side.z)).view(len(wrong), -1, 2)[run]  # (way, 2)
+    answers = metrics.classify(side.z, images[None], 1)[0].tolist()
+    own = [names[label].split("/")[1] for label in side.labels[images[:, 0]].tolist()]
+    rows = [range(start, min(start + columns, len(own))) for start in range(0, len(own), columns)]
+    body = "".join(board(side.images[images], answers, own, row) for row in rows)
+    text = (
+        f"Of {len(wrong)} runs the one with the most errors, {wrong[run]:.0f} % of its {len(own)} queries. Above: the "
+        "one picture of each character that the network is shown. Below: the query, right (✓) or taken for another (✗)."
+    )
+    return Picture("A run of Omniglot's one-shot test", text, body=body)
+
+
+def board(images: Tensor, answers: list[list[int]], own: list[str], columns: range) -> str:
+    """Classes of an episode as HTML, a column each: name and support on top, queries below, framed by right and wrong.
+
+    `images` (way, 1 + queries, 3, H, W); the class that each query (way, queries) was given; the classes' names.
+    """
+    lines = ["".join(f"<th>{caption(own[column])}</th>" for column in columns)]
+    lines.append("".join(f"<td>{thumbnail(images[column, 0], own[column])}</td>" for column in columns))
+    for row in range(1, images.shape[1]):
+        cells = ""
+        for column in columns:
+            answer = answers[column][row - 1]
+            kind, mark = ("right", "✓") if answer == column else ("wrong", f"✗ {caption(own[answer])}")
+            cells += f"<td>{thumbnail(images[column, row], own[column], kind)}<small>{mark}</small></td>"
+        lines.append(cells)
+    return f"<table class=board>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def of_hardest_pairs(side: Side, names: list[str], pairs: int = 8) -> Picture:

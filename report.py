@@ -83,8 +83,11 @@ def tables(report: dict) -> Iterator[Table]:
     if report["seen"] or report["unseen"]:
         yield side_table(report)
         yield threshold_table(report)
+    if report.get("runs"):
+        yield runs_table(report)
     if report["unseen"] is not None:
-        rows = [few_shot_row(report, name) for name in FEW_SHOT]
+        most = max(10, len(report["per_class"]))
+        rows = [few_shot_row(report, name) for name, (way, _) in FEW_SHOT.items() if (way or 0) <= most]
         title = "One or five pictures of each unseen class; ± is the 95 % interval of the draw of episodes only"
         yield Table(title, ["", "accuracy", "95 %", "chance"], rows)
         if report["unseen"]["adapted"]["support"]:
@@ -115,6 +118,13 @@ def side_table(report: dict) -> Table:
         rows.append(["unseen, adapted (published variant)", *accuracies, None, None, None])
     title = "Test images, percent; (low..high) is the 95 % interval by resampling classes"
     return Table(title, ["classes", "triplets", "pairs", "pairs, best threshold", "AUC", "EER"], rows)
+
+
+def runs_table(report: dict) -> Table:
+    runs, trials = report["measured"]["runs"], report["measured"]["trials"]
+    row = [f"{runs} runs, {trials // runs}-way", with_interval(report["runs"], "error"), trials]
+    title = "Omniglot's one-shot test, percent wrong; (low..high) is the 95 % interval by resampling runs"
+    return Table(title, ["one picture of each class", "wrong", "trials"], [row])
 
 
 def threshold_table(report: dict) -> Table:
@@ -192,15 +202,15 @@ def known_table(report: dict) -> Table:
 def comparison_table(report: dict) -> Table:
     """How a checkpoint differs from the first one."""
     compared, rows = report["compared_with"], []
-    for side in ("seen", "unseen"):
-        for figure, found in (compared[side] or {}).items():
+    for side in ("seen", "unseen", "runs"):
+        for figure, found in (compared.get(side) or {}).items():
             interval = found["ci95"]
             text = "" if interval is None else f"{interval[0]:+.1f}..{interval[1]:+.1f}"
             verdict = "" if interval is None or interval[0] <= 0 <= interval[1] else "differs"
             rows.append([f"{side} {figure.replace('_', ' ')}", f"{found['difference']:+.1f}", text, verdict])
     title = (
         f"{report['checkpoint']} minus {compared['checkpoint']}, on the same images and episodes; intervals are by "
-        "resampling classes, for few-shot accuracy of the draw of episodes only"
+        "resampling classes or runs, for few-shot accuracy of the draw of episodes only"
     )
     return Table(title, ["points", "difference", "95 %", ""], rows)
 
@@ -262,7 +272,7 @@ def facts(report: dict) -> list[str]:
         text + (f"; commit {report['commit']}" if report["commit"] else ""),
         f"evaluated on {report['date']}",
         *report["notes"],
-        threshold_text(report["threshold"]),
+        *([threshold_text(report["threshold"])] if report["threshold"] else []),
     ]
 
 
@@ -363,14 +373,17 @@ def paragraphs(lines: list[str]) -> str:
 def cards(report: dict) -> str:
     """The figures one looks for first."""
     side_name = "seen" if report["unseen"] is None else "unseen"
-    side = report[side_name]
-    if side is None:
+    side, runs = report[side_name], report.get("runs")
+    if runs:
+        side, found = {}, [("wrong, one-shot", runs["error"], span(runs["ci95"]["error"]))]
+    elif side is None:
         return ""
-    found = [
-        (f"pairs, {side_name}", side["pair_accuracy"], span(side["ci95"]["pair_accuracy"])),
-        (f"triplets, {side_name}", side["triplet_accuracy"], span(side["ci95"]["triplet_accuracy"])),
-        (f"AUC, {side_name}", side["auc"], f"EER {side['eer']:.1f} %"),
-    ]
+    else:
+        found = [
+            (f"pairs, {side_name}", side["pair_accuracy"], span(side["ci95"]["pair_accuracy"])),
+            (f"triplets, {side_name}", side["triplet_accuracy"], span(side["ci95"]["triplet_accuracy"])),
+            (f"AUC, {side_name}", side["auc"], f"EER {side['eer']:.1f} %"),
+        ]
     for name in side.get("few_shot", {}):
         setting, accuracy, interval, chance = few_shot_row(report, name)
         if accuracy is not None and name != "all1s":
