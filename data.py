@@ -243,8 +243,7 @@ def augment(
 def distort(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Images (B, 3, H, W), each rotated, scaled, sheared and shifted by a random affine map; borders are continued.
 
-    The entries of its (2, 3) matrix, for coordinates in -1..1, differ from the identity's by up to `strength`: at 0.2
-    turns are of up to 11 degrees, shifts of up to a tenth of the side.
+    The entries of its matrix (2, 3), for coordinates in -1..1, are within `strength` of the identity's.
     """
     matrix = torch.eye(2, 3) + strength * (2 * torch.rand(len(images), 2, 3, generator=generator) - 1)
     grid = F.affine_grid(matrix.to(images.device), images.shape, align_corners=False)

@@ -189,54 +189,46 @@ def of_episodes(side: Side, names: list[str], queries: int = 2) -> Picture:
 
     A column a class: the support on top, queries below, framed by right and wrong.
     """
-    classes = side.labels.unique()
-    way = min(5, len(classes))
-    episodes, images = next(metrics.draw_episodes(side.labels, way, 1, queries=queries, episodes=2, seed=1))
+    way = min(5, len(side.labels.unique()))
+    _, images = next(metrics.draw_episodes(side.labels, way, 1, queries=queries, episodes=2, seed=1))
     predicted = metrics.classify(side.z, images, 1)  # (2, way, queries)
-    body = ""
-    for rows, episode, answers in zip(episodes, images, predicted, strict=True):
-        own = [names[label] for label in classes[rows].tolist()]
-        body += board(side.images[episode], answers.tolist(), own, range(way))
     right = int((predicted == torch.arange(way)[:, None]).sum())
     text = (
         f"Two episodes as they were drawn, {way} unseen classes each. Top row: the one picture of a class that the "
         f"network is shown. Below: new pictures of the same class, right (✓) or taken for another (✗); {right} of "
         f"{predicted.numel()} are right."
     )
+    body = "".join(board(side, *each, names) for each in zip(images, predicted, strict=True))
     return Picture(f"{way}-way one-shot, two examples", text, body=body)
 
 
-def of_run(side: Side, names: list[str], columns: int = 10) -> Picture:
+def of_run(side: Side, names: list[str]) -> Picture:
     """The run of the most errors."""
     wrong = side.accuracies["error"].per_class
-    run = int(wrong.argmax())
-    images = torch.arange(len(side.z)).view(len(wrong), -1, 2)[run]  # (way, 2)
-    answers = metrics.classify(side.z, images[None], 1)[0].tolist()
-    own = [names[label].split("/")[1] for label in side.labels[images[:, 0]].tolist()]
-    rows = [range(start, min(start + columns, len(own))) for start in range(0, len(own), columns)]
-    body = "".join(board(side.images[images], answers, own, row) for row in rows)
+    images = torch.arange(len(side.z)).view(len(wrong), -1, 2)[wrong.argmax()]  # (way, 2)
     text = (
-        f"Of {len(wrong)} runs the one with the most errors, {wrong[run]:.0f} % of its {len(own)} queries. Above: the "
-        "one picture of each character that the network is shown. Below: the query, right (✓) or taken for another (✗)."
+        f"Of {len(wrong)} runs the one with the most errors, {wrong.max():.0f} % of its {len(images)} queries. Above: "
+        "the one picture of a class that the network is shown. Below: its query, right (✓) or taken for another (✗)."
     )
+    body = board(side, images, metrics.classify(side.z, images[None], 1)[0], names)
     return Picture("A run of Omniglot's one-shot test", text, body=body)
 
 
-def board(images: Tensor, answers: list[list[int]], own: list[str], columns: range) -> str:
-    """Classes of an episode as HTML, a column each: name and support on top, queries below, framed by right and wrong.
-
-    `images` (way, 1 + queries, 3, H, W); the class that each query (way, queries) was given; the classes' names.
-    """
-    lines = ["".join(f"<th>{caption(own[column])}</th>" for column in columns)]
-    lines.append("".join(f"<td>{thumbnail(images[column, 0], own[column])}</td>" for column in columns))
-    for row in range(1, images.shape[1]):
-        cells = ""
-        for column in columns:
-            answer = answers[column][row - 1]
-            kind, mark = ("right", "✓") if answer == column else ("wrong", f"✗ {caption(own[answer])}")
-            cells += f"<td>{thumbnail(images[column, row], own[column], kind)}<small>{mark}</small></td>"
-        lines.append(cells)
-    return f"<table class=board>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+def board(side: Side, episode: Tensor, answers: Tensor, names: list[str], columns: int = 10) -> str:
+    """An episode of images (way, 1 + queries) as HTML, a column a class: its name and support on top, queries below,
+    framed by right and wrong. `answers` (way, queries): the class, 0..way-1, given to each query."""
+    own, body = [names[label] for label in side.labels[episode[:, 0]].tolist()], ""
+    for some in torch.arange(len(own)).split(columns):
+        lines = ["".join(f"<th>{caption(own[place])}</th>" for place in some)]
+        lines.append("".join(f"<td>{thumbnail(side.images[episode[place, 0]], own[place])}</td>" for place in some))
+        for images, line in zip(episode[some, 1:].T, answers[some].T.tolist(), strict=True):
+            cells = ""
+            for place, image, answer in zip(some.tolist(), images, line, strict=True):
+                kind, mark = ("right", "✓") if answer == place else ("wrong", f"✗ {caption(own[answer])}")
+                cells += f"<td>{thumbnail(side.images[image], own[place], kind)}<small>{mark}</small></td>"
+            lines.append(cells)
+        body += f"<table class=board>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    return body
 
 
 def of_hardest_pairs(side: Side, names: list[str], pairs: int = 8) -> Picture:

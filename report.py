@@ -373,17 +373,14 @@ def paragraphs(lines: list[str]) -> str:
 def cards(report: dict) -> str:
     """The figures one looks for first."""
     side_name = "seen" if report["unseen"] is None else "unseen"
-    side, runs = report[side_name], report.get("runs")
-    if runs:
-        side, found = {}, [("wrong, one-shot", runs["error"], span(runs["ci95"]["error"]))]
-    elif side is None:
+    side = report[side_name]
+    if side is None:
         return ""
-    else:
-        found = [
-            (f"pairs, {side_name}", side["pair_accuracy"], span(side["ci95"]["pair_accuracy"])),
-            (f"triplets, {side_name}", side["triplet_accuracy"], span(side["ci95"]["triplet_accuracy"])),
-            (f"AUC, {side_name}", side["auc"], f"EER {side['eer']:.1f} %"),
-        ]
+    found = [
+        (f"pairs, {side_name}", side["pair_accuracy"], span(side["ci95"]["pair_accuracy"])),
+        (f"triplets, {side_name}", side["triplet_accuracy"], span(side["ci95"]["triplet_accuracy"])),
+        (f"AUC, {side_name}", side["auc"], f"EER {side['eer']:.1f} %"),
+    ]
     for name in side.get("few_shot", {}):
         setting, accuracy, interval, chance = few_shot_row(report, name)
         if accuracy is not None and name != "all1s":

@@ -289,27 +289,20 @@ def listed(names: list[str], between: str = ", ") -> str:
 # -------------------------------------------------------------------------------------------------- folders of pictures
 
 
-class Member(NamedTuple):
-    """A file in a zip file."""
-
-    path: Path  # of the zip file, and on to the place in it
-    archive: zipfile.ZipFile
-    info: zipfile.ZipInfo
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-    def read_bytes(self) -> bytes:
-        """Raises OSError."""
-        if self.info.file_size > MAX_BYTES:
-            raise OSError(f"{self} has {self.info.file_size:,} bytes, more than the {MAX_BYTES:,} allowed")
-        try:
-            return self.archive.read(self.info)
-        except Exception as error:  # damaged and encrypted files raise errors of many kinds
-            raise OSError(f"{self} cannot be unpacked: {error}") from error
+File = Path | zipfile.Path
 
 
-File = Path | Member
+def content(file: File) -> bytes:
+    """Raises OSError."""
+    if isinstance(file, Path):
+        return file.read_bytes()
+    size = file.root.getinfo(file.at).file_size
+    if size > MAX_BYTES:
+        raise OSError(f"{file} has {size:,} bytes, more than the {MAX_BYTES:,} allowed")
+    try:
+        return file.root.read(file.at)
+    except Exception as error:  # damaged and encrypted files raise errors of many kinds
+        raise OSError(f"{file} cannot be unpacked: {error}") from error
 
 
 class Folder(NamedTuple):
@@ -356,7 +349,7 @@ def open_zip(path: Path) -> Folder:
         if {"", ".", ".."} & {*parts} or parts in files:
             raise ValueError(f"{path} is no archive to trust: {info.filename!r} is in it twice, or leads out of it")
         if not info.is_dir() and all(map(is_visible, parts)):
-            files[parts] = Member(path / info.filename, archive, info)
+            files[parts] = zipfile.Path(archive, info.filename)
     return Folder(path, {parts: files[parts] for parts in sorted(files, key=lambda parts: (parts[:-1], parts))})
 
 
@@ -439,7 +432,9 @@ def load_runs(path: Path, size: int) -> Data:
     "run01/test/item01.png run01/training/class08.png". Raises ValueError or OSError.
     """
     files = {"/".join(parts): file for parts, file in open_folder(path).files.items()}
-    texts = [file.read_bytes().decode(errors="replace") for name, file in files.items() if name.endswith("_labels.txt")]
+    texts = [
+        content(file).decode(errors="replace") for name, file in files.items() if name.endswith("class_labels.txt")
+    ]
     runs = [text.split() for text in texts]
     names = [name for run in runs for name in run]
     if len({*map(len, runs)}) != 1 or len(runs[0]) % 2 or len({*names} & {*files}) < max(4, len(names)):
@@ -502,7 +497,7 @@ def read_picture(path: File, size: int) -> Tensor:
     animation the first frame counts. A picture of size x size pixels keeps them as they are. Raises ValueError, or
     OSError if it is in a damaged zip file.
     """
-    file = io.BytesIO(path.read_bytes()) if isinstance(path, Member) else path
+    file = io.BytesIO(content(path)) if isinstance(path, zipfile.Path) else path
     if file is path and not Path(path).is_file():
         raise ValueError(f"no such picture: {path}")
     Image.init()
