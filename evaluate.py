@@ -273,7 +273,7 @@ def make_report(
         **facts,
         "threshold": threshold,
         **found,
-        "thresholds": threshold_rows(sides, thresholds),
+        "thresholds": threshold_rows(sides, thresholds) if threshold else [],
         "per_class": [] if unseen is None else class_rows(unseen, names),
         "compared_with": None,
     }
@@ -329,7 +329,7 @@ def threshold_rows(sides: dict[str, Side | None], thresholds: dict[str, float]) 
     rows = [{"name": name, "value": value} for name, value in thresholds.items()]
     best, constant = {"name": "oracle", "value": None}, {"name": "always different", "value": None}
     for name, side in sides.items():
-        if side is None or side.curve is None:
+        if side is None:
             continue
         errors = metrics.pair_errors(side.z, side.labels, list(thresholds.values()))
         for row, accept, reject in zip(rows, *(error.tolist() for error in errors), strict=True):

@@ -210,7 +210,8 @@ def of_run(side: Side, names: list[str]) -> Picture:
         f"Of {len(wrong)} runs the one with the most errors, {wrong.max():.0f} % of its {len(images)} queries. Above: "
         "the one picture of a class that the network is shown. Below: its query, right (✓) or taken for another (✗)."
     )
-    body = board(side, images, metrics.classify(side.z, images[None], 1)[0], names)
+    own = [name.rpartition("/")[2] for name in names]
+    body = board(side, images, metrics.classify(side.z, images[None], 1)[0], own)
     return Picture("A run of Omniglot's one-shot test", text, body=body)
 
 

@@ -470,7 +470,7 @@ def test_runs(folder, tmp_path, capsys):
         tiny.run(evaluate, tmp_path / "best.pt", *arguments)
         found.append(json.loads((tmp_path / "r.json").read_text()))
     assert found[0]["runs"] == found[1]["runs"] and found[0]["network"]["size"] == 16
-    assert all(found[0][name] is None for name in ("seen", "unseen", "threshold")) and found[0]["per_class"] == []
+    assert all(found[0][name] is None for name in ("seen", "unseen", "threshold")) and found[0]["thresholds"] == []
     assert found[0]["measured"] == {"runs": 6, "trials": 24} and found[0]["data"] == "runs"
     net, _ = model.load(tmp_path / "best.pt")
     with zipfile.ZipFile(runs) as archive:
