@@ -58,6 +58,7 @@ class SupportAdaptation:
     loss: dict  # keyword arguments of triplet_loss
     steps: int
     lr: float
+    flip: bool = True  # augmented views may be mirror images
 
     @torch.no_grad()
     def block_inputs(self, images: Tensor, batch: int = 250) -> Tensor:
@@ -79,7 +80,8 @@ class SupportAdaptation:
         sides = (pictures.images, pictures.images.flip(3)) if self.net.mirror else (pictures.images,)
         inputs = torch.stack([self.block_inputs(side) for side in sides], 1)  # (N, 1 or 2, C, H', W')
         supports, place = episodes[:, :, :shot].unique(return_inverse=True)  # (S,), (E, way, shot)
-        views = self.block_inputs(augment(pictures.images, supports.repeat_interleave(VIEWS), generator))
+        shown = augment(pictures.images, supports.repeat_interleave(VIEWS), generator, flip=self.flip)
+        views = self.block_inputs(shown)
         rows = (place[..., None] * VIEWS + torch.arange(VIEWS)).flatten(2)  # of `views`: (E, way, shot * VIEWS)
         own = torch.arange(episodes[0].numel()).view(1, *episodes.shape[1:])  # one episode, as rows of its own images
         found = []

@@ -37,7 +37,7 @@ def shown_as(metavar: str, kind: Any = str) -> Any:
 Checkpoint, Checkpoints = shown_as("CHECKPOINT"), shown_as("CHECKPOINT ...", tuple[str, ...])
 Folder, OptionalFolder = shown_as("FOLDER"), shown_as("FOLDER", str | None)
 OptionalFile = shown_as("FILE", str | None)
-DataSource, OptionalDataSource = (shown_as("cifar100|glyphs|FILE|FOLDER", kind) for kind in (str, str | None))
+DataSource, OptionalDataSource = (shown_as("cifar100|omniglot|glyphs|FILE|FOLDER", kind) for kind in (str, str | None))
 Split, OptionalSplit = shown_as("SPLIT"), shown_as("SPLIT", str | None)
 Device, Threshold, Criterion = map(shown_as, ("auto|cpu|cuda|cuda:N|mps", "auto|NUMBER", "balanced|eer|far:RATE"))
 Rate, Stages = shown_as("FLOAT", float | None), shown_as("INT", int | None)
@@ -50,12 +50,14 @@ Backbone = Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet18"]
 
 @dataclass(frozen=True)
 class DataOptions:
-    data: DataSource = "cifar100"  # downloaded, drawn here, an .npz file, or a folder with a folder for each class
+    data: DataSource = "cifar100"  # downloaded, drawn here, an .npz file, or a folder or .zip with a folder a class
     data_root: Folder = "data"  # folder for downloads and caches
-    image_size: int = 32  # side in pixels to which the pictures of a folder are scaled
+    image_size: int = 32  # side in pixels to which picture files are scaled
     split: Split = "90-10"  # seen and unseen shares of the classes, or cifar-fs, cifar-fs+val, fc100, fc100+val
     split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
     withhold: float = 0.0  # fraction of the seen classes (the last ones) kept for validation, to compare recipes
+    flip: bool = True  # mirror half of the training images; --no-flip where mirror images are other characters
+    affine: float = 0.0  # how much the entries of a random affine map of each training image may differ from 1 and 0
     cutout: float = 0.375  # side of the square blanked in each training image, as a fraction of the image's side
     rotate: float = 0.25  # probability that a class is shown rotated by 90, 180 or 270 degrees, as a class of its own
 

@@ -10,15 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import distributed
 from cli import DataOptions
 from model import trained_classes
-from sources import Data, Images, OwnSplit, listed, load  # noqa: F401 (data.load is how the scripts read a data set)
+from sources import Data, Images, OwnSplit, listed, load, load_runs  # noqa: F401 (data.load is how scripts read a data set)
 
-HELD_BACK = 25  # images of each seen class, its last training images, for the threshold and the best checkpoint
-VALIDATION = 100  # images of each validation class: its last training images
+HELD_BACK = 25  # images of each seen class, or an eighth, its last training images, to validate and calibrate with
+VALIDATION = 100  # images of each validation class, at most: its last training images
 
 # Validation and test classes of the standard few-shot splits of CIFAR-100; the others are for training.
 STANDARD_SPLITS = {
@@ -46,8 +47,8 @@ def split_classes(
     """Labels of the seen and of the unseen classes. Raises ValueError.
 
     `own`: the split that the data set has; `split` must then be "own", or "0-b".
-    "a-b": max(2, round(C b / (a + b))) classes are unseen, none in "a-0" and all in "0-b": the last labels, or
-    `split_seed` draws them.
+    "a-b": max(2, round(C b / (a + b))) classes are unseen, none in "a-0" and all in "0-b": `split_seed` draws them, or
+    they are the last labels, rounded to `whole_groups`.
     "cifar-fs", "fc100": the test classes are unseen, the training classes seen; the validation classes are neither, so
     that a recipe can be chosen on them. "cifar-fs+val", "fc100+val": they are seen too, as in final runs.
     """
@@ -71,10 +72,22 @@ def split_classes(
     n_unseen = max(2, round(n_classes * b / (a + b))) if b else 0
     if a and n_classes - n_unseen < 2:
         raise ValueError(f"split {split} of {n_classes} classes leaves fewer than 2 to train on")
-    order = list(range(n_classes))
+    order, first = list(range(n_classes)), n_classes - n_unseen
     if split_seed is not None:
         order = torch.randperm(n_classes, generator=torch.Generator().manual_seed(split_seed)).tolist()
-    return sorted(order[: n_classes - n_unseen]), sorted(order[n_classes - n_unseen :])
+    elif a and b:
+        first = whole_groups(class_names, first)
+    return sorted(order[:first]), sorted(order[first:])
+
+
+def whole_groups(class_names: list[str], first: int) -> int:
+    """The place nearest to `first` at which a group of classes begins, with two classes or more on both sides.
+
+    "Greek/character01" is in the group "Greek", an alphabet; a class with no / in its name is a group of its own.
+    """
+    groups = [name.rpartition("/")[0] or name for name in class_names]
+    begins = [n for n in range(2, len(groups) - 1) if groups[n] != groups[n - 1]]
+    return min(begins, key=lambda place: abs(place - first), default=first)
 
 
 def pick_classes(
@@ -112,8 +125,8 @@ def standard_classes(class_names: list[str], name: str, part: int) -> list[int]:
 def withhold(class_names: list[str], split: str, seen: list[int], share: float) -> tuple[list[int], list[int]]:
     """(seen classes without the validation classes, validation classes), as labels. Raises ValueError.
 
-    Recipes are compared on the validation classes: the last `share` of the seen classes, or for a share of 0 those that
-    a standard split names, if any.
+    Recipes are compared on the validation classes: the last `share` of the seen classes, rounded to `whole_groups`, or
+    for a share of 0 those that a standard split names, if any.
     """
     if share == 0:
         own = split in STANDARD_SPLITS
@@ -121,7 +134,8 @@ def withhold(class_names: list[str], split: str, seen: list[int], share: float) 
     n = round(share * len(seen))
     if not 2 <= n <= len(seen) - 2:
         raise ValueError(f"--withhold {share} of {len(seen)} seen classes is {n}; 2 or more must stay on each side")
-    return seen[:-n], seen[-n:]
+    first = whole_groups([class_names[label] for label in seen], len(seen) - n)
+    return seen[:first], seen[first:]
 
 
 def for_choosing(data: Data, seen: list[int], validation: list[int]) -> Data:
@@ -144,13 +158,13 @@ def copies(train: Images, test: Images) -> tuple[int, int]:
     return int(torch.isin(tested, known).sum()), len(tested) - len(tested.unique())
 
 
-def hold_back(train: Images, per_class: int = HELD_BACK) -> tuple[Images, Images]:
-    """(kept, held back): the last `per_class` images of each class are held back, never trained on.
+def hold_back(train: Images) -> tuple[Images, Images]:
+    """(kept, held back): the last HELD_BACK images of each class are held back, never trained on.
 
-    That is at most a quarter of the class; 2, a pair, of a class of 4 to 11 images, and none of a smaller one.
+    That is at most an eighth of the class; 2, a pair, of a class of 4 to 23 images, and none of a smaller one.
     """
     counts = torch.bincount(train.labels)
-    return train.split(torch.where(counts >= 4, (counts // 4).clamp(min=2, max=per_class), 0))
+    return train.split(torch.where(counts >= 4, (counts // 8).clamp(min=2, max=HELD_BACK), 0))
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
@@ -195,8 +209,10 @@ class Sampler:
         return self.table[rows].gather(1, draw).flatten()
 
 
-def augment(images: Tensor, index: Tensor, generator: torch.Generator, turns: Tensor | None = None) -> Tensor:
-    """Gather images[index] with a random crop (reflected, shifted by up to an eighth of the side) and a random flip.
+def augment(
+    images: Tensor, index: Tensor, generator: torch.Generator, turns: Tensor | None = None, flip: bool = True
+) -> Tensor:
+    """Gather images[index] with a random crop (reflected, shifted by up to an eighth of the side) and a random `flip`.
 
     `images` (N, 3, H, W) uint8, `index` (B,) int64 on the CPU -> (B, 3, H, W) uint8; both stored channels last.
     `turns` (B,) int64: quarters of a circle by which square images are rotated as well, counter-clockwise.
@@ -204,8 +220,8 @@ def augment(images: Tensor, index: Tensor, generator: torch.Generator, turns: Te
     _, channels, height, width = images.shape
     y = shifted(height, len(index), generator)
     x = shifted(width, len(index), generator)
-    flip = torch.rand(len(index), 1, generator=generator) < 0.5
-    x = torch.where(flip, x.flip(1), x)
+    if flip:
+        x = torch.where(torch.rand(len(index), 1, generator=generator) < 0.5, x.flip(1), x)
     if turns is not None:
         quarters = turns[:, None] % 4
         y = torch.where(quarters >= 2, y.flip(1), y)
@@ -218,6 +234,17 @@ def augment(images: Tensor, index: Tensor, generator: torch.Generator, turns: Te
     pixels = images.permute(0, 2, 3, 1).reshape(-1, channels)  # a view: channels are last in memory
     batch = pixels.index_select(0, pixel.flatten())
     return batch.view(len(index), height, width, channels).permute(0, 3, 1, 2)
+
+
+def distort(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Images (B, 3, H, W), each rotated, scaled, sheared and shifted by a random affine map; borders are continued.
+
+    The entries of its matrix (2, 3), for coordinates in -1..1, are within `strength` of the identity's.
+    """
+    matrix = torch.eye(2, 3) + strength * (2 * torch.rand(len(images), 2, 3, generator=generator) - 1)
+    grid = F.affine_grid(matrix.to(images.device), images.shape, align_corners=False)
+    distorted = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return distorted.contiguous(memory_format=torch.channels_last)
 
 
 def cut_out(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -263,8 +290,7 @@ class TrainingData:
     validation: Images | None  # images of classes that are not trained on, none of them unseen
     sampler: Sampler
     generator: torch.Generator  # of this process's images and their augmentation
-    cutout: float  # fraction of an image's side
-    rotate: float  # probability that a class is shown rotated
+    options: DataOptions  # of the augmentation
     pixel_statistics: tuple[list[float], list[float]]  # mean and standard deviation of the kept images' channels
     facts: dict  # name, source, classes, seen, validation, unseen, fingerprint
 
@@ -275,18 +301,20 @@ class TrainingData:
 
     def turns(self, n: int) -> Tensor:
         """Quarters of a circle (n,) by which each of n classes is rotated."""
-        return self.sampler.turns(n, self.rotate)
+        return self.sampler.turns(n, self.options.rotate)
 
     def batch(self, normalise: Callable, index: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Augmented images (B, 3, H, W) float32 and labels (B,) of an index (B,).
 
         `normalise` is the network's; `turns` (B,) are quarters of a circle by which each image is rotated.
         """
-        if not self.rotate:
+        if not self.options.rotate:
             turns = None  # all are upright
-        images = normalise(augment(self.kept.images, index, self.generator, turns))
-        if self.cutout:
-            images = cut_out(images, self.cutout, self.generator)
+        images = normalise(augment(self.kept.images, index, self.generator, turns, self.options.flip))
+        if self.options.affine:
+            images = distort(images, self.options.affine, self.generator)
+        if self.options.cutout:
+            images = cut_out(images, self.options.cutout, self.generator)
         return images, self.kept.labels[index.to(self.kept.labels.device)]
 
 
@@ -311,7 +339,8 @@ def load_for_training(options: DataOptions, seed: int, device: torch.device) -> 
     if loaded.own_split and not withheld:
         withheld = loaded.own_split[1]
     kept, held_back = hold_back(loaded.train.of(seen))
-    validation = hold_back(loaded.train.of(withheld), VALIDATION)[1] if withheld else None
+    others = loaded.train.of(withheld)
+    validation = others.split(torch.full((len(loaded.class_names),), VALIDATION))[1] if withheld else None
     counts = torch.bincount(kept.labels, minlength=len(loaded.class_names)).tolist()
     few = [loaded.class_names[label] for label in seen if counts[label] < 2]
     if few:
@@ -337,8 +366,7 @@ def load_for_training(options: DataOptions, seed: int, device: torch.device) -> 
         validation=validation,
         sampler=Sampler(kept.labels, generator, tasks),
         generator=generator,
-        cutout=options.cutout,
-        rotate=options.rotate,
+        options=options,
         pixel_statistics=channel_statistics(kept.images),
         facts=facts,
     )

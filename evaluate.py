@@ -6,7 +6,7 @@
 The second form reads a bare state dict of the CIFAR ResNet family; --pixel-mean and --pixel-std give the statistics it
 was trained with. Measured are the test images of seen and of unseen classes, without augmentation; metrics.py defines
 the figures. To choose among recipes, `--on validation` measures held-back images instead, and validation classes in
-place of the unseen ones.
+place of the unseen ones. `--runs all_runs.zip` is the one-shot test of Omniglot's authors, in place of all others.
 """
 
 from dataclasses import dataclass
@@ -35,6 +35,7 @@ class DataOptions:
     image_size: int | None = None  # side to which pictures of a folder are scaled; default: as in training, or 32
     split: cli.OptionalSplit = None  # seen-unseen shares, 0-100: all unseen; default: what the checkpoint has seen
     split_seed: int | None = None  # draw the unseen classes at random; default: the checkpoint's
+    runs: cli.OptionalFile = None  # measure only these runs: all_runs.zip of Omniglot's authors, zipped or not
     on: Literal["test", "validation"] = "test"  # validation: held-back images and the validation classes (--withhold)
 
 
@@ -83,6 +84,7 @@ import model
 import report
 from metrics import SHARES, Side
 from oneshot import Strangers
+from sources import NAMED
 
 PUBLISHED_THRESHOLDS = {"classic": 0.2, "Reptile": 0.7}  # fixed by hand
 
@@ -116,7 +118,7 @@ class Loaded:
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
-load_data = functools.cache(data.load)  # once for several checkpoints
+load_data, load_runs = functools.cache(data.load), functools.cache(data.load_runs)  # once for several checkpoints
 
 
 def load(path: str, options: Options, device: torch.device) -> Loaded:
@@ -124,16 +126,18 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     saved = model.load_checkpoint(path)
     ours = model.is_ours(saved)
     trained, facts = (saved["options"], saved["data"]) if ours else ({}, {"classes": [], "seen": []})
-    source, backbone = options.data or trained.get("data"), options.backbone or trained.get("backbone")
+    source, backbone = options.runs or options.data or trained.get("data"), options.backbone or trained.get("backbone")
     if source is None or backbone is None:
         raise ValueError(f"{path} is a bare state dict: give --backbone and --data (and --split) with it")
     if ours and options.pixel_mean is not None:
         raise ValueError(f"{path} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
-    if options.data is None and source not in ("cifar100", "glyphs") and not Path(source).exists():
+    if not (options.runs or options.data) and source not in NAMED and not Path(source).exists():
         raise ValueError(f"{path} was trained on {source}, which is not found from {Path.cwd()}; give --data PATH")
-    loaded = load_data(source, options.data_root, options.image_size or trained.get("image_size", 32))
+    size = options.image_size or (model.settings_of(saved) if ours else {}).get("size", 32)
+    loaded = load_runs(Path(source), size) if options.runs else load_data(source, options.data_root, size)
     names, learned = loaded.class_names, model.trained_classes(facts)
-    seen, unseen, split = data.pick_classes(loaded, trained, facts, options.split, options.split_seed)
+    asked = "0-100" if options.runs else options.split
+    seen, unseen, split = data.pick_classes(loaded, trained, facts, asked, options.split_seed)
     leaked = [names[label] for label in unseen if names[label] in learned]
     if leaked:
         why = f"{path} was trained on classes that --split {split} calls unseen ({', '.join(leaked[:5])})"
@@ -248,7 +252,7 @@ def store(loaded: Loaded, threshold: dict) -> None:
 
 
 def make_report(
-    facts: dict, threshold: dict, thresholds: dict[str, float], sides: dict[str, Side | None], names: list[str]
+    facts: dict, threshold: dict | None, thresholds: dict[str, float], sides: dict[str, Side | None], names: list[str]
 ) -> dict:
     """The JSON report; figures in percent unless a name says otherwise.
 
@@ -264,6 +268,7 @@ def make_report(
     interval of the draw of episodes). thresholds: other thresholds beside it, on pairs of which one in two, or one in
     ten, is of one class. per_class: the unseen classes. compared_with: see `report.compare`; null for the first or only
     checkpoint.
+    runs: with --runs, and then alone, the percentage of trials that went wrong, ci95 by resampling runs.
     """
     found = {name: None if side is None else side_report(side) for name, side in sides.items()}
     unseen = sides["unseen"]
@@ -271,9 +276,9 @@ def make_report(
         found["unseen"] |= unseen_report(unseen, threshold["value"], facts["data"] == "cifar100")
     return {
         **facts,
-        "threshold": {name: value for name, value in threshold.items() if name != "strangers"},
+        "threshold": threshold and {name: value for name, value in threshold.items() if name != "strangers"},
         **found,
-        "thresholds": threshold_rows(sides, thresholds),
+        "thresholds": threshold_rows(sides, thresholds) if threshold else [],
         "per_class": [] if unseen is None else class_rows(unseen, names),
         "compared_with": None,
     }
@@ -281,13 +286,10 @@ def make_report(
 
 def side_report(side: Side) -> dict:
     """Figures of one side, in percent."""
-    return {
-        **{name: accuracy.value for name, accuracy in side.accuracies.items()},
-        "pair_accuracy_oracle": side.curve.best()[0],
-        "auc": side.curve.auc,
-        "eer": side.curve.eer,
-        "ci95": {name: metrics.interval(accuracy.resampled) for name, accuracy in side.accuracies.items()},
-    }
+    found = {name: accuracy.value for name, accuracy in side.accuracies.items()}
+    if side.curve is not None:
+        found |= {"pair_accuracy_oracle": side.curve.best()[0], "auc": side.curve.auc, "eer": side.curve.eer}
+    return found | {"ci95": {name: metrics.interval(accuracy.resampled) for name, accuracy in side.accuracies.items()}}
 
 
 def unseen_report(side: Side, threshold: float, published: bool) -> dict:
@@ -365,9 +367,29 @@ def open_set_rows(sides: dict[str, Side | None], threshold: dict) -> list[dict]:
 
 
 def evaluate(
-    loaded: Loaded, threshold: dict, thresholds: dict[str, float], options: Options
+    loaded: Loaded, threshold: dict | None, thresholds: dict[str, float], options: Options
 ) -> tuple[dict, dict[str, Side | None]]:
-    """The report of one checkpoint and what it was made from, by side: seen, unseen."""
+    """The report of one checkpoint and what it was made from, by side: seen, unseen; or runs."""
+    sides, measured, notes = measure(loaded, threshold)
+    facts = {"checkpoint": loaded.path, "commit": loaded.commit, "data": loaded.data.name, "split": loaded.split}
+    shape = {name: loaded.net.settings[name] for name in ("backbone", "width", "size") if name in loaded.net.settings}
+    shape["parameters"] = sum(parameter.numel() for parameter in loaded.net.parameters())
+    facts |= {"network": shape, "training": loaded.training, "date": date.today().isoformat()}
+    facts |= {"measured": measured, "notes": notes + loaded.notes}
+    made = make_report(facts, threshold, thresholds, sides, loaded.data.class_names)
+    made["open_set"] = open_set_rows(sides, threshold)
+    if made["unseen"]:
+        made["unseen"]["adapted"] = adapted(loaded, threshold, options)
+    return made, sides
+
+
+def measure(loaded: Loaded, threshold: dict | None) -> tuple[dict[str, Side | None], dict, list[str]]:
+    """The sides, how much was measured, and the same in words. Without a threshold the data are runs."""
+    if threshold is None:
+        test, names = loaded.data.test, loaded.data.class_names
+        runs = len({name.split("/")[0] for name in names})
+        side = metrics.measure_runs(test.images, test.labels, loaded.embed(test), len(names) // runs)
+        return {"seen": None, "unseen": None, "runs": side}, {"runs": runs, "trials": len(names)}, []
     sides, measured, notes = {}, {}, []
     for name, classes in (("seen", loaded.seen), ("unseen", loaded.unseen)):
         test = loaded.data.test.of(classes)
@@ -385,23 +407,15 @@ def evaluate(
     if any(copies):
         notes.append(f"copies among the test images: {copies[0]} of training images, {copies[1]} of other test images")
     measured["copies"] = dict(zip(("of_training_images", "of_test_images"), copies, strict=True))
-    facts = {"checkpoint": loaded.path, "commit": loaded.commit, "data": loaded.data.name, "split": loaded.split}
-    shape = {name: loaded.net.settings[name] for name in ("backbone", "width", "size") if name in loaded.net.settings}
-    shape["parameters"] = sum(parameter.numel() for parameter in loaded.net.parameters())
-    facts |= {"network": shape, "training": loaded.training, "date": date.today().isoformat()}
-    facts |= {"measured": measured, "notes": notes + loaded.notes}
-    made = make_report(facts, threshold, thresholds, sides, loaded.data.class_names)
-    made["open_set"] = open_set_rows(sides, threshold)
-    if made["unseen"]:
-        made["unseen"]["adapted"] = adapted(loaded, threshold, options)
-    return made, sides
+    return sides, measured, notes
 
 
 def adapted(loaded: Loaded, threshold: dict, options: Options) -> dict:
     """What the options ask to measure after adaptation; see adapt.py."""
     found = {"support": None, "published": None}
     if options.adapt_steps is not None:
-        adaptation = adapt.SupportAdaptation(loaded.net, loaded.triplet, options.adapt_steps, options.adapt_lr)
+        flip = (loaded.training or {"options": {}})["options"].get("flip", True)
+        adaptation = adapt.SupportAdaptation(loaded.net, loaded.triplet, options.adapt_steps, options.adapt_lr, flip)
         found["support"] = adaptation.report(loaded.pictures, adapt.EPISODES)
     if options.adapt_published:
         found["published"] = adapt.published_variant(
@@ -425,7 +439,11 @@ def check(options: Options) -> None:
         cli.check_threshold(options.threshold)
     if options.on == "validation" and options.adapt_published:
         raise ValueError("--adapt-published trains on the images that --on validation measures; give one of them")
-    cli.check_output("--json", options.json, *options.checkpoints, *([options.data] if options.data else []))
+    others = ("data", "split", "split_seed", "on", "threshold", "store", "adapt_steps", "adapt_published")
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(options, name) != getattr(Options, name)]
+    if options.runs and given:
+        raise ValueError(f"--runs measures these runs alone; leave {', '.join(given)} out")
+    cli.check_output("--json", options.json, *options.checkpoints, *filter(None, (options.data, options.runs)))
     if options.report and Path(options.report).exists() and not Path(options.report).is_dir():
         raise ValueError(f"--report: {options.report} is not a folder")
     if options.report:
@@ -446,7 +464,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if options.adapt_steps is not None:
             for each in loaded:
                 adapt.check_pictures(each.pictures.labels)
-        thresholds = [pick_thresholds(each, options) for each in loaded]
+        thresholds = [(None, {}) if options.runs else pick_thresholds(each, options) for each in loaded]
         if options.store:
             for each, (threshold, _) in zip(loaded, thresholds, strict=True):
                 store(each, threshold)

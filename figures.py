@@ -88,6 +88,8 @@ def embedded(file: bytes) -> str:
 
 def of_report(report: dict, sides: dict[str, Side], names: list[str]) -> dict[str, Picture]:
     """The figures of a report by name; `names` of all classes."""
+    if "runs" in sides:
+        return {"run": of_run(sides["runs"], names)}
     threshold = report["threshold"]["value"]
     points, counts = {}, {}
     for name, side in sides.items():
@@ -187,30 +189,47 @@ def of_episodes(side: Side, names: list[str], queries: int = 2) -> Picture:
 
     A column a class: the support on top, queries below, framed by right and wrong.
     """
-    classes = side.labels.unique()
-    way = min(5, len(classes))
-    episodes, images = next(metrics.draw_episodes(side.labels, way, 1, queries=queries, episodes=2, seed=1))
+    way = min(5, len(side.labels.unique()))
+    _, images = next(metrics.draw_episodes(side.labels, way, 1, queries=queries, episodes=2, seed=1))
     predicted = metrics.classify(side.z, images, 1)  # (2, way, queries)
-    body = ""
-    for rows, episode, answers in zip(episodes, images, predicted.mT, strict=True):
-        own = [names[label] for label in classes[rows].tolist()]
-        lines = ["".join(f"<th>{caption(name)}</th>" for name in own)]
-        support, *rest = side.images[episode.T]  # of each row of pictures (way, 3, H, W)
-        lines.append("".join(f"<td>{thumbnail(*shown)}</td>" for shown in zip(support, own, strict=True)))
-        for pictures, line in zip(rest, answers.tolist(), strict=True):
-            cells = ""
-            for column, (image, answer) in enumerate(zip(pictures, line, strict=True)):
-                kind, mark = ("right", "✓") if answer == column else ("wrong", f"✗ {caption(own[answer])}")
-                cells += f"<td>{thumbnail(image, own[column], kind)}<small>{mark}</small></td>"
-            lines.append(cells)
-        body += f"<table class=board>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
     right = int((predicted == torch.arange(way)[:, None]).sum())
     text = (
         f"Two episodes as they were drawn, {way} unseen classes each. Top row: the one picture of a class that the "
         f"network is shown. Below: new pictures of the same class, right (✓) or taken for another (✗); {right} of "
         f"{predicted.numel()} are right."
     )
+    body = "".join(board(side, *each, names) for each in zip(images, predicted, strict=True))
     return Picture(f"{way}-way one-shot, two examples", text, body=body)
+
+
+def of_run(side: Side, names: list[str]) -> Picture:
+    """The run of the most errors."""
+    wrong = side.accuracies["error"].per_class
+    images = torch.arange(len(side.z)).view(len(wrong), -1, 2)[wrong.argmax()]  # (way, 2)
+    text = (
+        f"Of {len(wrong)} runs the one with the most errors, {wrong.max():.0f} % of its {len(images)} queries. Above: "
+        "the one picture of a class that the network is shown. Below: its query, right (✓) or taken for another (✗)."
+    )
+    own = [name.rpartition("/")[2] for name in names]
+    body = board(side, images, metrics.classify(side.z, images[None], 1)[0], own)
+    return Picture("A run of Omniglot's one-shot test", text, body=body)
+
+
+def board(side: Side, episode: Tensor, answers: Tensor, names: list[str], columns: int = 10) -> str:
+    """An episode of images (way, 1 + queries) as HTML, a column a class: its name and support on top, queries below,
+    framed by right and wrong. `answers` (way, queries): the class, 0..way-1, given to each query."""
+    own, body = [names[label] for label in side.labels[episode[:, 0]].tolist()], ""
+    for some in torch.arange(len(own)).split(columns):
+        lines = ["".join(f"<th>{caption(own[place])}</th>" for place in some)]
+        lines.append("".join(f"<td>{thumbnail(side.images[episode[place, 0]], own[place])}</td>" for place in some))
+        for images, line in zip(episode[some, 1:].T, answers[some].T.tolist(), strict=True):
+            cells = ""
+            for place, image, answer in zip(some.tolist(), images, line, strict=True):
+                kind, mark = ("right", "✓") if answer == place else ("wrong", f"✗ {caption(own[answer])}")
+                cells += f"<td>{thumbnail(side.images[image], own[place], kind)}<small>{mark}</small></td>"
+            lines.append(cells)
+        body += f"<table class=board>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    return body
 
 
 def of_hardest_pairs(side: Side, names: list[str], pairs: int = 8) -> Picture:

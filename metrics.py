@@ -15,7 +15,8 @@ from torch import Tensor
 
 from oneshot import STRANGERS, Strangers
 
-FEW_SHOT = {"5w1s": (5, 1), "5w5s": (5, 5), "10w1s": (10, 1), "all1s": (None, 1)}  # way (None: all classes), shot
+FEW_SHOT = {"5w1s": (5, 1), "5w5s": (5, 5), "10w1s": (10, 1), "20w1s": (20, 1), "20w5s": (20, 5)}  # way, shot
+FEW_SHOT |= {"all1s": (None, 1)}  # all classes
 SHARES = {"1:1": 0.5, "1:9": 0.1}  # same-class to different-class pairs: share of the former
 ROWS = 500  # of a block of similarities
 LOWEST = -1 - 2**-20  # just below the similarities there can be, rounding included
@@ -184,11 +185,11 @@ def pair_histogram(z: Tensor, labels: Tensor, bins: int = 2000) -> Tensor:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """An accuracy in percent."""
+    """An accuracy, or an error, in percent."""
 
     value: float
-    per_class: Tensor  # (C,) float64, by sorted label; NaN for a class of one image
-    resampled: Tensor  # (R,) float64, in resamples of the classes
+    per_class: Tensor  # (C,) float64, by sorted label; NaN for a class of one image; or of each run
+    resampled: Tensor  # (R,) float64, in resamples of the classes or runs
 
 
 def accuracies(z: Tensor, labels: Tensor, threshold: float, weight: Tensor | None = None) -> dict[str, Accuracy]:
@@ -479,13 +480,13 @@ def open_set(
 
 @dataclass(frozen=True)
 class Side:
-    """Test images of the seen or the unseen classes, and their measurements at one threshold."""
+    """Test images of the seen or the unseen classes, or of runs, and their measurements, at one threshold if any."""
 
     images: Tensor  # (N, 3, H, W) uint8
     labels: Tensor  # (N,)
     z: Tensor  # (N, D) embeddings of length 1
-    curve: Roc
-    accuracies: dict[str, Accuracy]  # of triplets and of pairs
+    curve: Roc | None  # None for runs
+    accuracies: dict[str, Accuracy]  # of triplets and of pairs; for runs, "error"
     episodes: dict[str, Tensor | None]  # accuracies (episodes,) in the settings of FEW_SHOT; empty for seen classes
 
 
@@ -502,3 +503,15 @@ def measure(
     ways = {name: (way or len(labels.unique()), shot) for name, (way, shot) in FEW_SHOT.items() if shots}
     episodes = {name: episode_accuracies(*shots, *setting) for name, setting in ways.items()}
     return Side(images, labels, z, curve, accuracies(z, labels, threshold, resample(labels)), episodes)
+
+
+def measure_runs(images: Tensor, labels: Tensor, z: Tensor, way: int, resamples: int = 2000, seed: int = 0) -> Side:
+    """One-shot classification in runs of `way` classes; a class has two images in a row, the known one and the query.
+
+    The error in percent is the mean over runs, whose characters differ in how hard they are: these are resampled.
+    """
+    found = classify(z, torch.arange(len(z)).view(-1, way, 2), 1)[:, :, 0]
+    wrong = 100 * (found != torch.arange(way)).double().mean(1)  # (R,)
+    resamples = resamples if len(wrong) >= LEAST[0] else 0
+    draws = torch.randint(len(wrong), (resamples, len(wrong)), generator=torch.Generator().manual_seed(seed))
+    return Side(images, labels, z, None, {"error": Accuracy(float(wrong.mean()), wrong, wrong[draws].mean(1))}, {})

@@ -18,6 +18,7 @@ import math
 import os
 import sqlite3
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -361,14 +362,16 @@ class Gallery:
     def synchronise(self, folder: str | os.PathLike) -> Changes:
         """Make the gallery hold what a folder with a folder for each class holds: new and changed pictures are added,
         those that came from the folder and are gone are removed. Others stay. Raises ValueError or OSError."""
-        root = os.path.realpath(folder)
-        classes = pictures.find_classes(Path(folder))
-        found = {(name, os.path.realpath(path)) for name, paths in classes.items() for path in paths}
-        hashes = {source: file_hash(source) for _, source in found}
+        root, classes = os.path.realpath(folder), pictures.find_classes({"": pictures.open_folder(Path(folder))})[""]
+        found = {(name, os.path.realpath(str(file))): file for name, files in classes.items() for file in files}
+        hashes = {source: file_hash(file) for (_, source), file in found.items()}
         query = "SELECT pictures.id, name, source, sha256 FROM pictures JOIN classes ON class = classes.id"
         ours = [row for row in self.database.execute(query) if row[2].startswith(os.path.join(root, ""))]
-        kept = {(name, source) for _, name, source, sha in ours if hashes.get(source) == sha} & found
-        rows, errors = self.new_rows(sorted(found - kept))
+        kept = {(name, source) for _, name, source, sha in ours if hashes.get(source) == sha}
+        kept &= found.keys()
+        rows, errors = self.new_rows(
+            [(name, file) for (name, source), file in found.items() if (name, source) not in kept]
+        )
         gone = [number for number, name, source, _ in ours if (name, source) not in kept]
         with self.transaction():
             removed, added = self.delete(gone), self.insert(rows)
@@ -384,10 +387,10 @@ class Gallery:
         known, rows, errors = set(self.database.execute(query)), [], []
         new = []
         for name, picture in pairs:
-            is_file = isinstance(picture, (str, os.PathLike))
+            is_file = isinstance(picture, (str, os.PathLike, zipfile.Path))
             sha = file_hash(picture) if is_file else hashlib.sha256(np.asarray(picture).tobytes()).digest()
             if (name, sha) not in known:
-                new.append((name, os.path.realpath(picture) if is_file else "", sha, picture))
+                new.append((name, os.path.realpath(str(picture)) if is_file else "", sha, picture))
                 known.add((name, sha))
         facts = iter(new)
         for pixels, z, problems in self.recogniser.batches([row[-1] for row in new]):
@@ -544,11 +547,10 @@ def highest(rows: np.ndarray, top: int) -> np.ndarray:
     return np.take_along_axis(places, np.argsort(-values, kind="stable")[:, : min(top, len(columns))], 1)
 
 
-def file_hash(path: str | os.PathLike) -> bytes:
+def file_hash(file: str | os.PathLike | zipfile.Path) -> bytes:
     """SHA-256 of a file; of nothing, if it cannot be read, which reading it as a picture will tell."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.sha256(file.read()).digest()
+        return hashlib.sha256(pictures.content(file if isinstance(file, zipfile.Path) else Path(file))).digest()
     except OSError:
         return hashlib.sha256().digest()
 

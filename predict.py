@@ -20,7 +20,7 @@ import cli
 @dataclass(frozen=True)
 class Options:
     checkpoint: tyro.conf.Positional[cli.Checkpoint]  # best.pt or last.pt of a run, or what export.py made of it
-    support: cli.OptionalFolder = None  # folder with a folder of pictures for each class
+    support: cli.OptionalFolder = None  # folder, or a .zip file, with a folder of pictures for each class
     gallery: cli.OptionalFile = None  # file of enrolled classes, opened or made
     add: cli.OptionalFolder = None  # make the gallery hold what this folder, like --support, holds
     remove: cli.shown_as("NAME ...", tuple[str, ...]) = ()  # classes to remove from the gallery
@@ -45,7 +45,7 @@ from itertools import islice
 from pathlib import Path
 
 import oneshot
-from sources import list_pictures, listed
+from sources import listed, may_be_picture, open_folder
 
 
 def check(options: Options) -> None:
@@ -73,7 +73,9 @@ def query_pictures(names: tuple[str, ...]) -> list[Path]:
     """The pictures named, and those in the folders named. Raises ValueError."""
     found = []
     for path in map(Path, names):
-        pictures = list_pictures(path)[0] if path.is_dir() else [path]
+        pictures = [path]
+        if path.is_dir():
+            pictures = [file for place, file in open_folder(path).files.items() if may_be_picture(place[-1])]
         if not pictures:
             raise ValueError(f"{path} holds no picture")
         found += pictures

@@ -83,8 +83,11 @@ def tables(report: dict) -> Iterator[Table]:
     if report["seen"] or report["unseen"]:
         yield side_table(report)
         yield threshold_table(report)
+    if report.get("runs"):
+        yield runs_table(report)
     if report["unseen"] is not None:
-        rows = [few_shot_row(report, name) for name in FEW_SHOT]
+        most = max(10, len(report["per_class"]))
+        rows = [few_shot_row(report, name) for name, (way, _) in FEW_SHOT.items() if (way or 0) <= most]
         title = "One or five pictures of each unseen class; ± is the 95 % interval of the draw of episodes only"
         yield Table(title, ["", "accuracy", "95 %", "chance"], rows)
         if report["unseen"]["adapted"]["support"]:
@@ -117,6 +120,13 @@ def side_table(report: dict) -> Table:
         rows.append(["unseen, adapted (published variant)", *accuracies, None, None, None])
     title = "Test images, percent; (low..high) is the 95 % interval by resampling classes"
     return Table(title, ["classes", "triplets", "pairs", "pairs, best threshold", "AUC", "EER"], rows)
+
+
+def runs_table(report: dict) -> Table:
+    runs, trials = report["measured"]["runs"], report["measured"]["trials"]
+    row = [f"{runs} runs, {trials // runs}-way", with_interval(report["runs"], "error"), trials]
+    title = "Omniglot's one-shot test, percent wrong; (low..high) is the 95 % interval by resampling runs"
+    return Table(title, ["one picture of each class", "wrong", "trials"], [row])
 
 
 def threshold_table(report: dict) -> Table:
@@ -208,15 +218,15 @@ def known_table(report: dict) -> Table:
 def comparison_table(report: dict) -> Table:
     """How a checkpoint differs from the first one."""
     compared, rows = report["compared_with"], []
-    for side in ("seen", "unseen"):
-        for figure, found in (compared[side] or {}).items():
+    for side in ("seen", "unseen", "runs"):
+        for figure, found in (compared.get(side) or {}).items():
             interval = found["ci95"]
             text = "" if interval is None else f"{interval[0]:+.1f}..{interval[1]:+.1f}"
             verdict = "" if interval is None or interval[0] <= 0 <= interval[1] else "differs"
             rows.append([f"{side} {figure.replace('_', ' ')}", f"{found['difference']:+.1f}", text, verdict])
     title = (
         f"{report['checkpoint']} minus {compared['checkpoint']}, on the same images and episodes; intervals are by "
-        "resampling classes, for few-shot accuracy of the draw of episodes only"
+        "resampling classes or runs, for few-shot accuracy of the draw of episodes only"
     )
     return Table(title, ["points", "difference", "95 %", ""], rows)
 
@@ -278,7 +288,7 @@ def facts(report: dict) -> list[str]:
         text + (f"; commit {report['commit']}" if report["commit"] else ""),
         f"evaluated on {report['date']}",
         *report["notes"],
-        threshold_text(report["threshold"]),
+        *([threshold_text(report["threshold"])] if report["threshold"] else []),
     ]
 
 

@@ -1,8 +1,8 @@
-"""Where images come from: CIFAR-100, drawn glyphs, .npz files, folders of pictures, single pictures.
+"""Where images come from: CIFAR-100, Omniglot, drawn glyphs, .npz files, folders and zip files of pictures.
 
 All input is validated. Picture files are not trusted: only the formats below are tried (none runs another program), a
 picture of too many pixels is refused before it is decoded, and any decoder error becomes a ValueError with the file's
-name.
+name. Zip files are read in memory, nothing is unpacked to disk; a damaged or hostile one is refused as a whole.
 """
 
 import io
@@ -15,12 +15,13 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ with suppress(ImportError):
 
     pillow_heif.register_heif_opener()
 
+NAMED = ("cifar100", "omniglot", "glyphs")  # data sets that are no files
 PATIENCE = 60.0  # seconds without a byte after which a download is given up
 LISTED = 20  # pictures, folders or classes left out that are named one by one
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -41,6 +43,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "
 OTHERS = """.txt .md .csv .tsv .json .jsonl .xml .html .yaml .yml .toml .ini .log .db .py .ipynb .pdf .zip .tar .gz .npy
 .npz .pkl .mat .pt .pth .h5 .mp4 .mov .avi .mp3 .wav .aae .xmp""".split()  # files that lie among pictures
 MAX_PIXELS = 80_000_000  # 320 MB as RGBA
+MAX_BYTES = 100_000_000  # of a picture in a zip file, unpacked
 LARGE_PIXELS = 8_000_000  # of pictures larger than this, one is decoded at a time
 LARGE = threading.Lock()
 OwnSplit = tuple[list[int], list[int], list[int]]  # labels of the seen, validation and unseen classes
@@ -91,10 +94,10 @@ class Data:
 
 
 def load(source: str, data_root: str | os.PathLike = "data", image_size: int = 32) -> Data:
-    """Read `source`: "cifar100", "glyphs", the path of an .npz file, or of a folder with a folder for each class.
+    """Read `source`: one of NAMED, the path of an .npz file, or of a folder or .zip file with a folder for each class.
 
-    Downloads and caches live in `data_root`; pictures of a folder become `image_size` pixels wide and high. Raises
-    ValueError or OSError with a message for the user.
+    Downloads and caches live in `data_root`; picture files become `image_size` pixels wide and high. Raises ValueError
+    or OSError with a message for the user.
     """
     if source == "glyphs":
         import glyphs
@@ -102,26 +105,39 @@ def load(source: str, data_root: str | os.PathLike = "data", image_size: int = 3
         return from_arrays("glyphs", **glyphs.load(Path(data_root))._asdict())
     if source == "cifar100":
         return load_cifar100(Path(data_root))
-    if Path(source).is_dir():
-        return load_folder(Path(source), image_size)
+    if source == "omniglot":
+        return load_omniglot(Path(data_root), image_size)
+    if Path(source).is_dir() or source.endswith(".zip"):
+        return load_folder(open_folder(Path(source)), Path(source).resolve().name.removesuffix(".zip"), image_size)
     if source.endswith(".npz"):
         return load_npz(Path(source))
     raise ValueError(
-        f"unknown data {source!r}: give cifar100, glyphs, or the path of an .npz file or of a folder that holds one "
-        "folder of pictures for each class"
+        f"unknown data {source!r}: give {', '.join(NAMED)}, or the path of an .npz file, or of a folder or .zip file "
+        "that holds one folder of pictures for each class"
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ CIFAR-100
+# ------------------------------------------------------------------------------------------------------------ downloads
 
 
 @contextmanager
-def patience(seconds: float):
-    """Give up on connections that stay silent for this many seconds; torchvision would wait forever."""
+def downloading(name: str, archive: str, folder: Path):
+    """Around a download of `archive` to `folder` by torchvision, which checks its sum. Raises ValueError, saying what
+    to do; a connection that stays silent, for which torchvision would wait forever, is given up."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+    socket.setdefaulttimeout(PATIENCE)
     try:
-        yield
+        with redirect_stdout(io.StringIO()):  # older torchvision prints on every start
+            yield
+    except (OSError, HTTPException, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
+        why = f"{error}"  # URLError is an OSError
+        if isinstance(error, RuntimeError):
+            why = f"{archive} in {folder}/ is incomplete or damaged (its checksum is wrong)"
+        raise ValueError(
+            f"cannot download {name}: {why}\n"
+            f"Try again, or put a good {archive} into {folder}/, or give --data FILE.npz "
+            "(train_images, train_labels, test_images, test_labels, class_names), or train on --data glyphs."
+        ) from error
     finally:
         socket.setdefaulttimeout(before)
 
@@ -130,19 +146,26 @@ def load_cifar100(root: Path) -> Data:
     """CIFAR-100 (Krizhevsky 2009) by torchvision's download: checked against its checksum, kept in `root`."""
     from torchvision.datasets import CIFAR100
 
-    try:
-        with patience(PATIENCE), redirect_stdout(io.StringIO()):  # older torchvision prints on every start
-            train, test = (CIFAR100(root, train=train, download=True) for train in (True, False))
-    except (OSError, HTTPException, RuntimeError, EOFError, tarfile.TarError, zlib.error) as error:
-        why = f"{error}"  # URLError is an OSError
-        if isinstance(error, RuntimeError):
-            why = f"cifar-100-python.tar.gz in {root}/ is incomplete or damaged (its checksum is wrong)"
-        raise ValueError(
-            f"cannot download CIFAR-100: {why}\n"
-            f"Try again, or put a good cifar-100-python.tar.gz into {root}/, or give --data FILE.npz "
-            "(train_images, train_labels, test_images, test_labels, class_names), or train on --data glyphs."
-        ) from error
+    with downloading("CIFAR-100", "cifar-100-python.tar.gz", root):
+        train, test = (CIFAR100(root, train=train, download=True) for train in (True, False))
     return from_arrays("cifar100", train.data, train.targets, test.data, test.targets, train.classes)
+
+
+def load_omniglot(root: Path, size: int) -> Data:
+    """Omniglot (Lake et al. 2015): seen are the characters of its background set, unseen those of its evaluation set.
+
+    torchvision's downloads, checked against their checksums, kept in `root` and read as they are.
+    """
+    from torchvision.datasets import Omniglot
+    from torchvision.datasets.utils import download_url
+
+    folder, files = root / Omniglot.folder, {}
+    for part, name in (("train", "images_background"), ("test", "images_evaluation")):
+        with downloading("Omniglot", f"{name}.zip", folder):
+            download_url(f"{Omniglot.download_url_prefix}/{name}.zip", folder, md5=Omniglot.zips_md5[name])
+        found = open_zip(folder / f"{name}.zip").inside(name).files
+        files |= {(part, *parts): file for parts, file in found.items()}
+    return load_folder(Folder(folder, files), "omniglot", size)
 
 
 # --------------------------------------------------------------------------------------------------------------- arrays
@@ -266,28 +289,92 @@ def listed(names: list[str], between: str = ", ") -> str:
 # -------------------------------------------------------------------------------------------------- folders of pictures
 
 
-def load_folder(root: Path, size: int) -> Data:
+File = Path | zipfile.Path
+
+
+def content(file: File) -> bytes:
+    """Raises OSError."""
+    if isinstance(file, Path):
+        return file.read_bytes()
+    size = file.root.getinfo(file.at).file_size
+    if size > MAX_BYTES:
+        raise OSError(f"{file} has {size:,} bytes, more than the {MAX_BYTES:,} allowed")
+    try:
+        return file.root.read(file.at)
+    except Exception as error:  # damaged and encrypted files raise errors of many kinds
+        raise OSError(f"{file} cannot be unpacked: {error}") from error
+
+
+class Folder(NamedTuple):
+    """A folder, or a zip file or a folder in it, with the visible files in it and in folders beneath."""
+
+    path: Path
+    files: dict[tuple[str, ...], File]  # by the names of the folders they are in and their own
+
+    def folders(self) -> list[str]:
+        return sorted({parts[0] for parts in self.files if len(parts) > 1})
+
+    def inside(self, folder: str) -> "Folder":
+        return Folder(self.path / folder, {parts[1:]: file for parts, file in self.files.items() if parts[0] == folder})
+
+
+def open_folder(path: Path) -> Folder:
+    """A folder or a zip file; files are always in the same order. In each folder of `path` what links lead to a second
+    time is left out. Raises ValueError or OSError."""
+    if not path.is_dir():
+        return open_zip(path)
+    files, visited = {}, set()
+    for inside, folders, names in os.walk(path, followlinks=True):
+        levels = Path(inside).relative_to(path).parts
+        place = (levels[:1], os.path.realpath(inside))
+        folders[:] = sorted(filter(is_visible, folders)) if place not in visited else []
+        files |= {
+            (*levels, name): Path(inside, name) for name in sorted(filter(is_visible, names)) if place not in visited
+        }
+        visited.add(place)
+    return Folder(path, files)
+
+
+def open_zip(path: Path) -> Folder:
+    """As `open_folder`. Raises ValueError or OSError."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"{path} is no folder and no zip file, or was cut short: {error}") from error
+    if sum(info.file_size for info in archive.infolist()) > 1100 * path.stat().st_size:  # deflate reaches 1032
+        raise ValueError(f"{path} would unpack to more than a thousand times its size; that is no set of pictures")
+    files: dict[tuple[str, ...], File] = {}
+    for info in archive.infolist():
+        parts = tuple(info.filename.removesuffix("/").split("/"))
+        if {"", ".", ".."} & {*parts} or parts in files:
+            raise ValueError(f"{path} is no archive to trust: {info.filename!r} is in it twice, or leads out of it")
+        if not info.is_dir() and all(map(is_visible, parts)):
+            files[parts] = zipfile.Path(archive, info.filename)
+    return Folder(path, {parts: files[parts] for parts in sorted(files, key=lambda parts: (parts[:-1], parts))})
+
+
+def load_folder(root: Folder, name: str, size: int) -> Data:
     """Pictures in folders that name their classes, scaled to `size` pixels.
 
     With train/ and test/ or val/ (see PARTS) in `root`, the class folders are in these (see `assemble`). Without a
     folder for testing, the last sixth of each class is. What is left out is printed. Raises ValueError or OSError.
     """
-    name, folders = root.resolve().name, subfolders(root)
-    while len(folders) == 1 and subfolders(folders[0]):  # such as photos/photos/cat/1.jpg
-        print(f"{root} holds one folder; reading {folders[0]}")
-        root, folders = folders[0], subfolders(folders[0])
-    named = [folder for folder in folders if folder.name.lower() in PARTS]
-    parts = {PARTS[folder.name.lower()]: folder for folder in named if subfolders(folder)}
+    while len(root.folders()) == 1 and root.inside(*root.folders()).folders():  # such as photos/photos/cat/1.jpg
+        print(f"{root.path} holds one folder; reading {root.path / root.folders()[0]}")
+        root = root.inside(*root.folders())
+    named = [root.inside(folder) for folder in root.folders() if folder.lower() in PARTS]
+    parts = {PARTS[folder.path.name.lower()]: folder for folder in named if folder.folders()}
     if "train" not in parts or len(named) < 2:
         parts = {"train": root}
     elif "test" not in parts and "val" in parts:
         parts["test"] = parts.pop("val")
-    classes = {part: find_classes(folder) for part, folder in parts.items()}
+    classes = find_classes(parts)
     if "val" in parts and classes["train"].keys() & classes["test"].keys():
         del classes["val"], parts["val"]
-    if parts["train"] != root:
-        use = ", ".join(f"{part} images from {folder.name}/" for part, folder in parts.items())
-        unused = [f"{folder.name}/" for folder in folders if folder not in parts.values()]
+    if parts["train"] is not root:
+        used = {part: folder.path.name for part, folder in parts.items()}
+        use = ", ".join(f"{part} images from {folder}/" for part, folder in used.items())
+        unused = [f"{folder}/" for folder in root.folders() if folder not in used.values()]
         print(f"{name}: {use}" + (f"; left out {listed(unused)}" if unused else ""))
     class_names = sorted(set().union(*classes.values()))
     images = {part: read_classes(found, class_names, size) for part, found in classes.items()}
@@ -300,56 +387,76 @@ def is_visible(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"  # which macOS adds to archives
 
 
-def subfolders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and is_visible(path.name))
+def may_be_picture(name: str) -> bool:
+    return Path(name).suffix.lower() not in OTHERS
 
 
-def find_classes(root: Path) -> dict[str, list[Path]]:
-    """The files that may be pictures in each folder of `root`, by class; what is left out is printed.
+def find_classes(roots: dict[str, Folder]) -> dict[str, dict[str, list[File]]]:
+    """The files that may be pictures in folders inside each of `roots`, by class; what is left out is printed.
 
-    Classes are the folders' names, in Unicode's composed form (NFC). Raises ValueError or OSError.
+    A folder is a class, with all that is in it, unless it has no pictures of its own but two or more folders with
+    pictures: these are then classes, called "Greek/character01". All roots count for that, so that cat/ in one and
+    cat/2026/ in another are of class "cat". Names are in Unicode's composed form (NFC). Raises ValueError.
     """
-    found, left_out, nested, entries = {}, [], [], sorted(root.iterdir())
-    others = sum(is_visible(path.name) and not path.is_dir() for path in entries)
-    for path in filter(Path.is_dir, entries):
-        pictures, more = list_pictures(path) if is_visible(path.name) else ([], 0)
-        others += more
-        if pictures:
-            found.setdefault(unicodedata.normalize("NFC", path.name), []).extend(pictures)
-        places = {file.parent for file in pictures}
-        nested += [f"{path.name}/"] if len(places) > 1 and path not in places else []
-        left_out += [] if pictures else [f"{path.name}/"]
-    if not found or (nested and len(found) == 1):
-        raise ValueError(f"{root} has no folders with pictures, one for each class; is the data set one level down?")
-    left_out = ([f"{others} other files"] if others else []) + left_out
-    if left_out:
-        print(f"{root}: left out {listed(left_out)}", file=sys.stderr)
-    if nested:
-        print(f"{root}: is the data set one level down? Read as one class each: {listed(nested)}", file=sys.stderr)
-    return dict(sorted(found.items()))
+    pictures = {
+        part: [place for place in files if place[1:] and may_be_picture(place[-1])]
+        for part, (_, files) in roots.items()
+    }
+    places = {place[:-1] for found in pictures.values() for place in found}  # folders with pictures of their own
+    inside = defaultdict(set)  # folders with pictures in or beneath them, in each folder
+    for levels in places:
+        for depth, level in enumerate(levels):
+            inside[levels[:depth]].add(level)
+    classes: dict[str, dict[str, list[File]]] = {part: {} for part in roots}
+    for part, (path, files) in roots.items():
+        for place in pictures[part]:
+            depth = next(depth for depth in range(1, len(place)) if place[:depth] in places)
+            named = [level for n, level in enumerate(place[:depth]) if len(inside[place[:n]]) > 1]
+            name = unicodedata.normalize("NFC", "/".join(named) or place[0])
+            classes[part].setdefault(name, []).append(files[place])
+        if not classes[part]:
+            raise ValueError(f"{path} has no folders with pictures, one for each class")
+        others, tops = len(files) - len(pictures[part]), {place[0] for place in pictures[part]}
+        left_out = [f"{others} other files"] if others else []
+        left_out += sorted(f"{each.name}/" for each in path.glob("*") if each.is_dir() and each.name not in tops)
+        if left_out:
+            print(f"{path}: left out {listed(left_out)}", file=sys.stderr)
+    return classes
 
 
-def list_pictures(folder: Path) -> tuple[list[Path], int]:
-    """The files that may be pictures in a folder and in folders inside it, always in the same order, and how many files
-    have suffixes of others. Hidden ones are neither."""
-    files, visited = [], set()
-    for inside, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(inside) in visited:  # a link back
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(inside))
-        folders[:] = sorted(filter(is_visible, folders))
-        files += [Path(inside, name) for name in sorted(filter(is_visible, names))]
-    pictures = [file for file in files if file.suffix.lower() not in OTHERS]
-    return pictures, len(files) - len(pictures)
+def load_runs(path: Path, size: int) -> Data:
+    """The one-shot test of Omniglot's authors (Lake et al. 2015), runs of as many new characters each, zipped or not.
+
+    A character of a run is a class of two test images, the known one and the query, in the order of the runs; it is
+    called "run01/class01". In run01/class_labels.txt a line says which query is of which known image's character:
+    "run01/test/item01.png run01/training/class08.png". Raises ValueError or OSError.
+    """
+    files = {"/".join(parts): file for parts, file in open_folder(path).files.items()}
+    texts = [
+        content(file).decode(errors="replace") for name, file in files.items() if name.endswith("class_labels.txt")
+    ]
+    runs = [text.split() for text in texts]
+    names = [name for run in runs for name in run]
+    if len({*map(len, runs)}) != 1 or len(runs[0]) % 2 or len({*names} & {*files}) < max(4, len(names)):
+        raise ValueError(
+            f"{path} does not hold runs of Omniglot's one-shot test: run01/class_labels.txt and so on, which name as "
+            "many queries as known pictures, each once, and as many in each run"
+        )
+    pairs = [pair for run in runs for pair in sorted(zip(run[1::2], run[::2], strict=True))]
+    images, errors = read_pictures([files[name] for pair in pairs for name in pair], size)
+    if any(errors):
+        raise ValueError(max(errors))
+    test = Images(images, torch.arange(len(pairs)).repeat_interleave(2))
+    names = [f"{known.split('/')[0]}/{Path(known).stem}" for known, _ in pairs]
+    return Data(path.name.removesuffix(".zip"), test.of([]), test, names)
 
 
-def read_classes(classes: dict[str, list[Path]], class_names: list[str], size: int) -> Images:
+def read_classes(classes: dict[str, list[File]], class_names: list[str], size: int) -> Images:
     """The pictures of each class, class after class; labels index `class_names`. Raises ValueError."""
     pictures = [(label, path) for label, name in enumerate(class_names) for path in classes.get(name, [])]
     owners: dict[str, int] = {}
     for label, path in pictures:
-        owner = owners.setdefault(os.path.realpath(path), label)
+        owner = owners.setdefault(os.path.realpath(str(path)), label)
         if owner != label:
             raise ValueError(f"{path} counts for two classes by a link, {class_names[owner]} and {class_names[label]}")
     images, errors = read_pictures([path for _, path in pictures], size)
@@ -361,10 +468,10 @@ def read_classes(classes: dict[str, list[Path]], class_names: list[str], size: i
     return Images(images[good], torch.tensor([label for label, _ in pictures])[good])
 
 
-def read_pictures(files: list[Path], size: int) -> tuple[Tensor, list[str]]:
+def read_pictures(files: list[File], size: int) -> tuple[Tensor, list[str]]:
     """Pictures (N, 3, size, size) uint8, channels last, and an error message for each, "" if it was read.
 
-    Decoders release the GIL, so threads decode on all cores.
+    Decoders release the GIL, so threads decode on all cores. Raises OSError if a zip file is damaged.
     """
     pixels = torch.zeros(len(files), size, size, 3, dtype=torch.uint8)
 
@@ -383,20 +490,22 @@ def read_pictures(files: list[Path], size: int) -> tuple[Tensor, list[str]]:
 # ------------------------------------------------------------------------------------------------------ picture files
 
 
-def read_picture(path: Path, size: int) -> Tensor:
+def read_picture(path: File, size: int) -> Tensor:
     """The centre square of a picture, scaled to `size` pixels, antialiased: (3, size, size) uint8, channels last.
 
     EXIF rotation is applied, transparent parts become white, greyscale, palette and 16-bit pictures become RGB; of an
-    animation the first frame counts. A picture of size x size pixels keeps them as they are. Raises ValueError.
+    animation the first frame counts. A picture of size x size pixels keeps them as they are. Raises ValueError, or
+    OSError if it is in a damaged zip file.
     """
-    if not Path(path).is_file():
+    file = io.BytesIO(content(path)) if isinstance(path, zipfile.Path) else path
+    if file is path and not Path(path).is_file():
         raise ValueError(f"no such picture: {path}")
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
-            with Image.open(path, formats=formats) as image:
+            with Image.open(file, formats=formats) as image:
                 large = image.width * image.height > LARGE_PIXELS
                 with LARGE if large else nullcontext():
                     square = centre_square(image, size)
@@ -411,8 +520,8 @@ def read_picture(path: Path, size: int) -> Tensor:
 def read(picture: Any, size: int) -> np.ndarray:
     """Pixels (3, size, size) uint8 of a path, a PIL image, an array (H, W, 3) or (H, W) of uint8, or a tensor (3, H, W)
     of uint8, as `read_picture` reads files. Raises ValueError."""
-    if isinstance(picture, (str, os.PathLike)):
-        return read_picture(Path(picture), size).numpy()
+    if isinstance(picture, (str, os.PathLike, zipfile.Path)):
+        return read_picture(Path(picture) if isinstance(picture, str) else picture, size).numpy()
     if not isinstance(picture, Image.Image):
         pixels = np.asarray(picture.cpu() if hasattr(picture, "cpu") else picture)
         if hasattr(picture, "cpu") and pixels.ndim == 3:

@@ -36,7 +36,7 @@ def check(options: cli.RunOptions) -> None:
     if options.minutes is not None:
         cli.require(options, "minutes", most=1e6)
     cli.require(options, "margin", "seed", "withhold", least=0)
-    cli.require(options, "cutout", "rotate", least=0, most=1)
+    cli.require(options, "affine", "cutout", "rotate", least=0, most=1)
     cli.require(options, "enlarge", least=0, most=64)
     cli.require(options, "width", least=1, most=1024)
     cli.require(options, "image_size", least=8, most=4096)

@@ -36,7 +36,7 @@ def test_help_explains_every_option_and_shows_two_examples(monkeypatch, capsys, 
     assert (" CHECKPOINT" in text.splitlines()[0]) == (script not in TRAININGS)
     named = {"json": "FILE", "csv": "FILE", "weights": "FILE", "out": "FILE" if script is export else "FOLDER"}
     named |= dict.fromkeys(("report", "support", "data-root", "log-dir"), "FOLDER") | {"threshold": "auto|NUMBER"}
-    named |= {"data": "cifar100|glyphs|FILE|FOLDER", "criterion": "balanced|eer|far:RATE"}
+    named |= {"data": "cifar100|omniglot|glyphs|FILE|FOLDER", "criterion": "balanced|eer|far:RATE"}
     for flag, value in re.findall(r"^\W+--([a-z-]+) (\S+)", text, re.MULTILINE):
         assert value == named.get(flag, value)
     assert len(re.findall(rf"^ +python {script.__name__}\.py", text, re.MULTILINE)) >= 2

@@ -150,12 +150,12 @@ def test_few_shot_images_are_all_of_them_in_standard_splits():
 def test_held_back_are_the_last_images_of_each_class():
     labels = torch.tensor([1, 0, 1, 0, 0, 1, 0, 0, 0, 1, 0, 2, 2, 2])  # seven 0s, four 1s, three 2s
     images = torch.arange(14, dtype=torch.uint8).view(14, 1, 1, 1).expand(14, 3, 2, 2)
-    kept, held = data.hold_back(data.Images(images, labels), per_class=25)
-    assert held.images[:, 0, 0, 0].tolist() == [5, 8, 9, 10]  # a pair of each class of 4 to 11 images
+    kept, held = data.hold_back(data.Images(images, labels))
+    assert held.images[:, 0, 0, 0].tolist() == [5, 8, 9, 10]  # a pair of each class of 4 to 23 images
     assert kept.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 6, 7, 11, 12, 13]
-    kept, held = data.hold_back(data.Images(images.repeat(8, 1, 1, 1), labels.repeat(8)), per_class=9)
-    assert torch.bincount(held.labels).tolist() == [9, 8, 6]  # a quarter at most
-    assert len(kept) == 112 - 23
+    kept, held = data.hold_back(data.Images(images.repeat(32, 1, 1, 1), labels.repeat(32)))
+    assert torch.bincount(held.labels).tolist() == [25, 16, 12]  # an eighth at most
+    assert len(kept) == 14 * 32 - 53
 
 
 def test_copies_are_counted():
@@ -198,11 +198,30 @@ def test_the_images_against_a_class_are_of_all_others():
         assert counts[row] == 0 and (counts[counts > 0] - 1000).abs().max() < 150 and (counts > 0).sum() == 3
 
 
-def test_augmentation_is_a_shifted_reflected_flipped_copy():
-    side, reach = 16, 2
+ALPHABETS = [f"{alphabet}/{n:02}" for alphabet, n in (("A", 20), ("B", 30), ("C", 26), ("D", 24)) for n in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("split", "share", "sizes"),
+    [("90-10", 0.0, (76, 24)), ("60-40", 0.1, (20, 50)), ("100-0", 0.2, (76, 0)), ("100-0", 0.4, (50, 0))],
+)
+def test_splits_and_validation_classes_are_whole_alphabets(split, share, sizes):
+    """The nearest number of them; classes without a / in their names are counted one by one, random ones not moved."""
+    seen, unseen = data.split_classes(ALPHABETS, split)
+    seen, validation = data.withhold(ALPHABETS, split, seen, share)
+    assert [len(seen), len(unseen)] == [*sizes] and seen + validation + unseen == list(range(100))
+    groups = [{ALPHABETS[label][0] for label in part} for part in (seen, validation, unseen)]
+    assert sum(map(len, groups)) == 4 and bool(validation) == (share > 0)
+    assert len(data.split_classes(ALPHABETS, split, 3)[1]) == int(split.split("-")[1])
+    assert len(data.split_classes(ALPHABETS[:20], "80-20")[1]) == 4  # one alphabet
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_augmentation_is_a_shifted_reflected_flipped_copy(flip):
+    side, reach, flips = 16, 2, flip
     images = torch.randint(0, 256, (5, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     index = torch.tensor([4, 0, 2, 2, 1, 3] * 10)
-    out = data.augment(images, index, torch.Generator().manual_seed(0))
+    out = data.augment(images, index, torch.Generator().manual_seed(0), flip=flips)
     assert out.shape == (60, 3, side, side) and out.is_contiguous(memory_format=torch.channels_last)
     padded = torch.nn.functional.pad(images.float(), (reach,) * 4, mode="reflect").to(torch.uint8)
     seen = set()
@@ -215,7 +234,22 @@ def test_augmentation_is_a_shifted_reflected_flipped_copy():
         ]
         assert matches
         seen.add(matches[0])
-    assert len(seen) > 20  # of 50 ways
+    assert len(seen) > (20 if flips else 15) and {flip for *_, flip in seen} == {0, int(flips)}  # of 50 or 25 ways
+
+
+def test_an_image_is_distorted_by_an_affine_map():
+    """A bright dot goes where the matrix drawn for its image says; 0 changes nothing; what is outside is border."""
+    y, x = torch.meshgrid(*[(torch.arange(64) + 0.5) / 32 - 1] * 2, indexing="ij")
+    images = (-80 * ((x - 0.3).square() + (y + 0.2).square())).exp().expand(20, 3, 64, 64)
+    assert torch.allclose(data.distort(images, 0.0, torch.Generator()), images, atol=1e-4)
+    out = data.distort(images, 0.3, torch.Generator().manual_seed(0))
+    matrix = torch.eye(2, 3) + 0.3 * (2 * torch.rand(20, 2, 3, generator=torch.Generator().manual_seed(0)) - 1)
+    expected = torch.linalg.solve(matrix[:, :, :2], torch.tensor([0.3, -0.2]) - matrix[:, :, 2])  # (20, 2): x, y
+    for image, (column, row) in zip(out, expected.tolist(), strict=True):
+        place = int(image[0].argmax())
+        if max(abs(column), abs(row)) < 0.9:
+            assert abs(float(x.flatten()[place]) - column) < 0.06 and abs(float(y.flatten()[place]) - row) < 0.06
+    assert torch.allclose(data.distort(torch.ones(9, 3, 16, 16), 1.0, torch.Generator()), torch.ones(1))
 
 
 @pytest.mark.parametrize("quarters", range(4))

@@ -130,12 +130,14 @@ def test_other_files_are_refused(tmp_path):
         sources.read_picture(tmp_path / "missing.png", 32)
 
 
-def test_list_pictures(tmp_path):
-    """All but hidden files and those of other suffixes, which are counted."""
+def test_files_of_a_folder(tmp_path):
+    """All but hidden ones; names tell which may be pictures."""
     (tmp_path / "folder").mkdir()
     (tmp_path / ".hidden").mkdir()
     names = ("b.JPG", "a.png", "c.heic", ".hidden.png", "notes.txt", "x.CSV", "picture", "folder/d", ".hidden/e.png")
     for name in names:
         (tmp_path / name).touch()
-    pictures, others = sources.list_pictures(tmp_path)
-    assert [path.name for path in pictures] == ["a.png", "b.JPG", "c.heic", "picture", "d"] and others == 2
+    files = sources.open_folder(tmp_path).files
+    assert all(path == tmp_path.joinpath(*place) for place, path in files.items()) and len(files) == 7
+    pictures = [place for place in files if sources.may_be_picture(place[-1])]
+    assert pictures == [("a.png",), ("b.JPG",), ("c.heic",), ("picture",), ("folder", "d")]

@@ -108,6 +108,23 @@ def test_folders_without_pictures_are_left_out_of_the_support(folder, tmp_path, 
     assert found[0] == found[1] and "support: left out .cache/, __MACOSX/, empty/\n" in capsys.readouterr().err
 
 
+def test_the_support_can_be_zipped_and_its_classes_nested(folder, tmp_path):
+    """As in training: the same answers, with names of two levels where a folder holds two classes."""
+    for number, path in enumerate(sorted((folder / "support").iterdir())):
+        shutil.copytree(path, tmp_path / "nested" / "more" / "ab"[number % 2] / path.name)
+    shutil.make_archive(str(tmp_path / "nested"), "zip", tmp_path / "nested")
+    found = []
+    for support in (folder / "support", tmp_path / "nested", tmp_path / "nested.zip"):
+        arguments = ["--support", support, "--query", folder / "queries", "--json", tmp_path / "a.json"]
+        tiny.run(predict, folder / "best.pt", *arguments)
+        found.append(json.loads((tmp_path / "a.json").read_text())["answers"])
+    names = {"class 9": "a/class 9", "class 10": "a/class 10", "class 11": "b"}
+    assert {answer["nearest"] for answer in found[0]} == {*names}
+    for answer in found[0]:
+        answer |= {name: names.get(answer[name], answer[name]) for name in ("nearest", "class")}
+    assert found[0] == found[1] == found[2]
+
+
 def test_compare(folder, tmp_path, capsys):
     pictures = sorted((folder / "queries").iterdir())  # by class
     answers = []
@@ -118,7 +135,7 @@ def test_compare(folder, tmp_path, capsys):
     assert (same["answer"], different["answer"]) == ("same", "different")
     assert same["probability_same"] > 0.5 > different["probability_same"] >= 0
     printed = capsys.readouterr().out
-    calibrated = "54 held-back training images of 9 seen classes"
+    calibrated = "27 held-back training images of 9 seen classes"
     for text in (calibrated, "assuming that half of all pairs are of one class", f"{same['probability_same']:.3f}"):
         assert text in printed
 
@@ -147,9 +164,10 @@ def test_a_broken_query_does_not_stop_the_others(folder, tmp_path, refusal):
             ["{folder}/best.pt", "--support", "{folder}/queries", "--query", "a.png"],
             "queries has no folders with pictures",
         ),
-        (["{folder}/best.pt", "--support", "{folder}", "--query", "a.png"], "is the data set one level down? Read as"),
-        (["{folder}/best.pt", "--support", "{wrapped}", "--query", "a.png"], "is the data set one level down?"),
-        (["{folder}/best.pt", "--support", "missing", "--query", "a.png"], "missing"),
+        (["{folder}/best.pt", "--support", "{folder}/tiny.npz", "--query", "a.png"], "has no folders with pictures"),
+        (["{folder}/best.pt", "--support", "{folder}/best.pt", "--query", "a.png"], "has no folders with pictures"),
+        (["{folder}/best.pt", "--support", "{old}.png", "--query", "a.png"], "is no folder and no zip file"),
+        (["{folder}/best.pt", "--support", "missing", "--query", "a.png"], "No such file or directory: 'missing'"),
         (["{folder}/best.pt", "--support", "{folder}/support", "--query", "{empty}"], "holds no picture"),
         (["{folder}/best.pt", "--compare", "a", "b", "--threshold", "2"], "--threshold must be auto or a number"),
         (["{folder}/best.pt", "--compare", "a", "b", "--csv", "/no/such/a.csv"], "no such folder"),
@@ -162,8 +180,8 @@ def test_bad_input_gives_one_message(folder, tmp_path, refusal, arguments, messa
     saved["threshold"] = {name: saved["threshold"][name] for name in ("mode", "value", "calibrated_on")}
     torch.save(saved, tmp_path / "old.pt")
     (tmp_path / "empty").mkdir()
-    shutil.copytree(folder / "support", tmp_path / "wrapped" / "support")
-    names = {"folder": folder, "old": tmp_path / "old.pt", "empty": tmp_path / "empty", "wrapped": tmp_path / "wrapped"}
+    (tmp_path / "old.pt.png").write_text("no archive")
+    names = {"folder": folder, "old": tmp_path / "old.pt", "empty": tmp_path / "empty"}
     assert message.format(**names) in refusal(predict, *[argument.format(**names) for argument in arguments])
 
 

@@ -9,6 +9,7 @@ import tarfile
 import threading
 import time
 import zipfile
+from contextlib import nullcontext
 from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, features
-from torchvision.datasets import CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR100, ImageFolder, Omniglot
 
 import data
 import sources
@@ -408,9 +409,7 @@ def test_a_long_list_of_unreadable_pictures_is_cut(tmp_path, capsys):
 
 def test_a_folder_without_class_folders_is_refused(tmp_path):
     save_pictures(tmp_path / "flat", 3)
-    with pytest.raises(
-        ValueError, match="has no folders with pictures, one for each class; is the data set one level down?"
-    ):
+    with pytest.raises(ValueError, match="flat has no folders with pictures, one for each class"):
         data.load(str(tmp_path / "flat"))
 
 
@@ -449,7 +448,7 @@ def test_training_pictures_alone(tmp_path, capsys):
 
 
 def test_a_data_set_one_level_down(tmp_path, capsys):
-    """It is read if it is the only folder there, whatever its name; otherwise there is a hint."""
+    """It is read if it is the only folder there, whatever its name; otherwise folders are levels of classes' names."""
     for seed, name in enumerate(("cat", "dog")):
         save_pictures(tmp_path / "photos" / "photos" / name, 6, seed=seed)
     for folder in (".git", "__MACOSX/photos"):
@@ -459,9 +458,143 @@ def test_a_data_set_one_level_down(tmp_path, capsys):
     assert f"{tmp_path}/photos holds one folder; reading {tmp_path}/photos/photos\n" in capsys.readouterr().out
     save_pictures(tmp_path / "photos" / "more" / "fox", 6)
     save_pictures(tmp_path / "photos" / "more" / "cow", 6)
-    assert data.load(str(tmp_path / "photos"), image_size=8).class_names == ["more", "photos"]
-    hint = "photos: is the data set one level down? Read as one class each: more/, photos/\n"
-    assert hint in capsys.readouterr().err
+    names = ["more/cow", "more/fox", "photos/cat", "photos/dog"]
+    assert data.load(str(tmp_path / "photos"), image_size=8).class_names == names
+
+
+def zipped(folder: Path) -> Path:
+    """A zip file, beside it, of a folder and what is in it, with entries for folders as archivers write them."""
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(folder.rglob("*"), key=lambda file: file.name):  # in another order than that of folders
+            archive.write(file, file.relative_to(folder.parent))
+    return path
+
+
+@pytest.mark.parametrize("parts", [(), ("train", "test")])
+def test_nested_class_folders_zipped_or_not(tmp_path, capsys, parts):
+    """A folder without pictures of its own, but with two or more folders with pictures, is a level of the name."""
+    for part in parts or ("",):
+        root = tmp_path / "set" / part
+        for seed, name in enumerate(("Greek/a", "Greek/b", "Han/new/c", "Han/old/c", "Han/old/d", "cat", "dog/1/2")):
+            save_pictures(root / name, 6, seed=seed)
+        save_pictures(root / "dog" / "1" / "3", 2)  # dog has but one folder
+        save_pictures(root / "cat" / "more", 2)  # cat has pictures of its own
+        (root / "Greek" / "notes.txt").write_text("no picture")
+        save_pictures(root / "Greek" / ".hidden", 1)
+        save_pictures(root / "__MACOSX" / "Greek", 1)
+    names = ["Greek/a", "Greek/b", "Han/new/c", "Han/old/c", "Han/old/d", "cat", "dog/2", "dog/3"]
+    names = [name.replace("new/c", "new") for name in names]
+    loaded = [data.load(str(path), image_size=8) for path in (tmp_path / "set", zipped(tmp_path / "set"))]
+    for each in loaded:
+        assert each.name == "set" and each.class_names == names
+        counts = torch.bincount(each.train.labels) if parts else torch.bincount((each.train + each.test).labels)
+        assert counts.tolist() == [6, 6, 6, 6, 6, 8, 6, 2]
+    for part in ("train", "test"):
+        a, b = (getattr(each, part) for each in loaded)
+        assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+    assert "left out 1 other files, __MACOSX/\n" in capsys.readouterr().err
+
+
+def test_parts_agree_on_what_is_a_class(tmp_path):
+    """cat/2026 in train/ is of class cat if test/ has pictures in cat/ itself; so it was before there were levels."""
+    for place in ("train/cat/2025", "train/cat/2026", "train/dog", "test/cat", "test/dog/a", "test/dog/b"):
+        save_pictures(tmp_path / place, 2)
+    loaded = data.load(str(tmp_path), image_size=8)
+    assert loaded.class_names == ["cat", "dog"] and loaded.own_split is None
+    assert torch.bincount(loaded.train.labels).tolist() == [4, 2] and len(loaded.test) == 6
+
+
+def test_bilevel_drawings_are_scaled_with_antialiasing(tmp_path):
+    """1-bit PNG, black on white, as Omniglot's, from a zip file: a thin line becomes grey, not lost."""
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(6):
+            drawing = Image.new("1", (105, 105), 1)
+            drawing.paste(0, (50, 0, 52, 105))
+            drawing.save(tmp_path / "set" / name / f"{number}.png")
+    images = data.load(str(zipped(tmp_path / "set")), image_size=32).train.images
+    assert images.shape == (8, 3, 32, 32) and (images[:, :, :, 0] == 255).all()
+    assert abs(int((255 - images[0, 0].int()).sum()) - 32 * 255 * 2 * 32 / 105) < 0.1 * 32 * 255
+
+
+def test_hostile_and_damaged_zip_files_are_refused(tmp_path, monkeypatch):
+    """As a whole, in one line that names the file."""
+    save_pictures(tmp_path / "set" / "a", 6, side=32)
+    save_pictures(tmp_path / "set" / "b", 6, side=32, seed=1)
+    whole, bad = zipped(tmp_path / "set"), tmp_path / "bad.zip"
+    picture = (tmp_path / "set" / "a" / "00.png").read_bytes()
+
+    def refuse(message):
+        with pytest.raises((ValueError, OSError), match=message) as error:
+            data.load(str(bad), image_size=8)
+        assert "bad.zip" in str(error.value) and "\n" not in str(error.value)
+
+    for name in ("../set/a/new.png", "/set/a/new.png", "set/../../new.png", "set//a.png", "set/a/00.png"):
+        bad.write_bytes(whole.read_bytes())
+        with pytest.warns(UserWarning) if name == "set/a/00.png" else nullcontext():  # a duplicate
+            with zipfile.ZipFile(bad, "a") as archive:
+                archive.writestr(name, picture)
+        refuse("is no archive to trust: .* is in it twice, or leads out of it")
+    for content in (b"", b"no archive", whole.read_bytes()[:-30]):
+        bad.write_bytes(content)
+        refuse("is no folder and no zip file, or was cut short")
+    damaged = bytearray(whole.read_bytes())
+    with zipfile.ZipFile(whole) as archive:
+        damaged[archive.getinfo("set/b/03.png").header_offset + 300] ^= 1
+    bad.write_bytes(damaged)
+    refuse(r"bad\.zip/set/b/03\.png cannot be unpacked: ")
+    bad.write_bytes(whole.read_bytes().replace(b"PK\x01\x02\x14\x03\x14\x00\x00", b"PK\x01\x02\x14\x03\x14\x00\x01"))
+    refuse("cannot be unpacked: .*encrypted")
+    with zipfile.ZipFile(bad, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("set/a/00.png", "set/b/00.png"):
+            archive.writestr(name, picture + bytes(9_000_000))
+    monkeypatch.setattr(sources, "MAX_BYTES", 8_000_000)
+    refuse("has 9,00.,... bytes, more than the 8,000,000 allowed")
+    with zipfile.ZipFile(bad, "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("set/a/00.png", bytes(9_000_000))
+    refuse("would unpack to more than a thousand times its size")
+
+
+def omniglot_archives(folder: Path) -> dict[str, str]:
+    """Small archives in Omniglot's layout, and their checksums."""
+    sums = {}
+    for seed, (name, alphabets) in enumerate((("images_background", "BA"), ("images_evaluation", "DC"))):
+        for alphabet in alphabets:
+            for character in ("character01", "character02"):
+                save_pictures(folder / name / alphabet / character, 20, seed=ord(alphabet) + seed)
+        sums[name] = hashlib.md5(zipped(folder / name).read_bytes()).hexdigest()
+    return sums
+
+
+def test_omniglot_is_downloaded_once_and_checked(tmp_path, monkeypatch, capsys):
+    (tmp_path / "www").mkdir()
+    sums = omniglot_archives(tmp_path / "www")
+    server = Server(tmp_path / "www" / "images_background.zip")
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(Omniglot, "download_url_prefix", server.url.rpartition("/")[0])
+    monkeypatch.setattr(Omniglot, "zips_md5", sums | {"images_evaluation": "0" * 32})
+    with pytest.raises(
+        ValueError, match=r"cannot download Omniglot: images_evaluation\.zip .*is incomplete or damaged"
+    ):
+        data.load("omniglot", tmp_path / "root", 8)
+    monkeypatch.setattr(Omniglot, "zips_md5", sums)
+    loaded = data.load("omniglot", tmp_path / "root", 8)
+    names = [f"{alphabet}/character0{n}" for alphabet in "ABCD" for n in (1, 2)]
+    assert loaded.name == "omniglot" and loaded.class_names == names
+    assert loaded.own_split == ([0, 1, 2, 3], [], [4, 5, 6, 7])  # background, evaluation
+    assert torch.bincount(loaded.train.labels).tolist() == [17] * 4  # the last sixth of background is for testing
+    assert torch.bincount(loaded.test.labels).tolist() == [3] * 4 + [20] * 4
+    expected = sources.read_picture(tmp_path / "www" / "images_evaluation" / "C" / "character02" / "00.png", 8)
+    assert torch.equal(loaded.test.images[loaded.test.labels == 5][0], expected)
+    server.requested.clear()
+    again = data.load("omniglot", tmp_path / "root", 8)
+    assert not server.requested and torch.equal(again.test.images, loaded.test.images)
+    (tmp_path / "root" / "omniglot-py" / "images_background.zip").write_bytes(b"PK damaged")
+    assert torch.equal(data.load("omniglot", tmp_path / "root", 8).train.images, loaded.train.images)
+    assert {*server.requested} == {"/images_background.zip"}
+    server.server.shutdown()
+    server.server.server_close()
 
 
 @pytest.mark.parametrize("val", ["none", "others", "same"])
