@@ -32,7 +32,7 @@ from tqdm import tqdm
 if __package__:  # installed by pip: a package of three modules
     from . import pictures
 else:
-    import sources as pictures
+    import pictures
 
 BATCH = 250  # pictures that are read and embedded at once
 STRANGERS = 1.7  # C classes name strangers as often as 1.7 C classes would name held-back images of other seen classes

@@ -45,7 +45,7 @@ from itertools import islice
 from pathlib import Path
 
 import oneshot
-from sources import listed, may_be_picture, open_folder
+from pictures import listed, may_be_picture, open_folder
 
 
 def check(options: Options) -> None:

@@ -26,6 +26,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # PyTorch 2.10, the oldest one that can load the libraries
@@ -193,18 +194,29 @@ def extensions() -> list[Extension]:
     return [native_extension(), cuda_extension(home)]
 
 
+class BuildPackage(build_py):
+    """oneshot.py is installed as a package, with the two modules it needs inside; in the checkout all are flat."""
+
+    def find_modules(self) -> list[tuple[str, str, str]]:
+        found = super().find_modules()
+        if self.editable_mode:
+            return found
+        inside = {"oneshot": "__init__", "model": "model", "pictures": "pictures"}
+        return [("oneshot", inside[name], file) if name in inside else ("", name, file) for _, name, file in found]
+
+
 def main() -> None:
     os.chdir(ROOT)
     modules = extensions()
     if not modules:
-        setup()
+        setup(cmdclass={"build_py": BuildPackage})
         return
     from torch.utils.cpp_extension import BuildExtension
 
     # the libraries use none of Python's ABI: one wheel serves every later Python
     setup(
         ext_modules=modules,
-        cmdclass={"build_ext": BuildExtension},
+        cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
 

@@ -20,6 +20,7 @@ import evaluate
 import export
 import fuzz
 import model
+import pictures
 import predict
 import tiny
 import train_classic
@@ -262,15 +263,13 @@ def test_damaged_npz_headers(tmp_path):
 def test_sixteen_bit_pictures_take_few_copies(tmp_path):
     import resource
 
-    import sources
-
     Image.fromarray(np.arange(6000 * 6000, dtype=np.uint32).astype(np.uint16).reshape(6000, 6000)).save(
         tmp_path / "a.png"
     )
     with Image.open(tmp_path / "a.png") as image:  # the decoder's own memory comes first
         image.load()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    sources.read_picture(tmp_path / "a.png", 32)
+    pictures.read(tmp_path / "a.png", 32)
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 6 * 36  # MB, 6 bytes a pixel
 
 

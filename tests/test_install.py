@@ -14,6 +14,7 @@ import pytest
 import setup as build
 
 ROOT = Path(__file__).parent.parent
+MODULES = ("triplet.py", "oneshot.py", "model.py", "pictures.py")
 
 
 def toolkit(home: Path, version: str = "13.0", nvcc=True, headers=True, runtime=True) -> Path:
@@ -112,7 +113,7 @@ def test_the_compiler_must_work(tmp_path, monkeypatch):
 
 def run_setup(folder: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
     """`setup.py COMMAND` in a copy of what it needs, with no compiler on PATH."""
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "triplet.py"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", *MODULES):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     (folder / "bin").mkdir()
@@ -128,6 +129,30 @@ def test_without_a_compiler_the_package_is_pure_python(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no working C++ compiler was found") == 1 and "apt-get install g++" in done.stderr
     assert list(tmp_path.glob("build/**/triplet.py")) and not list(tmp_path.glob("build/**/*.so"))
+
+
+def test_oneshot_is_installed_as_a_package(tmp_path):
+    """It works in a folder outside the checkout, without PyTorch for an .onnx file, and no module of ours is in the way
+    of others' `model` or `pictures`."""
+    assert run_setup(tmp_path, "build", ONESHOT_NATIVE="0").returncode == 0
+    built = tmp_path / "build" / "lib"
+    found = {str(path.relative_to(built)) for path in built.rglob("*.py")}
+    assert found == {"triplet.py", "oneshot/__init__.py", "oneshot/model.py", "oneshot/pictures.py"}
+    script = (
+        "import sys, oneshot, numpy\n"
+        "assert 'torch' not in sys.modules\n"
+        "recogniser = oneshot.load(sys.argv[1])\n"
+        "gallery = oneshot.Gallery(':memory:', recogniser)\n"
+        "pictures = numpy.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), numpy.uint8)\n"
+        "for name, picture in zip('ab', pictures): gallery.enrol(name, picture)\n"
+        "print(gallery.recognise(pictures[:2], threshold=0.9)[1].name, 'torch' in sys.modules, 'model' in sys.modules)"
+    )
+    outside = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(built)}, "capture_output": True, "text": True}
+    weights = ROOT / "weights" / "classic-90-10.pt"
+    subprocess.run([sys.executable, ROOT / "export.py", weights, "--out", tmp_path / "net.onnx"], check=True)
+    for file, torch_needed in ((weights, True), (tmp_path / "net.onnx", False)):
+        done = subprocess.run([sys.executable, "-c", script, file], **outside)
+        assert done.stdout.split() == ["b", str(torch_needed), "False"], done.stderr
 
 
 def test_a_missing_compiler_is_an_error_where_the_native_op_is_required(tmp_path):

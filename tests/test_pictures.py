@@ -1,4 +1,4 @@
-"""Picture files in sources.py: of every kind a user may have: rotated, transparent, grey, 16-bit, huge, broken."""
+"""Picture files in pictures.py: of every kind a user may have: rotated, transparent, grey, 16-bit, huge, broken."""
 
 import struct
 import zlib
@@ -8,9 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-import sources
+import pictures
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def read(path, size):
+    return torch.from_numpy(pictures.read(path, size))
 
 
 def colour(picture, y, x):
@@ -21,8 +25,8 @@ def test_pixels_of_the_right_size_are_kept(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     for suffix in ("png", "bmp", "tif", "ppm", "webp"):
         Image.fromarray(pixels).save(tmp_path / f"a.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
-        read = sources.read_picture(tmp_path / f"a.{suffix}", 32)
-        assert read.dtype == torch.uint8 and np.array_equal(read.permute(1, 2, 0).numpy(), pixels), suffix
+        found = read(tmp_path / f"a.{suffix}", 32)
+        assert found.dtype == torch.uint8 and np.array_equal(found.permute(1, 2, 0).numpy(), pixels), suffix
 
 
 def test_the_centre_square_is_scaled_with_antialiasing(tmp_path):
@@ -30,7 +34,7 @@ def test_the_centre_square_is_scaled_with_antialiasing(tmp_path):
     pixels[:, 20:80] = np.where(np.indices((60, 60)).sum(0)[:, :, None] % 2, 255, 0)  # a chess board between black bars
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels.transpose(1, 0, 2)).save(tmp_path / "b.png")
-    wide, high = (sources.read_picture(tmp_path / name, 6).int() for name in ("a.png", "b.png"))
+    wide, high = (read(tmp_path / name, 6).int() for name in ("a.png", "b.png"))
     assert wide.shape == (3, 6, 6) and (wide[:, 1:-1, 1:-1] - 127).abs().max() <= 3
     assert (wide - high.mT).abs().max() <= 1
 
@@ -53,8 +57,8 @@ def test_exif_rotation(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
-    read = sources.read_picture(tmp_path / "a.jpg", 32).int()
-    assert (read - torch.from_numpy(upright).permute(2, 0, 1).int()).abs().max() < 8
+    found = read(tmp_path / "a.jpg", 32).int()
+    assert (found - torch.from_numpy(upright).permute(2, 0, 1).int()).abs().max() < 8
 
 
 def test_transparent_parts_are_white(tmp_path):
@@ -68,10 +72,10 @@ def test_transparent_parts_are_white(tmp_path):
     palette.save(tmp_path / "palette.png", transparency=0)
     palette.save(tmp_path / "palette.gif", transparency=0)
     for name in ("rgba.png", "palette.png", "palette.gif"):
-        read = sources.read_picture(tmp_path / name, 8)
-        assert colour(read, 3, 0) == RED and colour(read, 3, 7) == WHITE, name
+        found = read(tmp_path / name, 8)
+        assert colour(found, 3, 0) == RED and colour(found, 3, 7) == WHITE, name
     Image.fromarray(np.full((8, 8, 2), (0, 127), np.uint8), "LA").save(tmp_path / "la.png")
-    assert colour(sources.read_picture(tmp_path / "la.png", 8), 0, 0) == (128, 128, 128)
+    assert colour(read(tmp_path / "la.png", 8), 0, 0) == (128, 128, 128)
 
 
 def test_grey_bilevel_and_cmyk(tmp_path):
@@ -81,17 +85,17 @@ def test_grey_bilevel_and_cmyk(tmp_path):
     Image.fromarray(np.full((8, 8), 200 * 257, np.uint16)).save(tmp_path / "deep.png")
     Image.fromarray(np.full((8, 8), 90 * 257, np.uint16)).save(tmp_path / "deep.tif")
     for name, level in (("grey.jpg", 77), ("bilevel.png", 255), ("cmyk.jpg", 0), ("deep.png", 200), ("deep.tif", 90)):
-        assert colour(sources.read_picture(tmp_path / name, 4), 2, 2) == (level,) * 3, name
+        assert colour(read(tmp_path / name, 4), 2, 2) == (level,) * 3, name
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(ValueError, match=r"float\.tif cannot be read: pixels are floating-point"):
-        sources.read_picture(tmp_path / "float.tif", 4)
+        read(tmp_path / "float.tif", 4)
 
 
 def test_big_and_narrow_pictures(tmp_path):
     Image.new("RGB", (6000, 4000), RED).save(tmp_path / "big.jpg", quality=100)
-    assert (sources.read_picture(tmp_path / "big.jpg", 32)[0] > 250).all()
+    assert (read(tmp_path / "big.jpg", 32)[0] > 250).all()
     Image.new("RGB", (60_000, 1), GREEN).save(tmp_path / "narrow.png")  # its shorter side scaled would be 32 x 1.9 M
-    assert colour(sources.read_picture(tmp_path / "narrow.png", 32), 0, 31) == GREEN
+    assert colour(read(tmp_path / "narrow.png", 32), 0, 31) == GREEN
 
 
 @pytest.mark.parametrize("side", [9_000, 60_000])
@@ -105,7 +109,7 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path, side, recwarn):
     file = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
     (tmp_path / "bomb.png").write_bytes(file)
     with pytest.raises(ValueError, match=r"bomb\.png cannot be read: .*(allowed|exceeds limit)"):
-        sources.read_picture(tmp_path / "bomb.png", 32)
+        read(tmp_path / "bomb.png", 32)
     assert not recwarn.list
 
 
@@ -116,7 +120,7 @@ def test_truncated_files_are_refused(tmp_path, suffix):
     Image.fromarray(noise).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=rf"a\.{suffix} (cannot be read|is not a picture)"):
-        sources.read_picture(path, 32)
+        read(path, 32)
 
 
 def test_other_files_are_refused(tmp_path):
@@ -125,9 +129,9 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "drawing.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # would run Ghostscript
     for name in ("a.jpg", "empty.png", "drawing.png"):
         with pytest.raises(ValueError, match=f"{name} is not a picture in a known format"):
-            sources.read_picture(tmp_path / name, 32)
+            read(tmp_path / name, 32)
     with pytest.raises(ValueError, match="no such picture"):
-        sources.read_picture(tmp_path / "missing.png", 32)
+        read(tmp_path / "missing.png", 32)
 
 
 def test_files_of_a_folder(tmp_path):
@@ -137,7 +141,7 @@ def test_files_of_a_folder(tmp_path):
     names = ("b.JPG", "a.png", "c.heic", ".hidden.png", "notes.txt", "x.CSV", "picture", "folder/d", ".hidden/e.png")
     for name in names:
         (tmp_path / name).touch()
-    files = sources.open_folder(tmp_path).files
+    files = pictures.open_folder(tmp_path).files
     assert all(path == tmp_path.joinpath(*place) for place, path in files.items()) and len(files) == 7
-    pictures = [place for place in files if sources.may_be_picture(place[-1])]
-    assert pictures == [("a.png",), ("b.JPG",), ("c.heic",), ("picture",), ("folder", "d")]
+    found = [place for place in files if pictures.may_be_picture(place[-1])]
+    assert found == [("a.png",), ("b.JPG",), ("c.heic",), ("picture",), ("folder", "d")]

@@ -20,6 +20,7 @@ from PIL import Image, features
 from torchvision.datasets import CIFAR100, ImageFolder, Omniglot
 
 import data
+import pictures
 import sources
 import tiny
 
@@ -549,7 +550,7 @@ def test_hostile_and_damaged_zip_files_are_refused(tmp_path, monkeypatch):
     with zipfile.ZipFile(bad, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("set/a/00.png", "set/b/00.png"):
             archive.writestr(name, picture + bytes(9_000_000))
-    monkeypatch.setattr(sources, "MAX_BYTES", 8_000_000)
+    monkeypatch.setattr(pictures, "MAX_BYTES", 8_000_000)
     refuse("has 9,00.,... bytes, more than the 8,000,000 allowed")
     with zipfile.ZipFile(bad, "w", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("set/a/00.png", bytes(9_000_000))
@@ -585,7 +586,9 @@ def test_omniglot_is_downloaded_once_and_checked(tmp_path, monkeypatch, capsys):
     assert loaded.own_split == ([0, 1, 2, 3], [], [4, 5, 6, 7])  # background, evaluation
     assert torch.bincount(loaded.train.labels).tolist() == [17] * 4  # the last sixth of background is for testing
     assert torch.bincount(loaded.test.labels).tolist() == [3] * 4 + [20] * 4
-    expected = sources.read_picture(tmp_path / "www" / "images_evaluation" / "C" / "character02" / "00.png", 8)
+    expected = torch.from_numpy(
+        pictures.read(tmp_path / "www" / "images_evaluation" / "C" / "character02" / "00.png", 8)
+    )
     assert torch.equal(loaded.test.images[loaded.test.labels == 5][0], expected)
     server.requested.clear()
     again = data.load("omniglot", tmp_path / "root", 8)
@@ -669,7 +672,7 @@ def test_pictures_are_known_by_their_content(tmp_path, capsys):
 
 def test_heic_pictures_that_pillow_cannot_read(tmp_path, capsys, monkeypatch):
     """One message, what it says helps, and what is skipped beside others is counted."""
-    monkeypatch.setattr(sources, "FORMATS", ("JPEG", "PNG"))
+    monkeypatch.setattr(pictures, "FORMATS", ("JPEG", "PNG"))
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for number in range(15):
