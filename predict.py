@@ -40,7 +40,7 @@ from torch import Tensor
 
 import metrics
 import model
-from sources import File, find_classes, listed, may_be_picture, open_folder, read_picture
+from sources import File, find_classes, listed, open_folder, read_picture
 
 
 def check(options: Options) -> None:
@@ -59,9 +59,7 @@ def query_pictures(names: tuple[str, ...]) -> list[Path]:
     """The pictures named, and those in the folders named. Raises ValueError."""
     found = []
     for path in map(Path, names):
-        pictures = [path]
-        if path.is_dir():
-            pictures = [file for place, file in open_folder(path).files.items() if may_be_picture(place[-1])]
+        pictures = [*open_folder(path).pictures().values()] if path.is_dir() else [path]
         if not pictures:
             raise ValueError(f"{path} holds no picture")
         found += pictures
