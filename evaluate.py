@@ -387,7 +387,7 @@ def measure(loaded: Loaded, threshold: dict | None) -> tuple[dict[str, Side | No
     """The sides, how much was measured, and the same in words. Without a threshold the data are runs."""
     if threshold is None:
         test, names = loaded.data.test, loaded.data.class_names
-        runs = len({name.split("/")[0] for name in names})
+        runs = len({name.rpartition("/")[0] for name in names})
         side = metrics.measure_runs(test.images, test.labels, loaded.embed(test), len(names) // runs)
         return {"seen": None, "unseen": None, "runs": side}, {"runs": runs, "trials": len(names)}, []
     sides, measured, notes = {}, {}, []

@@ -58,6 +58,10 @@ class Folder(NamedTuple):
     def folders(self) -> list[str]:
         return sorted({parts[0] for parts in self.files if len(parts) > 1})
 
+    def pictures(self) -> dict[tuple[str, ...], File]:
+        """The files that may be pictures."""
+        return {parts: file for parts, file in self.files.items() if Path(parts[-1]).suffix.lower() not in OTHERS}
+
     def inside(self, folder: str) -> "Folder":
         return Folder(self.path / folder, {parts[1:]: file for parts, file in self.files.items() if parts[0] == folder})
 
@@ -72,9 +76,8 @@ def open_folder(path: Path) -> Folder:
         levels = Path(inside).relative_to(path).parts
         place = (levels[:1], os.path.realpath(inside))
         folders[:] = sorted(filter(is_visible, folders)) if place not in visited else []
-        files |= {
-            (*levels, name): Path(inside, name) for name in sorted(filter(is_visible, names)) if place not in visited
-        }
+        names = sorted(filter(is_visible, names)) if place not in visited else []
+        files |= {(*levels, name): Path(inside, name) for name in names}
         visited.add(place)
     return Folder(path, files)
 
@@ -101,10 +104,6 @@ def is_visible(name: str) -> bool:
     return not name.startswith(".") and name != "__MACOSX"  # which macOS adds to archives
 
 
-def may_be_picture(name: str) -> bool:
-    return Path(name).suffix.lower() not in OTHERS
-
-
 def find_classes(roots: dict[str, Folder]) -> dict[str, dict[str, list[File]]]:
     """The files that may be pictures in folders inside each of `roots`, by class; what is left out is printed.
 
@@ -112,10 +111,7 @@ def find_classes(roots: dict[str, Folder]) -> dict[str, dict[str, list[File]]]:
     pictures: these are then classes, called "Greek/character01". All roots count for that, so that cat/ in one and
     cat/2026/ in another are of class "cat". Names are in Unicode's composed form (NFC). Raises ValueError.
     """
-    pictures = {
-        part: [place for place in files if place[1:] and may_be_picture(place[-1])]
-        for part, (_, files) in roots.items()
-    }
+    pictures = {part: [place for place in root.pictures() if place[1:]] for part, root in roots.items()}
     places = {place[:-1] for found in pictures.values() for place in found}  # folders with pictures of their own
     inside = defaultdict(set)  # folders with pictures in or beneath them, in each folder
     for levels in places:

@@ -45,7 +45,7 @@ from itertools import islice
 from pathlib import Path
 
 import oneshot
-from pictures import listed, may_be_picture, open_folder
+from pictures import listed, open_folder
 
 
 def check(options: Options) -> None:
@@ -73,9 +73,7 @@ def query_pictures(names: tuple[str, ...]) -> list[Path]:
     """The pictures named, and those in the folders named. Raises ValueError."""
     found = []
     for path in map(Path, names):
-        pictures = [path]
-        if path.is_dir():
-            pictures = [file for place, file in open_folder(path).files.items() if may_be_picture(place[-1])]
+        pictures = [*open_folder(path).pictures().values()] if path.is_dir() else [path]
         if not pictures:
             raise ValueError(f"{path} holds no picture")
         found += pictures

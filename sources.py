@@ -304,23 +304,21 @@ def load_runs(path: Path, size: int) -> Data:
     "run01/test/item01.png run01/training/class08.png". Raises ValueError or OSError.
     """
     files = {"/".join(parts): file for parts, file in open_folder(path).files.items()}
-    texts = [
-        content(file).decode(errors="replace") for name, file in files.items() if name.endswith("class_labels.txt")
-    ]
-    runs = [text.split() for text in texts]
-    names = [name for run in runs for name in run]
-    if len({*map(len, runs)}) != 1 or len(runs[0]) % 2 or len({*names} & {*files}) < max(4, len(names)):
+    labels = [name for name in files if name.endswith("/class_labels.txt")]
+    runs = {name.rpartition("/")[0]: content(files[name]).decode(errors="replace").split() for name in labels}
+    names, lengths = [name for run in runs.values() for name in run], {len(run) for run in runs.values()}
+    if len(lengths) != 1 or min(lengths) < 4 or min(lengths) % 2 or len({*names} & {*files}) < len(names):
         raise ValueError(
             f"{path} does not hold runs of Omniglot's one-shot test: run01/class_labels.txt and so on, which name as "
             "many queries as known pictures, each once, and as many in each run"
         )
-    pairs = [pair for run in runs for pair in sorted(zip(run[1::2], run[::2], strict=True))]
-    images, errors = read_pictures([files[name] for pair in pairs for name in pair], size)
+    pairs = [(run, *pair) for run, of in runs.items() for pair in sorted(zip(of[1::2], of[::2], strict=True))]
+    images, errors = read_pictures([files[name] for _, *pair in pairs for name in pair], size)
     if any(errors):
         raise ValueError(max(errors))
     test = Images(images, torch.arange(len(pairs)).repeat_interleave(2))
-    names = [f"{known.split('/')[0]}/{Path(known).stem}" for known, _ in pairs]
-    return Data(path.name.removesuffix(".zip"), test.of([]), test, names)
+    class_names = [f"{run}/{Path(known).stem}" for run, known, _ in pairs]
+    return Data(path.name.removesuffix(".zip"), test.of([]), test, class_names)
 
 
 def read_classes(classes: dict[str, list[File]], class_names: list[str], size: int) -> Images:

@@ -141,7 +141,6 @@ def test_files_of_a_folder(tmp_path):
     names = ("b.JPG", "a.png", "c.heic", ".hidden.png", "notes.txt", "x.CSV", "picture", "folder/d", ".hidden/e.png")
     for name in names:
         (tmp_path / name).touch()
-    files = pictures.open_folder(tmp_path).files
-    assert all(path == tmp_path.joinpath(*place) for place, path in files.items()) and len(files) == 7
-    found = [place for place in files if pictures.may_be_picture(place[-1])]
-    assert found == [("a.png",), ("b.JPG",), ("c.heic",), ("picture",), ("folder", "d")]
+    folder = pictures.open_folder(tmp_path)
+    assert all(path == tmp_path.joinpath(*place) for place, path in folder.files.items()) and len(folder.files) == 7
+    assert [*folder.pictures()] == [("a.png",), ("b.JPG",), ("c.heic",), ("picture",), ("folder", "d")]

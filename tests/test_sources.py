@@ -557,6 +557,24 @@ def test_hostile_and_damaged_zip_files_are_refused(tmp_path, monkeypatch):
     refuse("would unpack to more than a thousand times its size")
 
 
+def test_a_changed_byte_of_a_zip_file_is_refused_or_harmless(tmp_path):
+    """Anywhere in the file, as of an .npz file."""
+    for seed, name in enumerate("ab"):
+        save_pictures(tmp_path / "set" / name, 3, seed=seed)
+    whole = zipped(tmp_path / "set").read_bytes()
+    random, refused = np.random.default_rng(0), 0
+    for place in random.integers(0, len(whole), 200).tolist():
+        damaged = bytearray(whole)
+        damaged[place] ^= int(random.integers(1, 256))
+        (tmp_path / "damaged.zip").write_bytes(damaged)
+        try:
+            data.load(str(tmp_path / "damaged.zip"), image_size=8)
+        except (ValueError, OSError) as error:
+            assert "damaged.zip" in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 100
+
+
 def omniglot_archives(folder: Path) -> dict[str, str]:
     """Small archives in Omniglot's layout, and their checksums."""
     sums = {}

@@ -114,7 +114,7 @@ def test_a_run_starts_where_another_ended(train, tmp_path):
 @pytest.mark.parametrize("script", [train_classic, train_reptile])
 def test_training_that_does_harm_leaves_the_given_weights_the_best(npz, tmp_path, script):
     """Good weights, and an optimiser whose steps are far too long."""
-    tiny.run(train_classic, "--data", npz, "--out", tmp_path / "good", *SMALL, "--epochs", "10", "--batch-classes", "4")
+    tiny.run(train_classic, "--data", npz, "--out", tmp_path / "good", *SMALL, "--epochs", "30", "--batch-classes", "4")
     given = tmp_path / "good" / "best.pt"
     before, out = given.read_bytes(), tmp_path / "harmed"
     harm = ["--weights", given, "--muon-lr", "3", "--lr", "3", "--precision", "float32"]
