@@ -31,12 +31,12 @@ import train_reptile
 
 ARMS = {  # of a training: its script, does it start from given weights, its further options
     "fine-tuned": (train_classic, True, []),
-    "fine-tuned, --freeze 3": (train_classic, True, ["--freeze", "3"]),
+    "fine-tuned, --freeze 0": (train_classic, True, ["--freeze", "0"]),
     "from scratch": (train_classic, False, []),
-    "fine-tuned, rates of training from scratch": (train_classic, True, ["--lr", "0.1", "--muon-lr", "0.02"]),
-    "fine-tuned, rates / 3": (train_classic, True, ["--lr", "0.0033", "--muon-lr", "0.00067"]),
-    "fine-tuned by Reptile": (train_reptile, True, []),
-    "fine-tuned by Reptile, rates / 10": (train_reptile, True, ["--lr", "0.0001", "--muon-lr", "0.002"]),
+    "fine-tuned, --freeze 0, rates / 3": (train_classic, True, "--freeze 0 --lr 0.0033 --muon-lr 0.00067".split()),
+    "fine-tuned, --freeze 0, rates x 10": (train_classic, True, "--freeze 0 --lr 0.1 --muon-lr 0.02".split()),
+    "by Reptile, --freeze 0": (train_reptile, True, "--freeze 0".split()),
+    "by Reptile, --freeze 0, rates x 10": (train_reptile, True, "--freeze 0 --lr 0.001 --muon-lr 0.02".split()),
 }
 
 
@@ -48,7 +48,7 @@ class Options:
     first: int = 80  # the own classes are labels first..first+9, the new ones first+10..first+19
     pictures: tuple[int, ...] = (6, 10, 20, 50, 100)  # training pictures of each own class
     seeds: tuple[int, ...] = (0, 1, 2)  # of the draw of pictures and of the training
-    arms: tuple[str, ...] = ("fine-tuned", "fine-tuned, --freeze 3", "from scratch")  # see ARMS
+    arms: tuple[str, ...] = ("fine-tuned", "fine-tuned, --freeze 0", "from scratch")  # see ARMS
     iters: int = 200  # of Reptile
 
 
