@@ -383,20 +383,24 @@ def read_pictures(files: list[Path], size: int) -> tuple[Tensor, list[str]]:
 # ------------------------------------------------------------------------------------------------------ picture files
 
 
-def read_picture(path: Path, size: int) -> Tensor:
-    """The centre square of a picture, scaled to `size` pixels, antialiased: (3, size, size) uint8, channels last.
+def read_picture(path: Path | bytes, size: int) -> Tensor:
+    """The centre square of a picture, of a file or the bytes of one, scaled to `size` pixels, antialiased: (3, size,
+    size) uint8, channels last.
 
     EXIF rotation is applied, transparent parts become white, greyscale, palette and 16-bit pictures become RGB; of an
     animation the first frame counts. A picture of size x size pixels keeps them as they are. Raises ValueError.
     """
-    if not Path(path).is_file():
+    file = path
+    if isinstance(path, bytes):
+        file, path = io.BytesIO(path), "this file"
+    elif not Path(path).is_file():
         raise ValueError(f"no such picture: {path}")
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
-            with Image.open(path, formats=formats) as image:
+            with Image.open(file, formats=formats) as image:
                 large = image.width * image.height > LARGE_PIXELS
                 with LARGE if large else nullcontext():
                     square = centre_square(image, size)
@@ -409,10 +413,10 @@ def read_picture(path: Path, size: int) -> Tensor:
 
 
 def read(picture: Any, size: int) -> np.ndarray:
-    """Pixels (3, size, size) uint8 of a path, a PIL image, an array (H, W, 3) or (H, W) of uint8, or a tensor (3, H, W)
-    of uint8, as `read_picture` reads files. Raises ValueError."""
-    if isinstance(picture, (str, os.PathLike)):
-        return read_picture(Path(picture), size).numpy()
+    """Pixels (3, size, size) uint8 of a path, the bytes of a file, a PIL image, an array (H, W, 3) or (H, W) of uint8,
+    or a tensor (3, H, W) of uint8, as `read_picture` reads files. Raises ValueError."""
+    if isinstance(picture, (str, os.PathLike, bytes)):
+        return read_picture(picture if isinstance(picture, bytes) else Path(picture), size).numpy()
     if not isinstance(picture, Image.Image):
         pixels = np.asarray(picture.cpu() if hasattr(picture, "cpu") else picture)
         if hasattr(picture, "cpu") and pixels.ndim == 3:
