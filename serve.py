@@ -165,7 +165,8 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """One connection with one request. A ValueError is the client's fault: (status, message), or a message for 400."""
 
-    protocol_version, timeout, request_version, requestline = "HTTP/1.1", SILENCE, "", ""
+    protocol_version, timeout, requestline = "HTTP/1.1", SILENCE, ""
+    request_version = default_request_version = "HTTP/1.0"  # in which all answers have headers
 
     def handle(self) -> None:
         self.alarm = threading.Timer(PATIENCE, self.stop_reading)
@@ -279,8 +280,8 @@ def main(args: Sequence[str] | None = None) -> None:
             raise ValueError("--token must be 8 or more letters, digits, - and _")
         recogniser = oneshot.load(options.checkpoint, options.device)
         with oneshot.Gallery(options.gallery, recogniser) as gallery, Server(recogniser, gallery, options) as server:
-            print(f"{options.gallery} is at {server.address} until Ctrl-C", flush=True)
             with contextlib.suppress(KeyboardInterrupt):
+                print(f"{options.gallery} is at {server.address} until Ctrl-C", flush=True)
                 server.serve_forever()
             server.lock.acquire(timeout=PATIENCE)  # whatever changes the gallery may finish
 
