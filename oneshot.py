@@ -6,8 +6,9 @@
     gallery.enrol("cat", ["cat1.jpg", "cat2.jpg"])
     gallery.recognise(["new.jpg"])                              # [Answer(name="cat", ...)], name None: unknown
 
-A picture is a path, a PIL image, an array (H, W, 3) or (H, W) of uint8, or a PyTorch tensor (3, H, W) of uint8. Its
-centre square counts, scaled to the network's size. PyTorch is only imported for checkpoints and .pt2 files.
+A picture is a path, the bytes of a picture file, a PIL image, an array (H, W, 3) or (H, W) of uint8, or a PyTorch
+tensor (3, H, W) of uint8. Its centre square counts, scaled to the network's size. PyTorch is only imported for
+checkpoints and .pt2 files.
 """
 
 import contextlib
@@ -98,7 +99,7 @@ class Recogniser:
 
 def as_list(some: Any) -> list:
     """Pictures as a list; one picture, or a batch in one array, is one too."""
-    if isinstance(some, (str, os.PathLike, Image.Image)) or getattr(some, "ndim", 4) in (2, 3):
+    if isinstance(some, (str, os.PathLike, bytes, Image.Image)) or getattr(some, "ndim", 4) in (2, 3):
         return [some]
     return list(some)
 
@@ -339,6 +340,17 @@ class Gallery:
         query = "SELECT name, count(*) FROM classes JOIN pictures ON class = classes.id GROUP BY name ORDER BY name"
         return dict(self.database.execute(query))
 
+    def numbers_of(self, name: str) -> list[int]:
+        """The numbers of a class's pictures; [] if it is not enrolled."""
+        query = "SELECT pictures.id FROM pictures JOIN classes ON class = classes.id WHERE name = CAST(? AS TEXT)"
+        return [row[0] for row in self.database.execute(query + " ORDER BY pictures.id", (os.fsencode(name),))]
+
+    def thumbnail(self, number: int) -> bytes | None:
+        """An enrolled picture as the network sees it, a JPEG file; None if there is no such picture."""
+        query = "SELECT CAST(jpeg AS BLOB) FROM thumbnails WHERE picture = ?"
+        row = self.database.execute(query, (number,)).fetchone()
+        return row and row[0]
+
     # ------------------------------------------------------------------------------------------------------ changes
 
     def enrol(self, name: str, some: Any) -> int:
@@ -353,8 +365,7 @@ class Gallery:
     def remove(self, name: str) -> int:
         """Remove a class; returns how many pictures it had. Raises ValueError if it is not enrolled."""
         with self.transaction():
-            query = "SELECT pictures.id FROM pictures JOIN classes ON class = classes.id WHERE name = CAST(? AS TEXT)"
-            removed = self.delete([row[0] for row in self.database.execute(query, (os.fsencode(name),))])
+            removed = self.delete(self.numbers_of(name))
         if not removed:
             raise ValueError(f"no class {name!r} is enrolled in {self.path}")
         return removed
@@ -388,7 +399,10 @@ class Gallery:
         new = []
         for name, picture in pairs:
             is_file = isinstance(picture, (str, os.PathLike, zipfile.Path))
-            sha = file_hash(picture) if is_file else hashlib.sha256(np.asarray(picture).tobytes()).digest()
+            if is_file:
+                sha = file_hash(picture)
+            else:
+                sha = hashlib.sha256(picture if isinstance(picture, bytes) else np.asarray(picture).tobytes()).digest()
             if (name, sha) not in known:
                 new.append((name, os.path.realpath(str(picture)) if is_file else "", sha, picture))
                 known.add((name, sha))
@@ -494,6 +508,13 @@ class Gallery:
                 answers.append(Answer(nearest[0][0] if nearest[0][1] > threshold else None, tuple(all_)))
         return answers
 
+    def nearest(self, z: np.ndarray, top: int = 5) -> list[tuple[str, int, float]]:
+        """The enrolled pictures most similar to an embedding (D,): class, number of the picture, cosine similarity."""
+        self.load()
+        similarity = self.rows @ z
+        places = highest(similarity[None], top)[0] if len(self.rows) else ()
+        return [(self.classes[self.of[place]], self.numbers[place], float(similarity[place])) for place in places]
+
     def left_out(self, most: int = 2000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of enrolled pictures, spread over all: their classes (M,), the similarity to the mean of their class's other
         pictures, NaN if there are none, and the highest to another class, as if theirs were not enrolled."""
@@ -516,7 +537,7 @@ class Gallery:
         trained on say nothing of strangers. Returns the factor.
         """
         self.load()
-        found, factor = self.strangers(), STRANGERS
+        found, factor = self.strangers() if self.classes else None, STRANGERS
         if found and len(self.classes) > 1:
             of, _, other = self.left_out()
             new = np.array([name not in self.recogniser.trained for name in self.classes])[of]

@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 BINARIES = ("chromium", "google-chrome")
 # what is wrong with the page, as a list of texts
@@ -107,21 +109,63 @@ class Browser:
             raise RuntimeError(f"{method}: {message['error']}")
         return message["result"]
 
-    def look(self, path: Path, width: int, scheme: str) -> list[str]:
-        """Open a page in a window of this width and colour scheme; what is wrong with it."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    def window(self, width: int, scheme: str, height: int = 900) -> None:
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.events = []
-        self.call("Page.navigate", url=path.absolute().as_uri())
+
+    def open(self, url: str) -> None:
+        """Open a page and wait until it is loaded; a served page may ask its server."""
+        self.events, self.own = [], ("file:", "data:", *((url, f"blob:{url}") if url.startswith("http") else ()))
+        self.call("Page.navigate", url=url)
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self.read())
-        found = self.call("Runtime.evaluate", expression=INSPECT, returnByValue=True)["result"]["value"]
-        return found + self.complaints()
+
+    def look(self, path: Path, width: int, scheme: str) -> list[str]:
+        """Open a page in a window of this width and colour scheme; what is wrong with it."""
+        self.window(width, scheme)
+        self.open(path.absolute().as_uri())
+        return self.faults()
+
+    def faults(self) -> list[str]:
+        return self.value(INSPECT) + self.complaints()
+
+    def value(self, expression: str) -> Any:
+        """The value of a JavaScript expression."""
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in found:
+            raise RuntimeError(f"{expression}: {found['exceptionDetails']}")
+        return found["result"].get("value")
+
+    def wait(self, expression: str, seconds: float = 20) -> None:
+        """Until an expression is true."""
+        end = time.monotonic() + seconds
+        while not self.value(expression):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{expression} is not so; the page says: {self.value('document.body.innerText')}")
+            time.sleep(0.05)
+
+    def click(self, selector: str) -> None:
+        """A press of the left button in the middle of an element."""
+        self.value(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+        box = self.value(f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()")
+        at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "button": "left", "clickCount": 1}
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, **at)
+
+    def press(self, key: str, code: int, text: str = "") -> None:
+        """A key."""
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)
+
+    def choose(self, selector: str, *files: Path) -> None:
+        """Give files to a file input, as its dialog does."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
 
     def picture(self, selector: str) -> bytes:
         """A PNG file of the elements of the opened page that a selector finds, two pixels wide for one."""
-        found = self.call("Runtime.evaluate", expression=f"{AROUND}({json.dumps(selector)})", returnByValue=True)
-        clip = found["result"]["value"] | {"scale": 2}
+        clip = self.value(f"{AROUND}({json.dumps(selector)})") | {"scale": 2}
         taken = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
         return base64.b64decode(taken["data"])
 
@@ -134,7 +178,7 @@ class Browser:
                 found.append("an error on the console")
             if method == "Log.entryAdded" and params["entry"]["level"] == "error":
                 found.append(f"logged: {params['entry']['text']}")
-            if method == "Network.requestWillBeSent" and params["request"]["url"].split(":")[0] not in ("file", "data"):
+            if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(self.own):
                 found.append(f"asks the network for {params['request']['url']}")
         return found
 

@@ -145,9 +145,15 @@ def test_oneshot_is_installed_as_a_package(tmp_path):
         "gallery = oneshot.Gallery(':memory:', recogniser)\n"
         "pictures = numpy.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), numpy.uint8)\n"
         "for name, picture in zip('ab', pictures): gallery.enrol(name, picture)\n"
-        "print(gallery.recognise(pictures[:2], threshold=0.9)[1].name, 'torch' in sys.modules, 'model' in sys.modules)"
+        "second = gallery.recognise(pictures[:2], threshold=0.9)[1]\n"
+        "print(second.name, 'torch' in sys.modules, 'model' in sys.modules)"
     )
-    outside = {"cwd": tmp_path / "bin", "env": os.environ | {"PYTHONPATH": str(built)}, "capture_output": True, "text": True}
+    outside = {
+        "cwd": tmp_path / "bin",
+        "env": os.environ | {"PYTHONPATH": str(built)},
+        "capture_output": True,
+        "text": True,
+    }
     weights = ROOT / "weights" / "classic-90-10.pt"
     subprocess.run([sys.executable, ROOT / "export.py", weights, "--out", tmp_path / "net.onnx"], check=True)
     for file, torch_needed in ((weights, True), (tmp_path / "net.onnx", False)):
