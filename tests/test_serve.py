@@ -369,7 +369,10 @@ def test_ctrl_c_ends_it(folder, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     assert line.startswith(f"{tmp_path / 'a.gallery'} is at http://127.0.0.1:") and line.endswith("/ until Ctrl-C\n")
-    process.send_signal(signal.SIGINT)
+    with socket.create_connection(("127.0.0.1", int(line.split(":")[-1].split("/")[0]))):  # someone who sends nothing
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=10)
     assert process.communicate(timeout=30) == ("", "") and process.returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["a.gallery"]
 
@@ -427,7 +430,7 @@ def test_the_page(folder, start, page, tmp_path):
     assert page.value("document.querySelectorAll('#nearest img').length") == 5
     page.value("$('threshold').focus()")
     page.press("End", 35)
-    page.wait("$('value').textContent === '1.000' && $('own').textContent.includes(', 0 % are recognised')")
+    page.wait("$('value').textContent === '1.000' && $('own').textContent.includes(', 0\\u00a0% are recognised')")
     assert text(page, "#name") == "unknown" and "About 0" in text(page, "#strangers")
     page.press("Home", 36)
     page.wait("$('own').textContent.startsWith('Of 12 enrolled pictures') && $('value').textContent === '-1.000'")
