@@ -68,9 +68,9 @@ CONNECTIONS = 64  # at once; more are told that the server is busy
 MOST_BYTES = 20_000_000  # of a request's body
 SILENCE, PATIENCE = 10.0, 60.0  # seconds without a byte; seconds until a request has come, and then until its turn
 POLICY = "default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; "
-POLICY += "frame-ancestors 'none'"
-HEADERS = {"Cache-Control": "no-store", "Connection": "close", "Cross-Origin-Resource-Policy": "same-origin"}
-HEADERS |= {"Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
+HEADERS = {"Content-Security-Policy": POLICY + "frame-ancestors 'none'", "X-Content-Type-Options": "nosniff"}
+HEADERS |= {"Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer"}
+HEADERS |= {"Cache-Control": "no-store", "Connection": "close"}
 BUSY = "the server is busy; try again"
 METHODS = dict.fromkeys(("embed", "compare", "recognise", "enrol", "remove"), "POST")
 METHODS |= dict.fromkeys(("page", "gallery", "thumbnail"), "GET")
@@ -96,8 +96,8 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__((options.host, options.port), Handler)
         except OSError as error:
-            where = f"{options.host}, port {options.port}"
-            raise OSError(f"cannot listen at {where}: {error.strerror}; give another --port or --host") from error
+            address = f"{options.host}:{options.port}"
+            raise OSError(f"cannot listen at {address}: {error.strerror}; give another --port or --host") from error
         host, port = self.server_address
         local = ipaddress.ip_address(host).is_loopback
         self.names = ("localhost", "127.0.0.1", options.host) if local else None  # what a Host header may say
@@ -106,10 +106,10 @@ class Server(ThreadingHTTPServer):
         host = socket.gethostname() if host == "0.0.0.0" else host
         self.address = f"http://{host}:{port}/" + (f"?token={self.token}" if self.token else "")
         self.html = Path(__file__).with_name("serve.html").read_bytes()
-        policy = POLICY
+        self.headers = dict(HEADERS)
         for kind, text in re.findall(rb"<(style|script)>(.*?)</\1>", self.html, re.DOTALL):
-            policy += f"; {kind.decode()}-src 'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
-        self.headers = HEADERS | {"Content-Security-Policy": policy}
+            sha256 = base64.b64encode(hashlib.sha256(text).digest()).decode()
+            self.headers["Content-Security-Policy"] += f"; {kind.decode()}-src 'sha256-{sha256}'"
 
     def handle_error(self, *_) -> None:
         """Clients may go away."""
@@ -157,8 +157,7 @@ class Server(ThreadingHTTPServer):
         return found
 
     def thumbnail(self, body: bytes, picture: str, *, version: str = "") -> bytes:
-        found = self.enrolled.thumbnail(number(picture, 0, 2**63 - 1))
-        if found is None:
+        if (found := self.enrolled.thumbnail(number(picture, 0, 2**63 - 1))) is None:
             raise ValueError(404, f"no picture {picture} is enrolled")
         return found
 
@@ -200,14 +199,14 @@ class Handler(BaseHTTPRequestHandler):
         self.respond({"error": message or "this request cannot be understood"}, 405 if code == 501 else code)
 
     def respond(self, content: dict | bytes, status: int = 200) -> None:
-        kind, headers = "text/html; charset=utf-8" if content is self.server.html else "image/jpeg", self.server.headers
+        kind = "text/html; charset=utf-8" if content is self.server.html else "image/jpeg"
         if isinstance(content, dict):
             content, kind = f"{json.dumps(content)}\n".encode(), "application/json"
+        headers = self.server.headers | {"Content-Type": kind, "Content-Length": len(content)}
         if self.server.token and status == 200:
-            cookie = f"{self.server.cookie}={self.server.token}; HttpOnly; SameSite=Lax; Path=/"
-            headers = headers | {"Set-Cookie": cookie}
+            headers["Set-Cookie"] = f"{self.server.cookie}={self.server.token}; HttpOnly; SameSite=Lax; Path=/"
         self.send_response(status)
-        for name, value in (headers | {"Content-Type": kind, "Content-Length": len(content)}).items():
+        for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
