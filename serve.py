@@ -4,8 +4,8 @@
     python serve.py weights/classic-90-10.pt --gallery animals.gallery --host 0.0.0.0    # for other computers too
     curl --data-binary @cat.jpg "http://127.0.0.1:8000/enrol?name=cat"
 
-A request's body is a picture file as it is; all else is in the query string (UTF-8, percent-encoded). So nothing parses
-forms, a file's size is known before it is read, and each picture has its own answer or error.
+A request's body is a picture file as it is; all else is in the query string (UTF-8, percent-encoded). So no forms are
+parsed, a file's size is known before it is read, and each picture has its own answer or error.
 
     POST /embed                         {"embedding": [D numbers]}
     POST /compare?first=BYTES           two files, the first of so many bytes: {"similarity", "same", "probability"}
@@ -19,8 +19,8 @@ forms, a file's size is known before it is read, and each picture has its own an
 
 T is a similarity, by default such that about --false-accept of all pictures of other classes are given a name. What is
 refused is answered {"error": "..."} with status 4xx, or 503 when the server is busy. Only this computer can connect,
-unless --host says otherwise; then, or with --token, each request needs the token: in the query string, as a cookie,
-which the printed address sets, or as the header "Authorization: Bearer TOKEN".
+unless --host says otherwise; then, or with --token, requests need the token: as token=TOKEN in the query string, as the
+cookie that the printed address sets, or as the header "Authorization: Bearer TOKEN".
 """
 
 from dataclasses import dataclass
@@ -67,6 +67,11 @@ import oneshot
 CONNECTIONS = 64  # at once; more are told that the server is busy
 MOST_BYTES = 20_000_000  # of a request's body
 SILENCE, PATIENCE = 10.0, 60.0  # seconds without a byte; seconds until a request has come, and then until its turn
+POLICY = "default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; "
+HEADERS = {"Content-Security-Policy": POLICY + "frame-ancestors 'none'", "X-Content-Type-Options": "nosniff"}
+HEADERS |= {"Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer"}
+HEADERS |= {"Cache-Control": "no-store", "Connection": "close"}
+BUSY = "the server is busy; try again"
 METHODS = dict.fromkeys(("embed", "compare", "recognise", "enrol", "remove"), "POST")
 METHODS |= dict.fromkeys(("page", "gallery", "thumbnail"), "GET")
 
@@ -91,24 +96,20 @@ class Server(ThreadingHTTPServer):
         try:
             super().__init__((options.host, options.port), Handler)
         except OSError as error:
-            where = f"{options.host}, port {options.port}"
-            raise OSError(f"cannot listen at {where}: {error.strerror}; give another --port or --host") from error
+            address = f"{options.host}:{options.port}"
+            raise OSError(f"cannot listen at {address}: {error.strerror}; give another --port or --host") from error
         host, port = self.server_address
         local = ipaddress.ip_address(host).is_loopback
         self.names = ("localhost", "127.0.0.1", options.host) if local else None  # what a Host header may say
-        self.token, self.cookie = options.token or (None if local else secrets.token_urlsafe(16)), f"oneshot-{port}"
+        self.token = options.token or (None if local else secrets.token_urlsafe(16))
+        self.cookie = f"oneshot-{port}"  # browsers send a cookie to all ports
         host = socket.gethostname() if host == "0.0.0.0" else host
         self.address = f"http://{host}:{port}/" + (f"?token={self.token}" if self.token else "")
-        self.html, policy = (
-            Path(__file__).with_name("serve.html").read_bytes(),
-            "default-src 'none'; connect-src 'self'; ",
-        )
-        policy += "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        self.html = Path(__file__).with_name("serve.html").read_bytes()
+        self.headers = dict(HEADERS)
         for kind, text in re.findall(rb"<(style|script)>(.*?)</\1>", self.html, re.DOTALL):
-            policy += f"; {kind.decode()}-src 'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
-        self.headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Connection": "close"}
-        self.headers |= {"Cross-Origin-Resource-Policy": "same-origin", "Referrer-Policy": "no-referrer"}
-        self.headers |= {"Cache-Control": "no-store"}
+            sha256 = base64.b64encode(hashlib.sha256(text).digest()).decode()
+            self.headers["Content-Security-Policy"] += f"; {kind.decode()}-src 'sha256-{sha256}'"
 
     def handle_error(self, *_) -> None:
         """Clients may go away."""
@@ -141,9 +142,9 @@ class Server(ThreadingHTTPServer):
         return {"name": name, "added": added, "pictures": len(self.enrolled.numbers_of(name))}
 
     def remove(self, body: bytes, *, name: str) -> dict:
-        removed = self.enrolled.remove(name)
+        found = {"removed": self.enrolled.remove(name)}
         self.enrolled.calibrate()
-        return {"removed": removed}
+        return found
 
     def gallery(self, body: bytes, *, start: str = "0", most: str = "100", threshold: str = "") -> dict:
         names, first = list(self.enrolled.names()), number(start, 0, 10**9)
@@ -156,8 +157,7 @@ class Server(ThreadingHTTPServer):
         return found
 
     def thumbnail(self, body: bytes, picture: str, *, version: str = "") -> bytes:
-        found = self.enrolled.thumbnail(number(picture, 0, 2**63 - 1))
-        if found is None:
+        if (found := self.enrolled.thumbnail(number(picture, 0, 2**63 - 1))) is None:
             raise ValueError(404, f"no picture {picture} is enrolled")
         return found
 
@@ -170,9 +170,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         self.alarm = threading.Timer(PATIENCE, self.stop_reading)
+        self.alarm.daemon = True
         self.alarm.start()
         if not self.server.free.acquire(blocking=False):
-            return self.respond(503, "the server is busy; try again")
+            return self.send_error(503, BUSY)
         try:
             super().handle()
         finally:
@@ -195,14 +196,12 @@ class Handler(BaseHTTPRequestHandler):
         """The terminal shows no requests."""
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        self.respond(405 if code == 501 else code, message or "this request cannot be understood")
+        self.respond({"error": message or "this request cannot be understood"}, 405 if code == 501 else code)
 
-    def respond(self, status: int, content: dict | bytes | str) -> None:
-        """Send JSON, a file, or what is wrong."""
+    def respond(self, content: dict | bytes, status: int = 200) -> None:
         kind = "text/html; charset=utf-8" if content is self.server.html else "image/jpeg"
-        if not isinstance(content, bytes):
-            content, kind = content if isinstance(content, dict) else {"error": content}, "application/json"
-            content = f"{json.dumps(content)}\n".encode()
+        if isinstance(content, dict):
+            content, kind = f"{json.dumps(content)}\n".encode(), "application/json"
         headers = self.server.headers | {"Content-Type": kind, "Content-Length": len(content)}
         if self.server.token and status == 200:
             headers["Set-Cookie"] = f"{self.server.cookie}={self.server.token}; HttpOnly; SameSite=Lax; Path=/"
@@ -214,13 +213,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         try:
-            found = 200, self.answer()
+            found = self.answer()
         except ValueError as error:
-            found = error.args if len(error.args) == 2 else (400, str(error))
+            self.send_error(*(error.args if len(error.args) == 2 else (400, str(error))))
         except Exception as error:
             print(f"error: {cli.printable(f'{self.path[:100]}: {error!r}')}", file=sys.stderr)
-            found = 500, "the server failed; its terminal says how"
-        self.respond(*found)
+            self.send_error(500, "the server failed; its terminal says how")
+        else:
+            self.respond(found)
 
     do_POST = do_GET
 
@@ -239,7 +239,7 @@ class Handler(BaseHTTPRequestHandler):
             raise ValueError(f"/{name}: {error}") from error
         body = self.body() if self.command == "POST" else b""
         if not self.server.lock.acquire(timeout=PATIENCE):
-            raise ValueError(503, "the server is busy; try again")
+            raise ValueError(503, BUSY)
         try:
             return function(body, *rest, **given)
         finally:

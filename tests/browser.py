@@ -157,6 +157,15 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)
 
+    def drop(self, selector: str, *files: Path) -> None:
+        """Files dragged from elsewhere and dropped on an element."""
+        self.value(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+        box = self.value(f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()")
+        at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+        dragged = {"items": [], "files": [str(file) for file in files], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, data=dragged, **at)
+
     def choose(self, selector: str, *files: Path) -> None:
         """Give files to a file input, as its dialog does."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]

@@ -12,6 +12,7 @@ import pytest
 import evaluate
 import export
 import predict
+import serve
 import tiny
 import train_classic
 import train_reptile
@@ -27,7 +28,7 @@ def call(capsys, script, *arguments) -> tuple[int, str, str]:
     return stop.value.code, *capsys.readouterr()
 
 
-@pytest.mark.parametrize("script", [*TRAININGS, evaluate, predict, export])
+@pytest.mark.parametrize("script", [*TRAININGS, evaluate, predict, serve, export])
 def test_help_explains_every_option_and_shows_two_examples(monkeypatch, capsys, script):
     monkeypatch.setenv("COLUMNS", "100")
     status, text, _ = call(capsys, script, "--help")
@@ -54,7 +55,7 @@ def test_help_explains_every_option_and_shows_two_examples(monkeypatch, capsys, 
         assert len(re.findall("[a-z]{2,}", explained.split("(default")[0])) >= 2, entry
 
 
-@pytest.mark.parametrize("script", [*TRAININGS, evaluate, predict, export])
+@pytest.mark.parametrize("script", [*TRAININGS, evaluate, predict, serve, export])
 def test_help_needs_no_pytorch(script):
     """It takes seconds to load."""
     code = f"""

@@ -350,7 +350,7 @@ def test_what_cannot_be_served(folder, recogniser, refusal, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         errors = refusal(serve, best, "--gallery", path, "--port", port)
-        assert errors.count("\n") == 1 and f"cannot listen at 127.0.0.1, port {port}: Address already in use" in errors
+        assert errors.count("\n") == 1 and f"cannot listen at 127.0.0.1:{port}: Address already in use" in errors
     assert "cannot listen at nowhere.invalid" in refusal(serve, best, "--gallery", path, "--host", "nowhere.invalid")
     assert "--port must be" in refusal(serve, best, "--gallery", path, "--port", 65536)
     assert "--false-accept must be" in refusal(serve, best, "--gallery", path, "--false-accept", 0)
@@ -369,7 +369,10 @@ def test_ctrl_c_ends_it(folder, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     assert line.startswith(f"{tmp_path / 'a.gallery'} is at http://127.0.0.1:") and line.endswith("/ until Ctrl-C\n")
-    process.send_signal(signal.SIGINT)
+    with socket.create_connection(("127.0.0.1", int(line.split(":")[-1].split("/")[0]))):  # someone who sends nothing
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=10)
     assert process.communicate(timeout=30) == ("", "") and process.returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["a.gallery"]
 
@@ -427,7 +430,7 @@ def test_the_page(folder, start, page, tmp_path):
     assert page.value("document.querySelectorAll('#nearest img').length") == 5
     page.value("$('threshold').focus()")
     page.press("End", 35)
-    page.wait("$('value').textContent === '1.000' && $('own').textContent.includes(', 0 % are recognised')")
+    page.wait("$('value').textContent === '1.000' && $('own').textContent.includes(', 0\\u00a0% are recognised')")
     assert text(page, "#name") == "unknown" and "About 0" in text(page, "#strangers")
     page.press("Home", 36)
     page.wait("$('own').textContent.startsWith('Of 12 enrolled pictures') && $('value').textContent === '-1.000'")
@@ -452,7 +455,14 @@ def test_the_page(folder, start, page, tmp_path):
     )
     assert page.value(f"{unlabelled}.length") == 0
 
-    page.click("#list li:last-child button")
+    page.drop("#query", pictures(folder, "class 11", "queries")[0])
+    page.wait("$('query').querySelector('img').alt.endsWith('.png') && answer.nearest[0][0] === 'שלום'")
+    page.drop("#list > li:last-child", *pictures(folder, "class 10", "queries")[:2], pictures(folder, "class 10")[0])
+    page.wait("$('list-status').textContent.includes('2 pictures added to 東京タワー, 1 already there')")
+    assert server.enrolled.names()["東京タワー"] == 6
+    page.wait("document.querySelectorAll('#list img').length === 14")
+
+    page.click("#list > li:last-child button")
     assert len(server.enrolled.names()) == 3  # it asks first
     page.press("Enter", 13, "\r")
     page.wait(
