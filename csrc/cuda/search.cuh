@@ -1,21 +1,21 @@
-// The search for the winners: tiles of x.y products, each pair of the anchors' tiles visited once, winners of its rows
-// and of its columns kept as keys that atomicMax reduces. Here for every type; search_mma.cuh has tensor cores for
-// some.
+// The search for the mined rows: tiles of x.y products, each pair of the anchors' tiles visited once, for its row as an
+// anchor and for its column. Here for every type; search_mma.cuh has tensor cores for some.
+//
+// Products are rounded, by a bounded slack (Rounding, common.cuh), so the search does not tell which candidate wins. It
+// keeps the best few, by what each may be at best, and a bound: what one of them is at worst. What is below the bound
+// cannot win, and is dropped. As bounds only rise, what is dropped under an early one is below the last one as well, so
+// the result depends on no order: those of the kept that reach the bound are the best kKept that do.
 #pragma once
 
 #include "cuda/common.cuh"
 
 namespace triplet::gpu {
 
-// What a launch looks for. Slots of Winners: 0 farthest positive, 1 a negative, 2 a negative beyond the positive.
-struct Pass {
-  bool farthest;  // the negative: farthest instead of nearest
-  bool beyond;    // the negative: only strictly farther than the winner of slot 0; it goes to slot 2
-  bool rows;      // double: the values are known, find the lowest rows that have them
+enum class Want { positive, nearest, farthest, beyond };  // the farthest positive; a negative; one beyond the positive
 
-  // of the winning positives (which = 0) and negatives (1)
-  __device__ int slot(int which) const { return which && beyond ? 2 : which; }
-};
+__host__ __device__ constexpr int slot_of(Want want) {
+  return want == Want::positive ? 0 : want == Want::beyond ? 2 : 1;
+}
 
 // Tiles [begin, begin + kTile) of anchors and of candidates that this block compares.
 struct Place {
@@ -56,116 +56,142 @@ struct SimtShare {
 template <typename T, int kTile>
 struct Ends {
   Shared<int64_t, 2 * kTile> labels;
-  Shared<T, 2 * kTile> norms;   // NaN beyond the end, which no winner can have
-  Shared<T, 2 * kTile> limits;  // of an anchor's negatives, which must lie beyond
+  Shared<T, 2 * kTile> norms;  // NaN beyond the end, which no comparison takes
+  Shared<float, 2 * kTile> slacks;
+  Shared<float, 2 * kTile> limits;           // order of an anchor's positive, beyond which negatives are sought
+  Shared<float, kSlots * 2 * kTile> floors;  // what candidates of an anchor must reach
 };
 
-template <typename In, typename T, int kTile>
-__device__ void load_ends(const Batch<In>& batch, const T* norms, const Winners<T>& winners, const Place& at, Pass pass,
+template <bool kBeyond, typename In, typename T, int kTile>
+__device__ void load_ends(const Batch<In>& batch, const Prepared<T>& prepared, const Winners& winners, const Place& at,
                           Ends<T, kTile>& ends) {
   const int t = int(threadIdx.x), j = t < kTile ? at.rows + t : at.columns + t - kTile;
   if (t >= 2 * kTile) return;
-  const bool inside = j < (t < kTile ? at.row_end : at.column_end);
+  const bool inside = j < (t < kTile ? at.row_end : at.column_end), anchor = inside && j < batch.anchors;
+  const T norm = inside ? prepared.norms[j] : T(NAN);
   ends.labels.set(t, inside ? batch.labels[j] : 0);
-  ends.norms.set(t, inside ? norms[j] : T(NAN));
-  ends.limits.set(t, inside && pass.beyond && j < batch.anchors ? winners.value(0, j) : -T(INFINITY));
+  ends.norms.set(t, norm);
+  ends.slacks.set(t, prepared.rounding.slack(float(norm)));
+  if (kBeyond) ends.limits.set(t, anchor ? winners.limits[j] : 0.f);
+  for (int slot = 0; slot < kSlots; ++slot) {
+    ends.floors.set(slot * 2 * kTile + t, anchor ? floor_of(*winners.bound(slot, j)) : INFINITY);
+  }
 }
 
-// A block's winners for the search, (2, parts, tile): positives, negatives.
+// Of the anchors of a tile, the least that is known of their best candidates there: (parts, tile).
 template <typename Share>
-using Keys = Shared<Key, 2 * Share::kColumnParts * Share::kTile>;
+using Tops = Shared<float, Share::kColumnParts * Share::kTile>;
 
-// A thread's best so far, ties to the first; at -1: none. For double, `only` one whose value is the one that is wanted.
-template <typename T>
-struct Best {
-  T value = -T(INFINITY), wanted = 0;
-  int at = -1;
-  bool only = false;
-  __device__ void consider(bool may, T candidate, int j) {
-    if constexpr (sizeof(T) == 8) may = may && (!only || candidate == wanted);
-    if (may && candidate > value) {
-      value = candidate;
-      at = j;
-    }
-  }
-  __device__ Key key(int row) const {
-    if (at < 0) return 0;
-    if constexpr (sizeof(T) == 4) {
-      return Key(ordered(value)) << 32 | ~uint32_t(row);
-    } else {
-      return only ? Key(~uint32_t(row)) : ordered(value);
-    }
-  }
-};
-
-// Best key of the lanes that differ in the bits of kLanes only.
+// The largest value of the lanes that differ in the bits of kLanes only.
 template <int kLanes>
-__device__ inline Key best_of_lanes(Key key) {
+__device__ inline float max_of_lanes(float x) {
 #pragma unroll
   for (int bit = 1; bit < 32; bit *= 2) {
-    if (kLanes & bit) {
-      const Key other = __shfl_xor_sync(kAllLanes, key, bit);
-      key = other > key ? other : key;
-    }
+    if (kLanes & bit) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, bit));
   }
-  return key;
+  return x;
 }
 
-// Winners of the tile's rows as anchors (kByColumn: of its columns), from a thread's share `order` of the pairs'
-// distances, in any monotone form, and a bit `same` for each; then of the block, then of all blocks.
-template <typename Share, bool kByColumn, typename T>
-__device__ void search(const T (&order)[Share::kRows][Share::kColumns], uint64_t same, const Place& at, Pass pass,
-                       const Winners<T>& winners, Ends<T, Share::kTile>& ends, Keys<Share>& keys) {
-  constexpr int kTile = Share::kTile, kParts = Share::kColumnParts;
+// One of an anchor's best: what a place has no room for moves on to the next. In the end each place has the best of
+// what came by, in whatever order it came.
+__device__ inline void keep(Key* kept, Key key, float floor) {
+#pragma unroll 1
+  for (int k = 0; k < kKept && value_of(key) >= floor; ++k) {
+    const Key before = atomicMax(kept + k, key);
+    key = before < key ? before : key;
+  }
+}
+
+// Candidates of the tile's rows as anchors (kByColumn: of its columns), from a thread's share of the pairs' `order` and
+// a bit `same` for each.
+template <typename Share, bool kByColumn, Want kWant, typename T>
+__device__ void seek(const float (&order)[Share::kRows][Share::kColumns], uint64_t same, const Place& at,
+                     const Winners& winners, Ends<T, Share::kTile>& ends, Tops<Share>& tops) {
+  constexpr int kTile = Share::kTile, kSlot = slot_of(kWant);
   constexpr int kAnchors = kByColumn ? Share::kColumns : Share::kRows;
   constexpr int kCandidates = kByColumn ? Share::kRows : Share::kColumns;
   constexpr int kLanes = kByColumn ? Share::kColumnLanes : Share::kRowLanes;
-  constexpr int kUsed = kByColumn ? Share::kColumnParts : Share::kRowParts;
+  constexpr int kParts = kByColumn ? Share::kColumnParts : Share::kRowParts;
+  constexpr float kSign = kWant == Want::positive || kWant == Want::farthest ? 1 : -1;
   const int anchors = kByColumn ? at.columns : at.rows, candidates = kByColumn ? at.rows : at.columns;
-  const int anchor_end = kByColumn ? at.column_end : at.row_end;
   const int part = kByColumn ? Share::column_part() : Share::row_part();
-#pragma unroll 1
-  for (int which = 0; which < 2; ++which) {  // positives, negatives
-    const uint64_t may = which ? ~same : same;
-    const T sign = which == 0 || pass.farthest ? 1 : -1;
+  const auto end_of = [](int i) { return kByColumn ? kTile + Share::column(i) : Share::row(i); };
+  const auto slack_of = [&](int j) { return ends.slacks.get(kByColumn ? Share::row(j) : kTile + Share::column(j)); };
+  // Anchor i's candidate j, the better the greater, but for the anchor's own slack: at best, at worst; NaN: none.
+  const auto at_best = [&](int i, int j) {
+    const int row = kByColumn ? j : i, column = kByColumn ? i : j;
+    const float value = kSign * order[row][column], slack = slack_of(j);
+    bool may = true;
+    if (kWant == Want::positive) may = same >> (row * Share::kColumns + column) & 1;
+    if (kWant == Want::beyond) may = value - slack <= ends.slacks.get(end_of(i)) - ends.limits.get(end_of(i));
+    return may ? value + slack : NAN;
+  };
+  const auto at_worst = [&](int i, int j) {
+    const float best = at_best(i, j);
+    if (kWant == Want::beyond && !(best < -ends.limits.get(end_of(i)) - ends.slacks.get(end_of(i)))) return float(NAN);
+    return best - 2 * slack_of(j);
+  };
+  const auto floor_at = [&](int end) { return kSlot * 2 * kTile + end; };
+  float best[kAnchors];
 #pragma unroll
-    for (int i = 0; i < kAnchors; ++i) {
-      const int in_tile = kByColumn ? Share::column(i) : Share::row(i), a = anchors + in_tile;
-      const T limit = which ? ends.limits.get(kByColumn * kTile + in_tile) : -T(INFINITY);
-      Best<T> best;
-      if constexpr (sizeof(T) == 8) {
-        best.only = pass.rows;
-        best.wanted = pass.rows && a < anchor_end ? winners.value(pass.slot(which), a) : 0;
-      }
+  for (int i = 0; i < kAnchors; ++i) {
+    best[i] = -INFINITY;
 #pragma unroll
-      for (int j = 0; j < kCandidates; ++j) {
-        const int row = kByColumn ? j : i, column = kByColumn ? i : j;
-        const T value = order[row][column];
-        best.consider((may >> (row * Share::kColumns + column) & 1) && value > limit, sign * value, j);
-      }
-      const int row = candidates + (kByColumn ? Share::row(best.at) : Share::column(best.at));
-      const Key key = best_of_lanes<kLanes>(best.key(row));
-      if ((lane() & kLanes) == 0) keys.set((which * kParts + part) * kTile + in_tile, key);
+    for (int j = 0; j < kCandidates; ++j) best[i] = fmaxf(best[i], at_best(i, j));
+    float top = -INFINITY;
+    if (__any_sync(kAllLanes, best[i] >= ends.floors.get(floor_at(end_of(i))))) {  // rare, once some tiles have gone by
+#pragma unroll
+      for (int j = 0; j < kCandidates; ++j) top = fmaxf(top, at_worst(i, j));
+      top = max_of_lanes<kLanes>(top) - 2 * ends.slacks.get(end_of(i));
+    }
+    if ((lane() & kLanes) == 0) tops.set(part * kTile + end_of(i) % kTile, top);
+  }
+  __syncthreads();
+  const int t = int(threadIdx.x), mine = floor_at(kByColumn * kTile + t % kTile);
+  if (t < kTile) {
+    float top = -INFINITY;
+    for (int p = 0; p < kParts; ++p) top = fmaxf(top, tops.get(p * kTile + t));
+    if (top > ends.floors.get(mine)) {
+      ends.floors.set(mine, fmaxf(top, floor_of(atomicMax(winners.bound(kSlot, anchors + t), ordered(top)))));
     }
   }
   __syncthreads();
-  const int t = int(threadIdx.x), which = t / kTile, a = anchors + t % kTile;
-  if (which < 2 && a < anchor_end) {
-    Key best = 0;
-    for (int p = 0; p < kUsed; ++p) {
-      const Key key = keys.get((which * kParts + p) * kTile + t % kTile);
-      best = key > best ? key : best;
+  uint64_t passes = 0;
+#pragma unroll
+  for (int i = 0; i < kAnchors; ++i) {
+    const float floor = ends.floors.get(floor_at(end_of(i)));
+    if (!(best[i] >= floor)) continue;
+#pragma unroll
+    for (int j = 0; j < kCandidates; ++j) passes |= uint64_t(at_best(i, j) >= floor) << (i * kCandidates + j);
+  }
+  for (; passes; passes &= passes - 1) {
+    const int bit = __ffsll(int64_t(passes)) - 1, i = bit / kCandidates, j = bit % kCandidates;
+    float value = 0;  // order of the pair: arrays in registers have no addresses
+#pragma unroll
+    for (int k = 0; k < kAnchors * kCandidates; ++k) {
+      const int row = kByColumn ? k % kCandidates : k / kCandidates;
+      value = k == bit ? kSign * order[row][kByColumn ? k / kCandidates : k % kCandidates] : value;
     }
-    Key* all = pass.rows ? winners.found : winners.values;
-    if (best) atomicMax(all + int64_t(pass.slot(which)) * winners.anchors + a, best);
+    const int row = candidates + (kByColumn ? Share::row(j) : Share::column(j));
+    keep(winners.of(kSlot, anchors + end_of(i) % kTile), key_of(value + slack_of(j), row),
+         ends.floors.get(floor_at(end_of(i))));
   }
 }
 
-// |x|^2 + |y|^2 - 2 x.y of a thread's share in place of x.y; NaN for a row with itself; then the winners both ways.
-template <typename Share, typename T>
-__device__ void search_tile(T (&product)[Share::kRows][Share::kColumns], const Place& at, Pass pass,
-                            const Winners<T>& winners, Ends<T, Share::kTile>& ends, Keys<Share>& keys) {
+template <typename Share, Want kWant, typename T>
+__device__ void seek_both_ways(const float (&order)[Share::kRows][Share::kColumns], uint64_t same, const Place& at,
+                               const Winners& winners, Ends<T, Share::kTile>& ends, Tops<Share>& tops) {
+  seek<Share, false, kWant>(order, same, at, winners, ends, tops);
+  if (at.columns_are_anchors) seek<Share, true, kWant>(order, same, at, winners, ends, tops);  // for the whole block
+}
+
+// |x|^2 + |y|^2 - 2 x.y of a thread's share from x.y; NaN for a row with itself; then the candidates both ways.
+// Semihard mining has a pass for the positives and, with kBeyond, one for the negatives.
+template <typename Share, bool kBeyond, typename T>
+__device__ void search_tile(const T (&product)[Share::kRows][Share::kColumns], const Place& at, bool negatives,
+                            const Winners& winners, Ends<T, Share::kTile>& ends, Tops<Share>& tops) {
   static_assert(Share::kRows * Share::kColumns <= 64);
+  float order[Share::kRows][Share::kColumns];
   uint64_t same = 0;
 #pragma unroll
   for (int j = 0; j < Share::kColumns; ++j) {
@@ -175,15 +201,27 @@ __device__ void search_tile(T (&product)[Share::kRows][Share::kColumns], const P
 #pragma unroll
     for (int i = 0; i < Share::kRows; ++i) {
       const int row = Share::row(i);
-      product[i][j] =
-          at.itself && row == column ? T(NAN) : fma(T(-2), product[i][j], ends.norms.get(row) + column_norm);
+      const T squared = fma(T(-2), product[i][j], ends.norms.get(row) + column_norm);
+      order[i][j] = at.itself && row == column ? NAN : float(squared);
       same |= uint64_t(ends.labels.get(row) == label) << (i * Share::kColumns + j);
     }
   }
-  search<Share, false>(product, same, at, pass, winners, ends, keys);
-  if (at.columns_are_anchors) {  // the same for the whole block
-    __syncthreads();
-    search<Share, true>(product, same, at, pass, winners, ends, keys);
+  if (!kBeyond) {
+    seek_both_ways<Share, Want::positive>(order, same, at, winners, ends, tops);
+    if (!negatives) return;
+  }
+#pragma unroll
+  for (int i = 0; i < Share::kRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < Share::kColumns; ++j) {
+      if (same >> (i * Share::kColumns + j) & 1) order[i][j] = NAN;  // no negative
+    }
+  }
+  if (kBeyond) {
+    seek_both_ways<Share, Want::farthest>(order, same, at, winners, ends, tops);
+    seek_both_ways<Share, Want::beyond>(order, same, at, winners, ends, tops);
+  } else {
+    seek_both_ways<Share, Want::nearest>(order, same, at, winners, ends, tops);
   }
 }
 
@@ -259,16 +297,16 @@ __device__ void multiply(Panel<T, kSide>& x, Panel<T, kSide>& y, int buffer, T (
 }
 
 // One tile a block, the next step's values on their way from memory while this step's are multiplied.
-template <typename In, typename T, int kSide>
+template <typename In, typename T, int kSide, bool kBeyond>
 __global__ void __launch_bounds__(kThreads, 2)
-    search_pairs(Batch<In> batch, Prepared<T> prepared, Winners<T> winners, Pass pass) {
+    search_pairs(Batch<In> batch, Prepared<T> prepared, Winners winners, bool negatives) {
   using Share = SimtShare<kSide>;
   constexpr int kTile = Share::kTile, kStep = kDepth<kSide>;
   __shared__ Panel<T, kSide> x, y;
   __shared__ Ends<T, kTile> ends;
-  __shared__ Keys<Share> keys;
+  __shared__ Tops<Share> tops;
   const Place at = place<kTile>(batch);
-  load_ends(batch, prepared.norms, winners, at, pass, ends);
+  load_ends<kBeyond>(batch, prepared, winners, at, ends);
   const int row = int(threadIdx.x) / (kStep / 4), d = int(threadIdx.x) % (kStep / 4) * 4;
   T product[kSide][kSide] = {}, next_x[4], next_y[4];
   const auto load = [&](int begin) {
@@ -285,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     multiply<kSide>(x, y, buffer, product);
     buffer ^= 1;
   }
-  search_tile<Share>(product, at, pass, winners, ends, keys);
+  search_tile<Share, kBeyond>(product, at, negatives, winners, ends, tops);
 }
 
 }  // namespace triplet::gpu

@@ -1,6 +1,5 @@
 // The search of search.cuh on tensor cores, for cosine on bfloat16 and float16 rows. A product of two such
-// numbers is exact in float32, in which they are added: the order of the distances is as good as that of the SIMT
-// kernel.
+// numbers is exact in float32, in which they are added, though with more rounding than by the SIMT kernel (launch.cuh).
 #pragma once
 
 #include "cuda/search.cuh"
@@ -93,16 +92,16 @@ __device__ void multiply_mma(MmaPanel& x, MmaPanel& y, int buffer,
 }
 
 // One tile a block, as `search_pairs`.
-template <typename In>
+template <typename In, bool kBeyond>
 __global__ void __launch_bounds__(kThreads, 2)
-    search_pairs_mma(Batch<In> batch, Prepared<float> prepared, Winners<float> winners, Pass pass) {
+    search_pairs_mma(Batch<In> batch, Prepared<float> prepared, Winners winners, bool negatives) {
   constexpr int kTile = MmaShare::kTile;
   __shared__ MmaPanel x, y;
   __shared__ Ends<float, kTile> ends;
   __shared__ Shared<float, 2 * kTile> rests;  // rest: what the power of two leaves of 1 / |x|
-  __shared__ Keys<MmaShare> keys;
+  __shared__ Tops<MmaShare> tops;
   const Place at = place<kTile>(batch);
-  load_ends(batch, prepared.norms, winners, at, pass, ends);
+  load_ends<kBeyond>(batch, prepared, winners, at, ends);
   // a thread loads four values of two rows of each panel
   const int row = int(threadIdx.x) / 4, d = int(threadIdx.x) % 4 * 4;
   float product[MmaShare::kRows][MmaShare::kColumns] = {}, powers[4];
@@ -141,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       product[i][j] *= rests.get(MmaShare::row(i)) * rests.get(kTile + MmaShare::column(j));
     }
   }
-  search_tile<MmaShare>(product, at, pass, winners, ends, keys);
+  search_tile<MmaShare, kBeyond>(product, at, negatives, winners, ends, tops);
 }
 
 }  // namespace triplet::gpu

@@ -23,6 +23,7 @@
 #include <vector>
 
 #define __global__
+#define __host__
 #define __device__
 #define __shared__ static
 #define __launch_bounds__(...)
@@ -204,11 +205,21 @@ inline unsigned __ballot_sync(unsigned mask, int holds, int line = __builtin_LIN
   return votes;
 }
 
+inline bool __any_sync(unsigned mask, int holds, int line = __builtin_LINE()) {
+  return __ballot_sync(mask, holds, line) != 0;
+}
+
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffsll(int64_t bits) { return __builtin_ffsll(bits); }
+
+// never fused, as the emulation is compiled without contraction
+inline double __dmul_rn(double x, double y) { return x * y; }
+inline double __dadd_rn(double x, double y) { return x + y; }
 
 // fibers do not interrupt each other, so plain code is atomic
-inline unsigned long long atomicMax(unsigned long long* at, unsigned long long value) {
-  const unsigned long long before = *at;
+template <typename T>
+T atomicMax(T* at, T value) {
+  const T before = *at;
   *at = std::max(before, value);
   return before;
 }
