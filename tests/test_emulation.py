@@ -62,6 +62,31 @@ def test_tensor_cores(emulation, dtype, mining, rows, width, others):
     hold_against_torch(emulation, Case(*made, "cosine", mining, tensor_cores=True))
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("euclidean", torch.float32), ("cosine", torch.bfloat16)])
+@pytest.mark.parametrize("mining", ("hard", "semihard"))
+@pytest.mark.parametrize("processors", [SMALL, LARGE])
+def test_tiles_without_positives(emulation, kind, dtype, mining, processors):
+    """Batches whose classes lie side by side, in any order of their labels."""
+    x, labels, others = batch(260, width=16, dtype=dtype, others=140)
+    names = torch.randint(2**40, (50,), generator=torch.Generator().manual_seed(0))[torch.arange(400) // 8]
+    case = Case(x, names[:260], (others[0], names[260:]), kind, mining, processors=processors, tensor_cores=True)
+    hold_against_torch(emulation, case)
+
+
+def test_label_filters(emulation):
+    """Tiles of 64 rows where a label meets itself are never missed, and of the rest few are mistaken for such."""
+    names = torch.randint(2**40, (400,), generator=torch.Generator().manual_seed(0))
+    for labels, anchors in ((names[torch.arange(3000) // 8], 2000), (names[torch.arange(300) % 50], 300)):
+        groups = [part for side in (labels[:anchors], labels[anchors:]) for part in side.split(64) if len(part)]
+        own = -(-anchors // 64)
+        tiles = [(i, j) for j in range(own) for i in range(j + 1)]
+        tiles += [(i, j) for j in range(own, len(groups)) for i in range(own)]
+        exact = [bool(torch.isin(groups[i], groups[j]).any()) for i, j in tiles]
+        found = emulation.mixed_tiles(labels.numpy(), anchors)
+        assert len(found) == len(tiles) and all(found[t] for t, mixed in enumerate(exact) if mixed)
+        assert sum(found) - sum(exact) <= 0.05 * len(tiles)
+
+
 @pytest.mark.parametrize(("dtype", "factors"), [(torch.bfloat16, (1e30, 1e-30, 1)), (torch.float16, (200, 1e-3, 1))])
 def test_lengths_of_rows_on_tensor_cores(emulation, dtype, factors):
     """Products of such values leave float32; the cosine does not depend on them."""

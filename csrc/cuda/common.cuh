@@ -54,22 +54,38 @@ struct Batch {
   __device__ const In* row(int j) const { return x + int64_t(j) * width; }
 };
 
-// Rounding moves the order of a pair, |x|^2 + |y|^2 - 2 x.y of what the search sees (cosine: -2 x.y), by the sum of its
-// rows' slacks at most.
+constexpr int kGroup = 64;  // rows that share a label filter: of the anchors and of the others, in order
+
+// Which labels a group of rows may have, as bits of a hash: (groups, kThreads). Tiles of two groups without a bit in
+// common have no positives.
+struct Filters {
+  uint32_t* words;
+
+  template <typename In>
+  __device__ uint32_t* of(const Batch<In>& batch, int row) const {
+    const int own = (batch.anchors + kGroup - 1) / kGroup;
+    const int group = row < batch.anchors ? row / kGroup : own + (row - batch.anchors) / kGroup;
+    return words + int64_t(group) * kThreads;
+  }
+};
+
+// Rounding moves |x - y|^2 of what the search sees, as |x|^2 + |y|^2 - 2 x.y, by the slacks of a pair's candidate and
+// of its anchor at most. Those of cosine candidates are 0.
 struct Rounding {
-  float share, least;
-  __device__ float slack(float norm) const { return norm * share + least; }
+  float share, least, pair;
+  __device__ float of_candidate(float norm) const { return norm * share + least; }
+  __device__ float of_anchor(float norm) const { return of_candidate(norm) + pair; }
 };
 
 // What a search sees of a row x is x * scale[row] - shift: for cosine x / |x|, for the euclidean distances centred and
 // scaled by a power of two, so that neither cancellation nor overflow spoils the order of the distances.
 template <typename T>
 struct Prepared {
-  T *scale, *norms;  // (candidates,); norms: squared length of what the search sees, 0 for cosine
+  T *scale, *norms;  // (candidates,); norms: squared length of what the search sees, 1 for cosine
   T* shift;          // (width,)
   Key* extreme;      // bits of the largest |x| of all, a double
   Key* unsound;      // 1: something is not finite
-  Rounding rounding;
+  Filters filters;   // null: not wanted
 };
 
 // What the forward pass gives for each anchor, (anchors,) each.
@@ -107,7 +123,7 @@ __device__ inline float value_of(Key key) { return unordered(uint32_t(key >> 32)
 __device__ inline int row_of(Key key) { return key == 0 ? -1 : int(~uint32_t(key)); }
 
 constexpr int kSlots = 3;  // farthest positive; negative; nearest negative beyond the positive
-constexpr int kKept = 8;   // candidates of each
+constexpr int kKept = 16;  // candidates of each
 
 // What the search leaves of each anchor for decide.cuh.
 struct Winners {
@@ -116,6 +132,7 @@ struct Winners {
   float* limits;     // (anchors,) semihard: the order of the positive, and what decides that order
   double* decisive_limits;
   int anchors;
+  Rounding rounding;
 
   __device__ Key* of(int slot, int anchor) const { return kept + (int64_t(slot) * anchors + anchor) * kKept; }
   __device__ uint32_t* bound(int slot, int anchor) const { return bounds + int64_t(slot) * anchors + anchor; }

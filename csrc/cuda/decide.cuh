@@ -46,12 +46,14 @@ __device__ double decisive(const Batch<In>& batch, Distance distance, const T* s
   return product == 0 ? 0 : -product * fabs(product) / (square > least ? square : least);
 }
 
-// A value of `decisive` as the search has it (`Rounding`), for an anchor of this scale.
+// What the search has for a value of `decisive`, but for its rounding: the squared distance of what it sees, for cosine
+// 2 - 2 cos.
 template <typename T>
-__device__ inline double order_of(Distance distance, double decisive, T scale) {
-  if (distance != Distance::cosine) return decisive * double(scale) * double(scale);
-  const double size = 2 * sqrt(fabs(decisive)) * (double(scale) / double(unit_of(scale)));
-  return decisive < 0 ? -size : size;
+__device__ inline double squared_of(Distance distance, double decisive, T scale_of_anchor) {
+  const double scale = double(scale_of_anchor);
+  if (distance != Distance::cosine) return decisive * scale * scale;
+  const double size = 2 * sqrt(fabs(decisive)) * (scale / double(unit_of(scale_of_anchor)));
+  return decisive < 0 ? 2 - size : 2 + size;
 }
 
 // A candidate and its `decisive`, the better the greater; at -1: none.
@@ -105,8 +107,8 @@ struct Council {
     best = best_of_octets(best);
     const float last = __shfl_sync(kAllLanes, value_of(key), kKept - 1);
     if (n == kKept && best.row >= 0) {
-      const double order = order_of(distance, farthest ? best.value : -best.value, prepared.scale[a]);
-      sure = (farthest ? order : -order) > last + prepared.rounding.slack(float(prepared.norms[a]));
+      const double squared = squared_of(distance, farthest ? best.value : -best.value, prepared.scale[a]);
+      sure = (farthest ? squared : -squared) > last + winners.rounding.of_anchor(float(prepared.norms[a]));
     }
     return best;
   }
@@ -169,7 +171,7 @@ __global__ void __launch_bounds__(kThreads)
   if (lane() == 0) {
     positive[a] = row;
     winners.decisive_limits[a] = value;
-    winners.limits[a] = row < 0 ? INFINITY : float(order_of(distance, value, prepared.scale[a]));
+    winners.limits[a] = row < 0 ? INFINITY : float(squared_of(distance, value, prepared.scale[a]));
   }
 }
 

@@ -25,6 +25,8 @@ struct Arena {
   }
 };
 
+inline int slots_of(Mining mining) { return mining == Mining::all ? 0 : mining == Mining::hard ? 2 : kSlots; }
+
 // What both passes keep of a batch, and the forward pass of the search.
 template <typename T>
 struct Workspace {
@@ -36,14 +38,17 @@ struct Workspace {
   int64_t zeroes;
   int stripes;
 
+  // Arrays for `slots` winners of each anchor; 0: nothing will be searched.
   template <typename In>
-  Workspace(const Batch<In>& batch, Arena& arena) {
+  Workspace(const Batch<In>& batch, int slots, Arena& arena) {
     zeroed = arena.take<Key>(2);
     prepared.extreme = zeroed;
     prepared.unsound = zeroed + 1;
     winners.anchors = batch.anchors;
-    winners.kept = arena.take<Key>(int64_t(kSlots) * batch.anchors * kKept);
-    winners.bounds = arena.take<uint32_t>(int64_t(kSlots) * batch.anchors);
+    winners.kept = arena.take<Key>(int64_t(slots) * batch.anchors * kKept);
+    winners.bounds = arena.take<uint32_t>(int64_t(slots) * batch.anchors);
+    const int64_t groups = parts_of(batch.anchors, kGroup) + parts_of(batch.candidates - batch.anchors, kGroup);
+    prepared.filters.words = slots ? arena.take<uint32_t>(groups * kThreads) : nullptr;
     prepared.shift = arena.take<T>(batch.width);
     zeroes = arena.used / int64_t(sizeof(Key));
     winners.limits = arena.take<float>(batch.anchors);
@@ -96,16 +101,16 @@ struct AllWorkspace {
 
 // Bytes of the allocation that `forward` or `backward` needs.
 template <typename T, typename In>
-int64_t forward_bytes(const Batch<In>& batch) {
+int64_t forward_bytes(const Batch<In>& batch, Mining mining) {
   Arena arena{nullptr};
-  Workspace<T>(batch, arena);
+  Workspace<T>(batch, slots_of(mining), arena);
   return arena.used;
 }
 
 template <typename T, typename In>
 int64_t backward_bytes(const Batch<In>& batch, Mining mining, int gradient_rows) {
   Arena arena{nullptr};
-  Workspace<T>(batch, arena);
+  Workspace<T>(batch, 0, arena);
   if (mining == Mining::all) {
     AllWorkspace<T>(batch, gradient_rows, arena);
   } else {
@@ -154,18 +159,16 @@ template <typename T>
 Rounding rounding_of(Distance distance, int width, bool tensor_cores) {
   const double unit = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53, terms = tensor_cores ? 2. * width + 128 : 1.3 * width + 96;
   const float slack = float(terms * unit + (sizeof(T) == 8 ? 8 * 0x1p-24 : 0));
-  if (distance == Distance::cosine) return {0, slack};
-  return {slack, float(2 * width * 0x1p-126)};  // of products too small for float32
+  if (distance == Distance::cosine) return {0, 0, 2 * slack};
+  return {slack, float(2 * width * 0x1p-126), 0};  // least: products too small for float32
 }
 
 // One pass over all pairs: large tiles where they fill the device, on tensor cores where these serve; else small ones.
 template <bool kBeyond, typename Launch, typename In, typename T>
 void search(Launch& launch, const Machine& machine, const Batch<In>& batch, Distance distance, const Workspace<T>& work,
-            bool negatives) {
+            Pass pass) {
   const dim3 large = tiles_of(batch, 128);
-  const auto run = [&](auto kernel, dim3 tiles) {
-    launch(kernel, tiles, batch, work.prepared, work.winners, negatives);
-  };
+  const auto run = [&](auto kernel, dim3 tiles) { launch(kernel, tiles, batch, work.prepared, work.winners, pass); };
   if (sizeof(T) == 4 && large.x >= unsigned(machine.processors)) {
     if constexpr (sizeof(In) == 2) {
       if (machine.tensor_cores && distance == Distance::cosine) return run(&search_pairs_mma<In, kBeyond>, large);
@@ -180,18 +183,18 @@ template <typename T, typename Launch, typename In>
 void forward(Launch& launch, const Machine& machine, const Batch<In>& batch, const Settings& settings, char* memory,
              Outputs<T> each, T* loss, int64_t* count) {
   Arena arena{memory};
-  Workspace<T> work(batch, arena);
+  Workspace<T> work(batch, slots_of(settings.mining), arena);
   const bool all = settings.mining == Mining::all, semihard = settings.mining == Mining::semihard;
   const Distance distance = settings.distance;
-  work.prepared.rounding =
+  work.winners.rounding =
       rounding_of<T>(distance, batch.width, sizeof(In) == 2 && machine.tensor_cores && distance == Distance::cosine);
   each.counts = work.counts;
   prepare(launch, batch, distance, work, !all);
-  if (!all) search<false>(launch, machine, batch, distance, work, !semihard);
+  if (!all) search<false>(launch, machine, batch, distance, work, {!semihard});
   if (semihard) {
     launch(&choose_positives<In, T>, warps_for(batch.anchors), batch, distance, work.prepared, work.winners,
            each.positive);
-    search<true>(launch, machine, batch, distance, work, true);
+    search<true>(launch, machine, batch, distance, work, {true});
   }
   if (all) {
     launch(&sum_triplets<In, T>, dim3(unsigned(batch.anchors)), batch, settings, work.prepared, each);
@@ -206,7 +209,7 @@ template <typename T, typename Launch, typename In>
 void backward(Launch& launch, const Batch<In>& batch, const Settings& settings, char* memory, const Upstream<T>& up,
               In* gradient, int gradient_rows) {
   Arena arena{memory};
-  const Workspace<T> work(batch, arena);
+  const Workspace<T> work(batch, 0, arena);
   const Distance distance = settings.distance;
   const T* scale = work.prepared.scale;
   const dim3 a_block_each(unsigned(gradient_rows), 1, 1);

@@ -20,7 +20,9 @@ __host__ __device__ constexpr int slot_of(Want want) {
 // Tiles [begin, begin + kTile) of anchors and of candidates that this block compares.
 struct Place {
   int rows, row_end, columns, column_end;
-  bool columns_are_anchors, itself;
+
+  __device__ bool itself() const { return rows == columns; }
+  __device__ bool columns_are_anchors() const { return columns < row_end && !itself(); }  // of pairs not seen before
 };
 
 // anchors x anchors: the tiles (i, j) with i <= j, j-th triangle after j-th triangle; then anchors x other candidates,
@@ -33,10 +35,21 @@ __device__ Place place(const Batch<In>& batch) {
     while (j * (j + 1) / 2 > t) --j;  // sqrt may round either way
     while ((j + 1) * (j + 2) / 2 <= t) ++j;
     const int64_t i = t - j * (j + 1) / 2;
-    return {int(i) * kTile, batch.anchors, int(j) * kTile, batch.anchors, i != j, i == j};
+    return {int(i) * kTile, batch.anchors, int(j) * kTile, batch.anchors};
   }
   const int64_t i = (t - triangle) % own, j = (t - triangle) / own;
-  return {int(i) * kTile, batch.anchors, batch.anchors + int(j) * kTile, batch.candidates, false, false};
+  return {int(i) * kTile, batch.anchors, batch.anchors + int(j) * kTile, batch.candidates};
+}
+
+// May two rows of the tile have the same label? The same answer for the whole block; every thread has a word.
+template <int kTile, typename In>
+__device__ bool may_have_positives(const Batch<In>& batch, const Filters& filters, const Place& at) {
+  const auto labels = [&](int begin, int end) {
+    uint32_t word = 0;
+    for (int row = begin; row < begin + kTile && row < end; row += kGroup) word |= filters.of(batch, row)[threadIdx.x];
+    return word;
+  };
+  return __syncthreads_or((labels(at.rows, at.row_end) & labels(at.columns, at.column_end)) != 0);
 }
 
 // A thread's share of a tile: kSide x kSide values, rows and columns in groups of four so that shared memory is read as
@@ -45,11 +58,18 @@ __device__ Place place(const Batch<In>& batch) {
 template <int kSide>
 struct SimtShare {
   static constexpr int kTile = 16 * kSide, kRows = kSide, kColumns = kSide;
+  static constexpr bool kCosine = false;  // only: candidates have no slack
   static constexpr int kRowLanes = 15, kColumnLanes = 16, kRowParts = 1, kColumnParts = 8;
   __device__ static int row(int i) { return i / 4 * 64 + int(threadIdx.x) / 16 * 4 + i % 4; }
   __device__ static int column(int j) { return j / 4 * 64 + int(threadIdx.x) % 16 * 4 + j % 4; }
   __device__ static int row_part() { return 0; }
   __device__ static int column_part() { return int(threadIdx.x) / 32; }
+};
+
+// What a launch looks for. Semihard mining has a pass for the positives and then one for the negatives, which needs to
+// know them (kBeyond).
+struct Pass {
+  bool negatives;  // beside the positives, the nearest ones
 };
 
 // What a tile's epilogue needs of its rows and columns, in shared memory: 0..kTile the rows, then the columns.
@@ -58,24 +78,30 @@ struct Ends {
   Shared<int64_t, 2 * kTile> labels;
   Shared<T, 2 * kTile> norms;  // NaN beyond the end, which no comparison takes
   Shared<float, 2 * kTile> slacks;
-  Shared<float, 2 * kTile> limits;           // order of an anchor's positive, beyond which negatives are sought
+  Shared<float, 2 * kTile> limits;           // of an anchor's positive, beyond which negatives are sought
   Shared<float, kSlots * 2 * kTile> floors;  // what candidates of an anchor must reach
+  Shared<int, 1> mixed;                      // whether there may be positives
 };
 
+// Returns false where the tile has nothing that the pass looks for.
 template <bool kBeyond, typename In, typename T, int kTile>
-__device__ void load_ends(const Batch<In>& batch, const Prepared<T>& prepared, const Winners& winners, const Place& at,
-                          Ends<T, kTile>& ends) {
+__device__ bool load_ends(const Batch<In>& batch, const Prepared<T>& prepared, const Winners& winners, const Place& at,
+                          Pass pass, Ends<T, kTile>& ends) {
+  const bool mixed = may_have_positives<kTile>(batch, prepared.filters, at);
+  if (!kBeyond && !mixed && !pass.negatives) return false;
+  if (threadIdx.x == 0) ends.mixed.set(0, mixed);
   const int t = int(threadIdx.x), j = t < kTile ? at.rows + t : at.columns + t - kTile;
-  if (t >= 2 * kTile) return;
+  if (t >= 2 * kTile) return true;
   const bool inside = j < (t < kTile ? at.row_end : at.column_end), anchor = inside && j < batch.anchors;
   const T norm = inside ? prepared.norms[j] : T(NAN);
   ends.labels.set(t, inside ? batch.labels[j] : 0);
   ends.norms.set(t, norm);
-  ends.slacks.set(t, prepared.rounding.slack(float(norm)));
+  ends.slacks.set(t, winners.rounding.of_candidate(float(norm)));
   if (kBeyond) ends.limits.set(t, anchor ? winners.limits[j] : 0.f);
-  for (int slot = 0; slot < kSlots; ++slot) {
+  for (int slot = kBeyond; slot < kBeyond + 2; ++slot) {
     ends.floors.set(slot * 2 * kTile + t, anchor ? floor_of(*winners.bound(slot, j)) : INFINITY);
   }
+  return true;
 }
 
 // Of the anchors of a tile, the least that is known of their best candidates there: (parts, tile).
@@ -102,126 +128,161 @@ __device__ inline void keep(Key* kept, Key key, float floor) {
   }
 }
 
-// Candidates of the tile's rows as anchors (kByColumn: of its columns), from a thread's share of the pairs' `order` and
-// a bit `same` for each.
+// Looks for candidates of the tile's rows as anchors (kByColumn: of its columns) in a thread's share of the pairs'
+// `order`: squared distances, those of negatives times -1; NaN: no pair that is looked for.
 template <typename Share, bool kByColumn, Want kWant, typename T>
-__device__ void seek(const float (&order)[Share::kRows][Share::kColumns], uint64_t same, const Place& at,
-                     const Winners& winners, Ends<T, Share::kTile>& ends, Tops<Share>& tops) {
-  constexpr int kTile = Share::kTile, kSlot = slot_of(kWant);
-  constexpr int kAnchors = kByColumn ? Share::kColumns : Share::kRows;
-  constexpr int kCandidates = kByColumn ? Share::kRows : Share::kColumns;
-  constexpr int kLanes = kByColumn ? Share::kColumnLanes : Share::kRowLanes;
-  constexpr int kParts = kByColumn ? Share::kColumnParts : Share::kRowParts;
-  constexpr float kSign = kWant == Want::positive || kWant == Want::farthest ? 1 : -1;
-  const int anchors = kByColumn ? at.columns : at.rows, candidates = kByColumn ? at.rows : at.columns;
-  const int part = kByColumn ? Share::column_part() : Share::row_part();
-  const auto end_of = [](int i) { return kByColumn ? kTile + Share::column(i) : Share::row(i); };
-  const auto slack_of = [&](int j) { return ends.slacks.get(kByColumn ? Share::row(j) : kTile + Share::column(j)); };
-  // Anchor i's candidate j, the better the greater, but for the anchor's own slack: at best, at worst; NaN: none.
-  const auto at_best = [&](int i, int j) {
-    const int row = kByColumn ? j : i, column = kByColumn ? i : j;
-    const float value = kSign * order[row][column], slack = slack_of(j);
-    bool may = true;
-    if (kWant == Want::positive) may = same >> (row * Share::kColumns + column) & 1;
-    if (kWant == Want::beyond) may = value - slack <= ends.slacks.get(end_of(i)) - ends.limits.get(end_of(i));
-    return may ? value + slack : NAN;
-  };
-  const auto at_worst = [&](int i, int j) {
-    const float best = at_best(i, j);
-    if (kWant == Want::beyond && !(best < -ends.limits.get(end_of(i)) - ends.slacks.get(end_of(i)))) return float(NAN);
-    return best - 2 * slack_of(j);
-  };
-  const auto floor_at = [&](int end) { return kSlot * 2 * kTile + end; };
-  float best[kAnchors];
-#pragma unroll
-  for (int i = 0; i < kAnchors; ++i) {
-    best[i] = -INFINITY;
-#pragma unroll
-    for (int j = 0; j < kCandidates; ++j) best[i] = fmaxf(best[i], at_best(i, j));
-    float top = -INFINITY;
-    if (__any_sync(kAllLanes, best[i] >= ends.floors.get(floor_at(end_of(i))))) {  // rare, once some tiles have gone by
-#pragma unroll
-      for (int j = 0; j < kCandidates; ++j) top = fmaxf(top, at_worst(i, j));
-      top = max_of_lanes<kLanes>(top) - 2 * ends.slacks.get(end_of(i));
-    }
-    if ((lane() & kLanes) == 0) tops.set(part * kTile + end_of(i) % kTile, top);
+struct Seeker {
+  static constexpr int kTile = Share::kTile, kSlot = slot_of(kWant);
+  static constexpr int kAnchors = kByColumn ? Share::kColumns : Share::kRows;
+  static constexpr int kCandidates = kByColumn ? Share::kRows : Share::kColumns;
+  static constexpr int kLanes = kByColumn ? Share::kColumnLanes : Share::kRowLanes;
+  static constexpr int kParts = kByColumn ? Share::kColumnParts : Share::kRowParts;
+  static constexpr float kSign = kWant == Want::farthest ? -1 : 1;
+
+  const float (&order)[Share::kRows][Share::kColumns];
+  const Place& at;
+  const Winners& winners;
+  Ends<T, kTile>& ends;
+  Tops<Share>& tops;
+
+  // of anchor i and candidate j of a thread
+  __device__ static int row(int i, int j) { return kByColumn ? j : i; }
+  __device__ static int column(int i, int j) { return kByColumn ? i : j; }
+  __device__ static int anchor(int i) { return kByColumn ? Share::column(i) : Share::row(i); }
+  __device__ static int candidate(int j) { return kByColumn ? Share::row(j) : Share::column(j); }
+
+  __device__ int floor_at(int anchor) const { return (2 * kSlot + kByColumn) * kTile + anchor; }
+  __device__ float slack_of(int j) const { return ends.slacks.get(!kByColumn * kTile + candidate(j)); }
+  __device__ float better(float value, int j) const { return Share::kCosine ? value : value + slack_of(j); }
+  __device__ float worse(float value, int j) const { return Share::kCosine ? value : value - slack_of(j); }
+  __device__ float own_slack(int i) const {
+    return ends.slacks.get(kByColumn * kTile + anchor(i)) + winners.rounding.pair;
   }
-  __syncthreads();
-  const int t = int(threadIdx.x), mine = floor_at(kByColumn * kTile + t % kTile);
-  if (t < kTile) {
+  __device__ float limit_of(int i) const { return ends.limits.get(kByColumn * kTile + anchor(i)); }
+
+  // How good a candidate is at best, the better the greater, but for its anchor's slack; NaN: it is none. Positives are
+  // not told from negatives here. No harm: bounds that come from negatives are below 0, what positives reach.
+  __device__ float at_best(int i, int j) const {
+    const float value = kSign * order[row(i, j)][column(i, j)];
+    if (kWant == Want::beyond && !(worse(value, j) <= own_slack(i) - limit_of(i))) return NAN;
+    return better(value, j);
+  }
+
+  // And at worst; NaN: it may be none.
+  __device__ float at_worst(int i, int j) const {
+    const float best = at_best(i, j);
+    if (kWant == Want::beyond && !(best < -limit_of(i) - own_slack(i))) return NAN;
+    return worse(worse(best, j), j);
+  }
+
+  // A bit for each of the thread's anchors that has a candidate of interest; `tops` of those of the warp.
+  __device__ unsigned look() const {
+    const int part = kByColumn ? Share::column_part() : Share::row_part();
+    unsigned open = 0;
+#pragma unroll
+    for (int i = 0; i < kAnchors; ++i) {
+      float best = -INFINITY, top = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < kCandidates; ++j) best = fmaxf(best, at_best(i, j));
+      const bool opens = best >= ends.floors.get(floor_at(anchor(i)));
+      open |= unsigned(opens) << i;
+      if (__any_sync(kAllLanes, opens)) {  // rare, once some tiles have gone by
+#pragma unroll
+        for (int j = 0; j < kCandidates; ++j) top = fmaxf(top, at_worst(i, j));
+        top = max_of_lanes<kLanes>(top) - 2 * own_slack(i);
+      }
+      if ((lane() & kLanes) == 0) tops.set(part * kTile + anchor(i), top);
+    }
+    return open;
+  }
+
+  // The tile's tops into the bounds of all tiles, and those into the floors. A thread an anchor.
+  __device__ void raise_floors() const {
+    const int t = int(threadIdx.x), mine = floor_at(t);
+    if (t >= kTile) return;
     float top = -INFINITY;
     for (int p = 0; p < kParts; ++p) top = fmaxf(top, tops.get(p * kTile + t));
-    if (top > ends.floors.get(mine)) {
-      ends.floors.set(mine, fmaxf(top, floor_of(atomicMax(winners.bound(kSlot, anchors + t), ordered(top)))));
-    }
+    if (!(top > ends.floors.get(mine))) return;
+    const uint32_t before = atomicMax(winners.bound(kSlot, (kByColumn ? at.columns : at.rows) + t), ordered(top));
+    ends.floors.set(mine, fmaxf(top, floor_of(before)));
   }
-  __syncthreads();
-  uint64_t passes = 0;
-#pragma unroll
-  for (int i = 0; i < kAnchors; ++i) {
-    const float floor = ends.floors.get(floor_at(end_of(i)));
-    if (!(best[i] >= floor)) continue;
-#pragma unroll
-    for (int j = 0; j < kCandidates; ++j) passes |= uint64_t(at_best(i, j) >= floor) << (i * kCandidates + j);
-  }
-  for (; passes; passes &= passes - 1) {
-    const int bit = __ffsll(int64_t(passes)) - 1, i = bit / kCandidates, j = bit % kCandidates;
-    float value = 0;  // order of the pair: arrays in registers have no addresses
-#pragma unroll
-    for (int k = 0; k < kAnchors * kCandidates; ++k) {
-      const int row = kByColumn ? k % kCandidates : k / kCandidates;
-      value = k == bit ? kSign * order[row][kByColumn ? k / kCandidates : k % kCandidates] : value;
-    }
-    const int row = candidates + (kByColumn ? Share::row(j) : Share::column(j));
-    keep(winners.of(kSlot, anchors + end_of(i) % kTile), key_of(value + slack_of(j), row),
-         ends.floors.get(floor_at(end_of(i))));
-  }
-}
 
+  // Keeps what reaches the floors, of the anchors that are open.
+  __device__ void list(unsigned open) const {
+    uint64_t passes = 0;
+#pragma unroll
+    for (int i = 0; i < kAnchors; ++i) {
+      if (!(open >> i & 1)) continue;
+      const float floor = ends.floors.get(floor_at(anchor(i)));
+#pragma unroll
+      for (int j = 0; j < kCandidates; ++j) {
+        const bool may = kWant != Want::positive || bits_as<int32_t>(order[row(i, j)][column(i, j)]) >= 0;  // -0: no
+        passes |= uint64_t(may && at_best(i, j) >= floor) << (i * kCandidates + j);
+      }
+    }
+    for (; passes; passes &= passes - 1) {
+      const int bit = __ffsll(int64_t(passes)) - 1, i = bit / kCandidates, j = bit % kCandidates;
+      float value = 0;  // order[i, j], by comparisons: arrays in registers have no addresses
+#pragma unroll
+      for (int k = 0; k < kAnchors * kCandidates; ++k) {
+        value =
+            k == bit ? order[row(k / kCandidates, k % kCandidates)][column(k / kCandidates, k % kCandidates)] : value;
+      }
+      Key* kept = winners.of(kSlot, (kByColumn ? at.columns : at.rows) + anchor(i));
+      const Key key = key_of(better(kSign * value, j), (kByColumn ? at.rows : at.columns) + candidate(j));
+      keep(kept, key, ends.floors.get(floor_at(anchor(i))));
+    }
+  }
+
+  __device__ void run() const {
+    const unsigned open = look();
+    __syncthreads();
+    raise_floors();
+    __syncthreads();
+    list(open);
+  }
+};
+
+// Candidates of the rows, and of the columns.
 template <typename Share, Want kWant, typename T>
-__device__ void seek_both_ways(const float (&order)[Share::kRows][Share::kColumns], uint64_t same, const Place& at,
-                               const Winners& winners, Ends<T, Share::kTile>& ends, Tops<Share>& tops) {
-  seek<Share, false, kWant>(order, same, at, winners, ends, tops);
-  if (at.columns_are_anchors) seek<Share, true, kWant>(order, same, at, winners, ends, tops);  // for the whole block
+__device__ void seek(const float (&order)[Share::kRows][Share::kColumns], const Place& at, const Winners& winners,
+                     Ends<T, Share::kTile>& ends, Tops<Share>& tops) {
+  Seeker<Share, false, kWant, T>{order, at, winners, ends, tops}.run();
+  if (at.columns_are_anchors()) Seeker<Share, true, kWant, T>{order, at, winners, ends, tops}.run();
 }
 
-// |x|^2 + |y|^2 - 2 x.y of a thread's share from x.y; NaN for a row with itself; then the candidates both ways.
-// Semihard mining has a pass for the positives and, with kBeyond, one for the negatives.
+// The pairs' order from their x.y, a thread's share; then their candidates.
 template <typename Share, bool kBeyond, typename T>
-__device__ void search_tile(const T (&product)[Share::kRows][Share::kColumns], const Place& at, bool negatives,
+__device__ void search_tile(const T (&product)[Share::kRows][Share::kColumns], const Place& at, Pass pass,
                             const Winners& winners, Ends<T, Share::kTile>& ends, Tops<Share>& tops) {
+  constexpr int kTile = Share::kTile;
   static_assert(Share::kRows * Share::kColumns <= 64);
   float order[Share::kRows][Share::kColumns];
-  uint64_t same = 0;
-#pragma unroll
-  for (int j = 0; j < Share::kColumns; ++j) {
-    const int column = Share::column(j);
-    const T column_norm = ends.norms.get(Share::kTile + column);
-    const int64_t label = ends.labels.get(Share::kTile + column);
-#pragma unroll
-    for (int i = 0; i < Share::kRows; ++i) {
-      const int row = Share::row(i);
-      const T squared = fma(T(-2), product[i][j], ends.norms.get(row) + column_norm);
-      order[i][j] = at.itself && row == column ? NAN : float(squared);
-      same |= uint64_t(ends.labels.get(row) == label) << (i * Share::kColumns + j);
-    }
-  }
-  if (!kBeyond) {
-    seek_both_ways<Share, Want::positive>(order, same, at, winners, ends, tops);
-    if (!negatives) return;
-  }
-#pragma unroll
-  for (int i = 0; i < Share::kRows; ++i) {
+  const auto for_all = [&](auto&& f) {
 #pragma unroll
     for (int j = 0; j < Share::kColumns; ++j) {
-      if (same >> (i * Share::kColumns + j) & 1) order[i][j] = NAN;  // no negative
+#pragma unroll
+      for (int i = 0; i < Share::kRows; ++i) f(i, j, Share::row(i), kTile + Share::column(j));
     }
+  };
+  for_all([&](int i, int j, int row, int column) {
+    order[i][j] = float(fma(T(2), product[i][j], -ends.norms.get(row) - ends.norms.get(column)));
+  });
+  if (ends.mixed.get(0)) {
+    for_all([&](int i, int j, int row, int column) {
+      const bool same = ends.labels.get(row) == ends.labels.get(column), itself = at.itself() && row == column - kTile;
+      const float apart =
+          itself ? NAN : fabsf(order[i][j]);  // where rounding makes it negative, this is nearer the truth
+      order[i][j] = same ? apart : -apart;
+    });
+    if (!kBeyond) seek<Share, Want::positive>(order, at, winners, ends, tops);
+    for_all([&](int i, int j, int, int) { order[i][j] = bits_as<int32_t>(order[i][j]) < 0 ? order[i][j] : NAN; });
   }
   if (kBeyond) {
-    seek_both_ways<Share, Want::farthest>(order, same, at, winners, ends, tops);
-    seek_both_ways<Share, Want::beyond>(order, same, at, winners, ends, tops);
-  } else {
-    seek_both_ways<Share, Want::nearest>(order, same, at, winners, ends, tops);
+    seek<Share, Want::farthest>(order, at, winners, ends, tops);
+    seek<Share, Want::beyond>(order, at, winners, ends, tops);
+  } else if (pass.negatives) {
+    seek<Share, Want::nearest>(order, at, winners, ends, tops);
   }
 }
 
@@ -299,14 +360,14 @@ __device__ void multiply(Panel<T, kSide>& x, Panel<T, kSide>& y, int buffer, T (
 // One tile a block, the next step's values on their way from memory while this step's are multiplied.
 template <typename In, typename T, int kSide, bool kBeyond>
 __global__ void __launch_bounds__(kThreads, 2)
-    search_pairs(Batch<In> batch, Prepared<T> prepared, Winners winners, bool negatives) {
+    search_pairs(Batch<In> batch, Prepared<T> prepared, Winners winners, Pass pass) {
   using Share = SimtShare<kSide>;
   constexpr int kTile = Share::kTile, kStep = kDepth<kSide>;
   __shared__ Panel<T, kSide> x, y;
   __shared__ Ends<T, kTile> ends;
   __shared__ Tops<Share> tops;
   const Place at = place<kTile>(batch);
-  load_ends<kBeyond>(batch, prepared, winners, at, ends);
+  if (!load_ends<kBeyond>(batch, prepared, winners, at, pass, ends)) return;
   const int row = int(threadIdx.x) / (kStep / 4), d = int(threadIdx.x) % (kStep / 4) * 4;
   T product[kSide][kSide] = {}, next_x[4], next_y[4];
   const auto load = [&](int begin) {
@@ -323,7 +384,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     multiply<kSide>(x, y, buffer, product);
     buffer ^= 1;
   }
-  search_tile<Share, kBeyond>(product, at, negatives, winners, ends, tops);
+  search_tile<Share, kBeyond>(product, at, pass, winners, ends, tops);
 }
 
 }  // namespace triplet::gpu

@@ -10,6 +10,7 @@ namespace triplet::gpu {
 // 4 x 2 warps.
 struct MmaShare {
   static constexpr int kTile = 128, kRows = 4, kColumns = 16;
+  static constexpr bool kCosine = true;
   static constexpr int kRowLanes = 3, kColumnLanes = 28, kRowParts = 2, kColumnParts = 4;
   __device__ static int row(int i) { return int(threadIdx.x) / 64 * 32 + i * 8 + lane() / 4; }
   __device__ static int column(int j) { return int(threadIdx.x) / 32 % 2 * 64 + j / 2 * 8 + lane() % 4 * 2 + j % 2; }
@@ -94,14 +95,14 @@ __device__ void multiply_mma(MmaPanel& x, MmaPanel& y, int buffer,
 // One tile a block, as `search_pairs`.
 template <typename In, bool kBeyond>
 __global__ void __launch_bounds__(kThreads, 2)
-    search_pairs_mma(Batch<In> batch, Prepared<float> prepared, Winners winners, bool negatives) {
+    search_pairs_mma(Batch<In> batch, Prepared<float> prepared, Winners winners, Pass pass) {
   constexpr int kTile = MmaShare::kTile;
   __shared__ MmaPanel x, y;
   __shared__ Ends<float, kTile> ends;
   __shared__ Shared<float, 2 * kTile> rests;  // rest: what the power of two leaves of 1 / |x|
   __shared__ Tops<MmaShare> tops;
   const Place at = place<kTile>(batch);
-  load_ends<kBeyond>(batch, prepared, winners, at, ends);
+  if (!load_ends<kBeyond>(batch, prepared, winners, at, pass, ends)) return;
   // a thread loads four values of two rows of each panel
   const int row = int(threadIdx.x) / 4, d = int(threadIdx.x) % 4 * 4;
   float product[MmaShare::kRows][MmaShare::kColumns] = {}, powers[4];
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       product[i][j] *= rests.get(MmaShare::row(i)) * rests.get(kTile + MmaShare::column(j));
     }
   }
-  search_tile<MmaShare, kBeyond>(product, at, negatives, winners, ends, tops);
+  search_tile<MmaShare, kBeyond>(product, at, pass, winners, ends, tops);
 }
 
 }  // namespace triplet::gpu

@@ -50,6 +50,8 @@ struct Thread {
   int line = 0;       // of the barrier or warp operation it waits at
   int exchanges = 0;  // warp operations so far
   char sent[2][64];   // what it gave to the last two of them
+  int votes = 0;      // of the block so far
+  int vote[2];        // its last two
 };
 
 inline std::vector<Thread> threads;
@@ -177,6 +179,15 @@ inline void check_mask(unsigned mask) {
 
 inline void __syncthreads(int line = __builtin_LINE()) { simt::wait(simt::Waits::block, line); }
 
+inline int __syncthreads_or(int holds, int line = __builtin_LINE()) {
+  const int turn = simt::threads[simt::current].votes++ % 2;
+  simt::threads[simt::current].vote[turn] = holds;
+  simt::wait(simt::Waits::block, line);
+  int any = 0;
+  for (unsigned t = 0; t < blockDim.x; ++t) any |= simt::threads[t].vote[turn];
+  return any != 0;
+}
+
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
   simt::check_mask(mask);
@@ -221,6 +232,12 @@ template <typename T>
 T atomicMax(T* at, T value) {
   const T before = *at;
   *at = std::max(before, value);
+  return before;
+}
+
+inline uint32_t atomicOr(uint32_t* at, uint32_t value) {
+  const uint32_t before = *at;
+  *at |= value;
   return before;
 }
 
