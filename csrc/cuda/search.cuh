@@ -21,6 +21,10 @@ __host__ __device__ constexpr int slot_of(Want want) {
 struct Place {
   int rows, row_end, columns, column_end;
 
+  // the last one for those beyond the end, which no search takes
+  __device__ int row(int i) const { return rows + i < row_end ? rows + i : row_end - 1; }
+  __device__ int column(int j) const { return columns + j < column_end ? columns + j : column_end - 1; }
+
   __device__ bool itself() const { return rows == columns; }
   __device__ bool columns_are_anchors() const { return columns < row_end && !itself(); }  // of pairs not seen before
 };
@@ -75,11 +79,12 @@ struct Pass {
 // What a tile's epilogue needs of its rows and columns, in shared memory: 0..kTile the rows, then the columns.
 template <typename T, int kTile>
 struct Ends {
-  Shared<int64_t, 2 * kTile> labels;
-  Shared<T, 2 * kTile> norms;  // NaN beyond the end, which no comparison takes
+  Shared<int32_t, 4 * kTile> labels;  // their lower halves, then the upper ones
+  Shared<T, 2 * kTile> norms;         // NaN beyond the end, which no comparison takes
   Shared<float, 2 * kTile> slacks;
   Shared<float, 2 * kTile> limits;           // of an anchor's positive, beyond which negatives are sought
   Shared<float, kSlots * 2 * kTile> floors;  // what candidates of an anchor must reach
+  Shared<Place, 1> place;                    // here, since registers are few
   Shared<int, 1> mixed;                      // whether there may be positives
 };
 
@@ -87,14 +92,17 @@ struct Ends {
 template <bool kBeyond, typename In, typename T, int kTile>
 __device__ bool load_ends(const Batch<In>& batch, const Prepared<T>& prepared, const Winners& winners, const Place& at,
                           Pass pass, Ends<T, kTile>& ends) {
-  const bool mixed = may_have_positives<kTile>(batch, prepared.filters, at);
+  if (threadIdx.x == 0) ends.place.set(0, at);
+  const bool mixed = may_have_positives<kTile>(batch, prepared.filters, at);  // a barrier
   if (!kBeyond && !mixed && !pass.negatives) return false;
   if (threadIdx.x == 0) ends.mixed.set(0, mixed);
   const int t = int(threadIdx.x), j = t < kTile ? at.rows + t : at.columns + t - kTile;
   if (t >= 2 * kTile) return true;
   const bool inside = j < (t < kTile ? at.row_end : at.column_end), anchor = inside && j < batch.anchors;
   const T norm = inside ? prepared.norms[j] : T(NAN);
-  ends.labels.set(t, inside ? batch.labels[j] : 0);
+  const int64_t label = inside ? batch.labels[j] : 0;
+  ends.labels.set(t, int32_t(label));
+  ends.labels.set(2 * kTile + t, int32_t(label >> 32));
   ends.norms.set(t, norm);
   ends.slacks.set(t, winners.rounding.of_candidate(float(norm)));
   if (kBeyond) ends.limits.set(t, anchor ? winners.limits[j] : 0.f);
@@ -146,8 +154,8 @@ struct Seeker {
   Tops<Share>& tops;
 
   // of anchor i and candidate j of a thread
-  __device__ static int row(int i, int j) { return kByColumn ? j : i; }
-  __device__ static int column(int i, int j) { return kByColumn ? i : j; }
+  __device__ static int in_row(int i, int j) { return kByColumn ? j : i; }
+  __device__ static int in_column(int i, int j) { return kByColumn ? i : j; }
   __device__ static int anchor(int i) { return kByColumn ? Share::column(i) : Share::row(i); }
   __device__ static int candidate(int j) { return kByColumn ? Share::row(j) : Share::column(j); }
 
@@ -161,9 +169,9 @@ struct Seeker {
   __device__ float limit_of(int i) const { return ends.limits.get(kByColumn * kTile + anchor(i)); }
 
   // How good a candidate is at best, the better the greater, but for its anchor's slack; NaN: it is none. Positives are
-  // not told from negatives here. No harm: bounds that come from negatives are below 0, what positives reach.
+  // not told from negatives, nor from the anchor, here. No harm: bounds from those are below 0, what positives reach.
   __device__ float at_best(int i, int j) const {
-    const float value = kSign * order[row(i, j)][column(i, j)];
+    const float value = kSign * order[in_row(i, j)][in_column(i, j)];
     if (kWant == Want::beyond && !(worse(value, j) <= own_slack(i) - limit_of(i))) return NAN;
     return better(value, j);
   }
@@ -216,7 +224,8 @@ struct Seeker {
       const float floor = ends.floors.get(floor_at(anchor(i)));
 #pragma unroll
       for (int j = 0; j < kCandidates; ++j) {
-        const bool may = kWant != Want::positive || bits_as<int32_t>(order[row(i, j)][column(i, j)]) >= 0;  // -0: no
+        const bool may =
+            kWant != Want::positive || bits_as<int32_t>(order[in_row(i, j)][in_column(i, j)]) >= 0;  // -0: no
         passes |= uint64_t(may && at_best(i, j) >= floor) << (i * kCandidates + j);
       }
     }
@@ -225,12 +234,13 @@ struct Seeker {
       float value = 0;  // order[i, j], by comparisons: arrays in registers have no addresses
 #pragma unroll
       for (int k = 0; k < kAnchors * kCandidates; ++k) {
-        value =
-            k == bit ? order[row(k / kCandidates, k % kCandidates)][column(k / kCandidates, k % kCandidates)] : value;
+        value = k == bit ? order[in_row(k / kCandidates, k % kCandidates)][in_column(k / kCandidates, k % kCandidates)]
+                         : value;
       }
-      Key* kept = winners.of(kSlot, (kByColumn ? at.columns : at.rows) + anchor(i));
-      const Key key = key_of(better(kSign * value, j), (kByColumn ? at.rows : at.columns) + candidate(j));
-      keep(kept, key, ends.floors.get(floor_at(anchor(i))));
+      const int a = (kByColumn ? at.columns : at.rows) + anchor(i);
+      const int row = (kByColumn ? at.rows : at.columns) + candidate(j);
+      if (row == a) continue;
+      keep(winners.of(kSlot, a), key_of(better(kSign * value, j), row), ends.floors.get(floor_at(anchor(i))));
     }
   }
 
@@ -253,9 +263,10 @@ __device__ void seek(const float (&order)[Share::kRows][Share::kColumns], const 
 
 // The pairs' order from their x.y, a thread's share; then their candidates.
 template <typename Share, bool kBeyond, typename T>
-__device__ void search_tile(const T (&product)[Share::kRows][Share::kColumns], const Place& at, Pass pass,
-                            const Winners& winners, Ends<T, Share::kTile>& ends, Tops<Share>& tops) {
+__device__ void search_tile(const T (&product)[Share::kRows][Share::kColumns], Pass pass, const Winners& winners,
+                            Ends<T, Share::kTile>& ends, Tops<Share>& tops) {
   constexpr int kTile = Share::kTile;
+  const Place at = ends.place.get(0);
   static_assert(Share::kRows * Share::kColumns <= 64);
   float order[Share::kRows][Share::kColumns];
   const auto for_all = [&](auto&& f) {
@@ -269,12 +280,14 @@ __device__ void search_tile(const T (&product)[Share::kRows][Share::kColumns], c
     order[i][j] = float(fma(T(2), product[i][j], -ends.norms.get(row) - ends.norms.get(column)));
   });
   if (ends.mixed.get(0)) {
-    for_all([&](int i, int j, int row, int column) {
-      const bool same = ends.labels.get(row) == ends.labels.get(column), itself = at.itself() && row == column - kTile;
-      const float apart =
-          itself ? NAN : fabsf(order[i][j]);  // where rounding makes it negative, this is nearer the truth
-      order[i][j] = same ? apart : -apart;
-    });
+    // where rounding makes a squared distance negative, its size is nearer the truth
+    for_all([&](int i, int j, int, int) { order[i][j] = fabsf(order[i][j]); });
+    for (int half = 0; half < 2; ++half) {  // of the labels: registers are few
+      for_all([&](int i, int j, int row, int column) {
+        const bool same = ends.labels.get(half * 2 * kTile + row) == ends.labels.get(half * 2 * kTile + column);
+        order[i][j] = same ? order[i][j] : -fabsf(order[i][j]);
+      });
+    }
     if (!kBeyond) seek<Share, Want::positive>(order, at, winners, ends, tops);
     for_all([&](int i, int j, int, int) { order[i][j] = bits_as<int32_t>(order[i][j]) < 0 ? order[i][j] : NAN; });
   }
@@ -293,23 +306,28 @@ struct alignas(sizeof(In) * 4 < 16 ? sizeof(In) * 4 : 16) FourOf {
   In at[4];
 };
 
-// Four prepared values of row j from column d on, 0 beyond the ends.
-template <typename In, typename T>
-__device__ void load_four(const Batch<In>& batch, const Prepared<T>& prepared, int j, int end, int d, T (&out)[4]) {
-#pragma unroll
-  for (int c = 0; c < 4; ++c) out[c] = 0;
-  if (j >= end || d >= batch.width) return;
+// Four values of row j from column d on, 0 beyond the end.
+template <typename In>
+__device__ FourOf<In> load_raw(const Batch<In>& batch, int j, int d) {
+  FourOf<In> four{};
+  if (d >= batch.width) return four;
   const In* x = batch.row(j) + d;
+  if (batch.vectors) return *reinterpret_cast<const FourOf<In>*>(x);
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    if (d + c < batch.width) four.at[c] = x[c];
+  }
+  return four;
+}
+
+// The same as the search sees them.
+template <typename In, typename T>
+__device__ void load_four(const Batch<In>& batch, const Prepared<T>& prepared, int j, int d, T (&out)[4]) {
+  const FourOf<In> four = load_raw(batch, j, d);
   const T scale = prepared.scale[j];
-  if (batch.vectors) {
-    const FourOf<In> four = *reinterpret_cast<const FourOf<In>*>(x);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) out[c] = fma(T(widen(four.at[c])), scale, -prepared.shift[d + c]);
-  } else {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (d + c < batch.width) out[c] = fma(T(widen(x[c])), scale, -prepared.shift[d + c]);
-    }
+  for (int c = 0; c < 4; ++c) {
+    out[c] = d + c < batch.width ? fma(T(widen(four.at[c])), scale, -prepared.shift[d + c]) : T(0);
   }
 }
 
@@ -366,13 +384,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ Panel<T, kSide> x, y;
   __shared__ Ends<T, kTile> ends;
   __shared__ Tops<Share> tops;
-  const Place at = place<kTile>(batch);
-  if (!load_ends<kBeyond>(batch, prepared, winners, at, pass, ends)) return;
-  const int row = int(threadIdx.x) / (kStep / 4), d = int(threadIdx.x) % (kStep / 4) * 4;
+  if (!load_ends<kBeyond>(batch, prepared, winners, place<kTile>(batch), pass, ends)) return;
   T product[kSide][kSide] = {}, next_x[4], next_y[4];
   const auto load = [&](int begin) {
-    load_four(batch, prepared, at.rows + row, at.row_end, begin + d, next_x);
-    load_four(batch, prepared, at.columns + row, at.column_end, begin + d, next_y);
+    const Place at = ends.place.get(0);
+    const int offset = int(threadIdx.x) / (kStep / 4), d = int(threadIdx.x) % (kStep / 4) * 4;
+    load_four(batch, prepared, at.row(offset), begin + d, next_x);
+    load_four(batch, prepared, at.column(offset), begin + d, next_y);
   };
   load(0);
   int buffer = 0;
@@ -384,7 +402,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     multiply<kSide>(x, y, buffer, product);
     buffer ^= 1;
   }
-  search_tile<Share, kBeyond>(product, at, pass, winners, ends, tops);
+  search_tile<Share, kBeyond>(product, pass, winners, ends, tops);
 }
 
 }  // namespace triplet::gpu

@@ -41,21 +41,10 @@ __device__ inline uint32_t scaled_pair(In low, In high, float power) {
   return bits_as<uint32_t>(widen(low) * power) >> 16 | (bits_as<uint32_t>(widen(high) * power) & 0xffff0000u);
 }
 
-// Four values of row j from column d on, as two pairs; 0 beyond the ends.
+// Four values of row j from column d on, as two pairs; 0 beyond the end.
 template <typename In>
-__device__ void load_pairs(const Batch<In>& batch, float power, int j, int end, int d, uint32_t (&out)[2]) {
-  out[0] = out[1] = 0;
-  if (j >= end || d >= batch.width) return;
-  const In* x = batch.row(j) + d;
-  FourOf<In> four{};
-  if (batch.vectors) {
-    four = *reinterpret_cast<const FourOf<In>*>(x);
-  } else {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (d + c < batch.width) four.at[c] = x[c];
-    }
-  }
+__device__ void load_pairs(const Batch<In>& batch, float power, int j, int d, uint32_t (&out)[2]) {
+  const FourOf<In> four = load_raw(batch, j, d);
   out[0] = scaled_pair(four.at[0], four.at[1], power);
   out[1] = scaled_pair(four.at[2], four.at[3], power);
 }
@@ -107,18 +96,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int row = int(threadIdx.x) / 4, d = int(threadIdx.x) % 4 * 4;
   float product[MmaShare::kRows][MmaShare::kColumns] = {}, powers[4];
   uint32_t next[4][2];
-  const auto first = [&](int k) { return k < 2 ? at.rows : at.columns; };
-  const auto end = [&](int k) { return k < 2 ? at.row_end : at.column_end; };
+  const auto place = [&](int k) { return k < 2 ? at.row(row + k * 64) : at.column(row + (k - 2) * 64); };
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const int j = row + k % 2 * 64;
-    const float scale = first(k) + j < end(k) ? prepared.scale[first(k) + j] : 0;
+    const float scale = prepared.scale[place(k)];
     powers[k] = power_of_two<In>(scale);
-    if (threadIdx.x % 4 == 0) rests.set(k / 2 * kTile + j, powers[k] > 0 ? scale / powers[k] : 0);
+    if (threadIdx.x % 4 == 0) rests.set(row + k * 64, powers[k] > 0 ? scale / powers[k] : 0);
   }
   const auto load = [&](int begin) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) load_pairs(batch, powers[k], first(k) + row + k % 2 * 64, end(k), begin + d, next[k]);
+    for (int k = 0; k < 4; ++k) load_pairs(batch, powers[k], place(k), begin + d, next[k]);
   };
   load(0);
   int buffer = 0;
@@ -141,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       product[i][j] *= rests.get(MmaShare::row(i)) * rests.get(kTile + MmaShare::column(j));
     }
   }
-  search_tile<MmaShare, kBeyond>(product, at, pass, winners, ends, tops);
+  search_tile<MmaShare, kBeyond>(product, pass, winners, ends, tops);
 }
 
 }  // namespace triplet::gpu
