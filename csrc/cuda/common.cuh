@@ -82,7 +82,7 @@ struct Rounding {
 template <typename T>
 struct Prepared {
   T *scale, *norms;  // (candidates,); norms: squared length of what the search sees, 1 for cosine
-  T* shift;          // (width,)
+  T* shift;          // (width,), and zeros up to a multiple of four
   Key* extreme;      // bits of the largest |x| of all, a double
   Key* unsound;      // 1: something is not finite
   Filters filters;   // null: not wanted

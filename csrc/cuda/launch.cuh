@@ -49,7 +49,7 @@ struct Workspace {
     winners.bounds = arena.take<uint32_t>(int64_t(slots) * batch.anchors);
     const int64_t groups = parts_of(batch.anchors, kGroup) + parts_of(batch.candidates - batch.anchors, kGroup);
     prepared.filters.words = slots ? arena.take<uint32_t>(groups * kThreads) : nullptr;
-    prepared.shift = arena.take<T>(batch.width);
+    prepared.shift = arena.take<T>(parts_of(batch.width, 4) * 4);
     zeroes = arena.used / int64_t(sizeof(Key));
     winners.limits = arena.take<float>(batch.anchors);
     winners.decisive_limits = arena.take<double>(batch.anchors);

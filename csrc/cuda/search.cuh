@@ -324,11 +324,10 @@ __device__ FourOf<In> load_raw(const Batch<In>& batch, int j, int d) {
 template <typename In, typename T>
 __device__ void load_four(const Batch<In>& batch, const Prepared<T>& prepared, int j, int d, T (&out)[4]) {
   const FourOf<In> four = load_raw(batch, j, d);
+  const FourOf<T> shift = d < batch.width ? *reinterpret_cast<const FourOf<T>*>(prepared.shift + d) : FourOf<T>{};
   const T scale = prepared.scale[j];
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    out[c] = d + c < batch.width ? fma(T(widen(four.at[c])), scale, -prepared.shift[d + c]) : T(0);
-  }
+  for (int c = 0; c < 4; ++c) out[c] = fma(T(widen(four.at[c])), scale, -shift.at[c]);
 }
 
 // Depth of a step through the columns: every thread loads four values of the rows' tile and four of the columns'.
@@ -393,14 +392,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     load_four(batch, prepared, at.column(offset), begin + d, next_y);
   };
   load(0);
-  int buffer = 0;
   for (int begin = 0; begin < batch.width; begin += kStep) {
+    const int buffer = begin / kStep % 2;
     store_four<kSide>(x, buffer, next_x);
     store_four<kSide>(y, buffer, next_y);
     __syncthreads();  // one barrier a step: the other buffer was read before it
     if (begin + kStep < batch.width) load(begin + kStep);
     multiply<kSide>(x, y, buffer, product);
-    buffer ^= 1;
   }
   search_tile<Share, kBeyond>(product, pass, winners, ends, tops);
 }

@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int k = 0; k < 4; ++k) load_pairs(batch, powers[k], place(k), begin + d, next[k]);
   };
   load(0);
-  int buffer = 0;
   for (int begin = 0; begin < batch.width; begin += kMmaDepth) {
+    const int buffer = begin / kMmaDepth % 2;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int to = (buffer * kTile + row + k % 2 * 64) * kMmaPitch + d / 2;
@@ -119,7 +119,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     if (begin + kMmaDepth < batch.width) load(begin + kMmaDepth);
     multiply_mma<In>(x, y, buffer, product);
-    buffer ^= 1;
   }
 #pragma unroll
   for (int i = 0; i < MmaShare::kRows; ++i) {
