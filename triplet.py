@@ -97,8 +97,8 @@ def triplet_loss(
 
         Mined rows do not depend on the implementation. What is farther, nearer or a tie is decided on |a - b|^2, for
         cosine on cos |cos|, in float64 and a fixed order of summation (`decisive_order`). So rows of integers are mined
-        as in integer arithmetic, as long as sums of squares stay below 2^53, for cosine below 2^26. Not so on a GPU, or
-        compiled plain PyTorch: there the last digits of products decide, of float32 (native) or float64 (plain).
+        as in integer arithmetic, as long as sums of squares stay below 2^53, for cosine below 2^26. Not so by plain
+        PyTorch on a GPU or compiled: there the last digits of float64 products decide.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, type, device or value; the message says what came.

@@ -37,7 +37,7 @@ CASES = [
     *((rows, 128, "float32", "euclidean", "hard") for rows in (128, 1024, 4096, 8192, 32768)),
     *((rows, 128, "bfloat16", "cosine", "hard") for rows in (1024, 4096, 8192, 32768)),
     (4096, 512, "float32", "cosine", "hard"),
-    (4096, 128, "float32", "euclidean", "semihard"),
+    *((rows, 128, "float32", "euclidean", "semihard") for rows in (4096, 32768)),
     *((rows, 128, "float32", "euclidean", "all") for rows in (256, 1024, 4096)),
 ]
 

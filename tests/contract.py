@@ -1,6 +1,7 @@
 """Holds an implementation of the triplet loss against the oracle: batches, types, tolerances, comparisons."""
 
 import os
+from fractions import Fraction
 
 import pytest
 import torch
@@ -95,3 +96,61 @@ def check_mined(given, rows, names, kind, mining, slack):
             between = [j for j in negatives if d[best_p] + slack < d[j] < d[n] - slack]
             beyond = [j for j in negatives if d[j] > d[best_p] + slack]
             assert (d[n] > d[best_p] - slack and not between) or (not beyond and d[n] >= d[best_n] - slack)
+
+
+def integer_batches():
+    """Rows of small integers (B, D), where many distances are equal, their labels and a type that holds them."""
+    yield torch.tensor([[0, 1], [0, 2], [1, 1], [0, 1]]), torch.tensor([0, 1, 0, 1]), torch.float32
+    for seed, (least, most, rows, width, dtype) in enumerate(
+        (
+            (-1, 1, 40, 3, torch.float32),
+            (-1, 1, 90, 17, torch.bfloat16),
+            (0, 255, 70, 2, torch.float32),
+            (0, 3, 65, 9, torch.float16),
+            (1000, 1004, 60, 12, torch.float32),
+            (-3, 3, 50, 4, torch.float64),
+        )
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randint(least, most + 1, (rows, width), generator=generator)
+        yield x, torch.randint(rows // 5, (rows,), generator=generator), dtype
+
+
+def integer_order(a: list[int], b: list[int], kind: str) -> Fraction:
+    """What orders candidates b of a, in exact arithmetic: the squared distance, or -cos |cos| |a|^2."""
+    if kind != "cosine":
+        return Fraction(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
+    product, square = sum(x * y for x, y in zip(a, b, strict=True)), sum(y * y for y in b)
+    return Fraction(-product * abs(product), square) if square else Fraction(0)
+
+
+def check_integers(positive, negative, x, labels, kind, mining):
+    """Are these the rows that integer arithmetic mines, the lowest of equals?"""
+    rows, names = x.tolist(), labels.tolist()
+    for a in range(len(rows)):
+        d = [integer_order(rows[a], row, kind) for row in rows]
+        p = [j for j in range(len(rows)) if names[j] == names[a] and j != a]
+        n = [j for j in range(len(rows)) if names[j] != names[a]]
+        expected = oracle.mine(d, p, n, mining) if p and n else (-1, -1)
+        assert (positive[a], negative[a]) == expected, (x.shape, a)
+
+
+def batches_in_doubt(width):
+    """Name to 300 rows (300, width) whose distances are equal or nearly so, in any units; and their labels."""
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(300, width, generator=generator)
+    order = torch.stack([torch.randperm(width, generator=generator) for _ in x])
+    far = x.clone()
+    far[7] *= 1e6
+    batches = {
+        "permuted": x[0][order],
+        "copies": x[torch.randint(60, (300,), generator=generator)],
+        "collapsed": 1 + 1e-7 * x,
+        "rounded": (x * 2).round() / 10,
+        "an outlier": far,
+        "denormal": x * 1e-40,
+        "overflowing": x * 1e37,
+        "doubles": (x * 2).round().double() / 10,
+        "bfloat16": x.bfloat16(),
+    }
+    return batches, torch.randint(60, (300,), generator=generator)

@@ -111,9 +111,9 @@ def test_kernels_keep_everything_in_registers(kernels, architecture):
     found = kernels[architecture]
     names = {kernel.name for kernel in found}
     assert {
-        "search_pairs<float, float, 8>",
-        "search_pairs<double, double, 4>",
-        "search_pairs_mma<Bfloat16>",
+        "search_pairs<float, float, 8, false>",
+        "search_pairs<double, double, 4, true>",
+        "search_pairs_mma<Bfloat16, true>",
         "sort_pairs",
     } <= names
     assert len(names) == len(found) > 40
@@ -124,7 +124,7 @@ def test_kernels_keep_everything_in_registers(kernels, architecture):
 @needs_nvcc
 def test_two_blocks_of_the_searches_share_a_processor(kernels):
     searches = [kernel for kernel in kernels[90] if kernel.name.startswith("search_pairs")]
-    assert len(searches) == 9 and all(kernel.blocks(H100) >= 2 for kernel in searches)
+    assert len(searches) == 18 and all(kernel.blocks(H100) >= 2 for kernel in searches)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("oneshot_C_cuda") is None and not REQUIRED, reason="built without CUDA")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import oracle
-from contract import MININGS, TYPES, batch
+import triplet
+from contract import MININGS, TYPES, batch, batches_in_doubt, check_integers, integer_batches
 from kernels import LARGE, SMALL, Case, compiled, hold_against_the_oracle, hold_against_torch, run
 from triplet import DISTANCES
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="session")
 def emulation():
     """The emulated kernels."""
-    return compiled("emulation", "-O1", "-U_FORTIFY_SOURCE")
+    return compiled("emulation", "-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off")
 
 
 @pytest.mark.parametrize("kind", DISTANCES)
@@ -62,6 +62,32 @@ def test_tensor_cores(emulation, dtype, mining, rows, width, others):
     hold_against_torch(emulation, Case(*made, "cosine", mining, tensor_cores=True))
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [("euclidean", torch.float32), ("cosine", torch.bfloat16)])
+@pytest.mark.parametrize("mining", ("hard", "semihard"))
+@pytest.mark.parametrize("processors", [SMALL, LARGE])
+def test_tiles_without_positives(emulation, kind, dtype, mining, processors):
+    """Batches whose classes lie side by side, in any order of their labels."""
+    x, labels, others = batch(260, width=16, dtype=dtype, others=140)
+    names = torch.randint(2**40, (51,), generator=torch.Generator().manual_seed(0))
+    names = names[(torch.arange(400) + 3) // 8]  # classes that reach over the edges of tiles
+    case = Case(x, names[:260], (others[0], names[260:]), kind, mining, processors=processors, tensor_cores=True)
+    hold_against_torch(emulation, case)
+
+
+def test_label_filters(emulation):
+    """Tiles of 64 rows where a label meets itself are never missed, and of the rest few are mistaken for such."""
+    names = torch.randint(2**40, (400,), generator=torch.Generator().manual_seed(0))
+    for labels, anchors in ((names[torch.arange(3000) // 8], 2000), (names[torch.arange(300) % 50], 300)):
+        groups = [part for side in (labels[:anchors], labels[anchors:]) for part in side.split(64) if len(part)]
+        own = -(-anchors // 64)
+        tiles = [(i, j) for j in range(own) for i in range(j + 1)]
+        tiles += [(i, j) for j in range(own, len(groups)) for i in range(own)]
+        exact = [bool(torch.isin(groups[i], groups[j]).any()) for i, j in tiles]
+        found = emulation.mixed_tiles(labels.numpy(), anchors)
+        assert len(found) == len(tiles) and all(found[t] for t, mixed in enumerate(exact) if mixed)
+        assert sum(found) - sum(exact) <= 0.05 * len(tiles)
+
+
 @pytest.mark.parametrize(("dtype", "factors"), [(torch.bfloat16, (1e30, 1e-30, 1)), (torch.float16, (200, 1e-3, 1))])
 def test_lengths_of_rows_on_tensor_cores(emulation, dtype, factors):
     """Products of such values leave float32; the cosine does not depend on them."""
@@ -84,20 +110,28 @@ def test_all_triplets_beyond_a_blocks_memory(emulation):
         hold_against_torch(emulation, Case(x[:520], labels, None, kind, "all", soft=True))
 
 
-@pytest.mark.parametrize("processors", [LARGE, SMALL])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_ties_go_to_the_lowest_row(emulation, dtype, processors):
-    """Rows on a grid: distances are exact, many are equal, and rows have copies."""
-    x = torch.tensor([[i % 3, i // 3 % 2, i % 5 // 2] for i in range(150)]).to(dtype)
-    labels = torch.arange(150) * 7 % 11
-    for mining in ("hard", "semihard"):
-        found = run(emulation, Case(x, labels, None, "sqeuclidean", mining, processors=processors))
-        rows, names = x.tolist(), labels.tolist()
-        for a in range(0, 150, 7):
-            d = [oracle.distance(rows[a], row, "sqeuclidean") for row in rows]
-            p = [j for j in range(150) if names[j] == names[a] and j != a]
-            n = [j for j in range(150) if names[j] != names[a]]
-            assert (found["positive"][a], found["negative"][a]) == oracle.mine(d, p, n, mining)
+@pytest.mark.parametrize(("processors", "tensor_cores"), [(SMALL, False), (LARGE, False), (LARGE, True)])
+@pytest.mark.parametrize("mining", ("hard", "semihard"))
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_integers_are_mined_as_in_integer_arithmetic(emulation, kind, mining, processors, tensor_cores):
+    for x, labels, dtype in integer_batches():
+        case = Case(x.to(dtype), labels, None, kind, mining, processors=processors, tensor_cores=tensor_cores)
+        found = run(emulation, case)
+        check_integers(found["positive"], found["negative"], x, labels, kind, mining)
+
+
+@pytest.mark.parametrize("mining", ("hard", "semihard"))
+@pytest.mark.parametrize("kind", ("cosine", "euclidean"))
+@pytest.mark.parametrize(("width", "processors"), [(1, SMALL), (8, LARGE), (37, LARGE)])
+def test_rows_in_doubt_are_mined_as_on_the_cpu(emulation, kind, mining, width, processors):
+    """Distances that are equal or nearly so, by rows in any units."""
+    batches, labels = batches_in_doubt(width)
+    for name, rows in batches.items():
+        x, others = rows[:250], (rows[250:], labels[250:])
+        found = run(emulation, Case(x, labels[:250], others, kind, mining, processors=processors, tensor_cores=True))
+        plain = triplet.mine(x, labels[:250], distance=kind, mining=mining, others=others, impl="torch")
+        assert found["positive"].tolist() == plain.positive.tolist(), name
+        assert found["negative"].tolist() == plain.negative.tolist(), name
 
 
 @pytest.mark.parametrize("kind", DISTANCES)

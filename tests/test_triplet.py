@@ -1,6 +1,5 @@
 """triplet.py and the native op against a plain-Python oracle: implementation x device x type x mining x distance."""
 
-from fractions import Fraction
 from itertools import product
 
 import pytest
@@ -9,10 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 import triplet
-from contract import IMPLS, MININGS, TYPES, batch, compare
+from contract import IMPLS, MININGS, TYPES, batch, batches_in_doubt, check_integers, compare, integer_batches
 from triplet import DISTANCES, mine, triplet_loss
 
-ON_CPU = [impl for impl in IMPLS if impl.values[1] == "cpu"]  # CUDA's kernels decide by what their rounding gives
+COMPILED = [impl for impl in IMPLS if impl.values[0] != "torch"]
 
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
@@ -84,75 +83,38 @@ def test_ties_go_to_the_lowest_row(impl, device, mining):
             assert (mined.positive[a], mined.negative[a]) == oracle.mine(d, p, n, mining)
 
 
-def integer_order(a: list[int], b: list[int], kind: str) -> Fraction:
-    """What orders candidates b of a, in exact arithmetic: the squared distance, or -cos |cos| |a|^2."""
-    if kind != "cosine":
-        return Fraction(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)))
-    product, square = sum(x * y for x, y in zip(a, b, strict=True)), sum(y * y for y in b)
-    return Fraction(-product * abs(product), square) if square else Fraction(0)
-
-
-@pytest.mark.parametrize(("impl", "device"), ON_CPU)
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("mining", ("hard", "semihard"))
 @pytest.mark.parametrize("kind", DISTANCES)
 def test_integers_are_mined_as_in_integer_arithmetic(impl, device, mining, kind):
     """Where distances are equal, the lowest row wins, and beyond the positive is strictly beyond."""
-    cases = [(torch.tensor([[0, 1], [0, 2], [1, 1], [0, 1]]), torch.tensor([0, 1, 0, 1]), torch.float32)]
-    for seed, (least, most, rows, width, dtype) in enumerate(
-        (
-            (-1, 1, 40, 3, torch.float32),
-            (-1, 1, 90, 17, torch.bfloat16),
-            (0, 255, 70, 2, torch.float32),
-            (0, 3, 65, 9, torch.float16),
-            (1000, 1004, 60, 12, torch.float32),
-            (-3, 3, 50, 4, torch.float64),
-        )
-    ):
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randint(least, most + 1, (rows, width), generator=generator)
-        cases.append((x, torch.randint(rows // 5, (rows,), generator=generator), dtype))
-    for x, labels, dtype in cases:
-        found = mine(x.to(dtype), labels, distance=kind, mining=mining, impl=impl)
-        rows, names = x.tolist(), labels.tolist()
-        for a in range(len(rows)):
-            d = [integer_order(rows[a], row, kind) for row in rows]
-            p = [j for j in range(len(rows)) if names[j] == names[a] and j != a]
-            n = [j for j in range(len(rows)) if names[j] != names[a]]
-            expected = oracle.mine(d, p, n, mining) if p and n else (-1, -1)
-            assert (found.positive[a], found.negative[a]) == expected, (x.shape, dtype, a)
+    for x, labels, dtype in integer_batches():
+        found = mine(x.to(device, dtype), labels.to(device), distance=kind, mining=mining, impl=impl)
+        check_integers(found.positive.tolist(), found.negative.tolist(), x, labels, kind, mining)
 
 
-@pytest.mark.skipif(len(ON_CPU) == 1, reason="the native op is not built, nor asked for")
+@pytest.mark.parametrize(("impl", "device"), COMPILED)
 @pytest.mark.parametrize("mining", ("hard", "semihard"))
 @pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("width", [1, 8, 37])
-def test_rows_in_doubt_are_mined_alike(mining, kind, width):
-    """Distances that are equal or nearly so, by rows in any units: both implementations take the same rows."""
-    generator = torch.Generator().manual_seed(width)
-    x = torch.randn(300, width, generator=generator)
-    order = torch.stack([torch.randperm(width, generator=generator) for _ in x])
-    far = x.clone()
-    far[7] *= 1e6
-    batches = {
-        "permuted": x[0][order],
-        "copies": x[torch.randint(60, (300,), generator=generator)],
-        "collapsed": 1 + 1e-7 * x,
-        "rounded": (x * 2).round() / 10,
-        "an outlier": far,
-        "denormal": x * 1e-40,
-        "overflowing": x * 1e37,
-        "doubles": (x * 2).round().double() / 10,
-        "bfloat16": x.bfloat16(),
-    }
-    labels = torch.randint(60, (300,), generator=generator)
+def test_rows_in_doubt_are_mined_alike(impl, device, mining, kind, width):
+    """Distances that are equal or nearly so, by rows in any units: all implementations take the same rows."""
+    batches, labels = batches_in_doubt(width)
     for name, rows in batches.items():
         others = rows[250:], labels[250:]
         native, plain = (
-            mine(rows[:250], labels[:250], distance=kind, mining=mining, others=others, impl=impl)
-            for impl in ("native", "torch")
+            mine(
+                rows[:250].to(on),
+                labels[:250].to(on),
+                distance=kind,
+                mining=mining,
+                others=tuple(t.to(on) for t in others),
+                impl=how,
+            )
+            for how, on in ((impl, device), ("torch", "cpu"))
         )
-        assert torch.equal(native.positive, plain.positive), name
-        assert torch.equal(native.negative, plain.negative), name
+        assert torch.equal(native.positive.cpu(), plain.positive), name
+        assert torch.equal(native.negative.cpu(), plain.negative), name
 
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)

@@ -1,6 +1,7 @@
 // The triplet loss on CUDA: what all kernels share. Preparation of a batch: prepare.cuh; search for the mined rows:
-// search.cuh, search_mma.cuh; their loss and gradients: mined.cuh; all triplets: all.cuh; the order of the launches:
-// launch.cuh. No PyTorch headers: tests/native/emulation.cpp compiles the same source with g++.
+// search.cuh, search_mma.cuh; which they are where rounding leaves doubt: decide.cuh; their loss and gradients:
+// mined.cuh; all triplets: all.cuh; the order of the launches: launch.cuh. No PyTorch headers:
+// tests/native/emulation.cpp compiles the same source with g++.
 #pragma once
 
 #ifdef __CUDACC__
@@ -53,14 +54,38 @@ struct Batch {
   __device__ const In* row(int j) const { return x + int64_t(j) * width; }
 };
 
+constexpr int kGroup = 64;  // rows that share a label filter: of the anchors and of the others, in order
+
+// Which labels a group of rows may have, as bits of a hash: (groups, kThreads). Tiles of two groups without a bit in
+// common have no positives.
+struct Filters {
+  uint32_t* words;
+
+  template <typename In>
+  __device__ uint32_t* of(const Batch<In>& batch, int row) const {
+    const int own = (batch.anchors + kGroup - 1) / kGroup;
+    const int group = row < batch.anchors ? row / kGroup : own + (row - batch.anchors) / kGroup;
+    return words + int64_t(group) * kThreads;
+  }
+};
+
+// Rounding moves |x - y|^2 of what the search sees, as |x|^2 + |y|^2 - 2 x.y, by the slacks of a pair's candidate and
+// of its anchor at most. Those of cosine candidates are 0.
+struct Rounding {
+  float share, least, pair;
+  __device__ float of_candidate(float norm) const { return norm * share + least; }
+  __device__ float of_anchor(float norm) const { return of_candidate(norm) + pair; }
+};
+
 // What a search sees of a row x is x * scale[row] - shift: for cosine x / |x|, for the euclidean distances centred and
 // scaled by a power of two, so that neither cancellation nor overflow spoils the order of the distances.
 template <typename T>
 struct Prepared {
-  T *scale, *norms;  // (candidates,); norms: squared length of what the search sees, 0 for cosine
-  T* shift;          // (width,)
+  T *scale, *norms;  // (candidates,); norms: squared length of what the search sees, 1 for cosine
+  T* shift;          // (width,), and zeros up to a multiple of four
   Key* extreme;      // bits of the largest |x| of all, a double
   Key* unsound;      // 1: something is not finite
+  Filters filters;   // null: not wanted
 };
 
 // What the forward pass gives for each anchor, (anchors,) each.
@@ -85,41 +110,36 @@ struct Upstream {
   }
 };
 
-// Order of a key is order of value; no number gives 0.
+// Order of the bits is order of value; no number gives 0.
 __device__ inline uint32_t ordered(float x) {
   const uint32_t bits = bits_as<uint32_t>(x);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
-__device__ inline uint64_t ordered(double x) {
-  const uint64_t bits = bits_as<uint64_t>(x);
-  return bits >> 63 ? ~bits : bits | 0x8000000000000000u;
-}
-__device__ inline float unordered(uint32_t key) { return bits_as<float>(key >> 31 ? key & 0x7fffffffu : ~key); }
-__device__ inline double unordered(uint64_t key) {
-  return bits_as<double>(key >> 63 ? key & 0x7fffffffffffffffu : ~key);
-}
+__device__ inline float unordered(uint32_t bits) { return bits_as<float>(bits >> 31 ? bits & 0x7fffffffu : ~bits); }
 
-// Where the search left its winners, (3, anchors) each: farthest positive; negative; nearest negative beyond the
-// positive.
-template <typename T>
+// A candidate as the search keeps it: how good it may be (search.cuh), then its row, the lowest first. 0: none.
+__device__ inline Key key_of(float value, int row) { return Key(ordered(value)) << 32 | ~uint32_t(row); }
+__device__ inline float value_of(Key key) { return unordered(uint32_t(key >> 32)); }  // NaN: none
+__device__ inline int row_of(Key key) { return key == 0 ? -1 : int(~uint32_t(key)); }
+
+constexpr int kSlots = 3;  // farthest positive; negative; nearest negative beyond the positive
+constexpr int kKept = 16;  // candidates of each
+
+// What the search leaves of each anchor for decide.cuh.
 struct Winners {
-  Key* values;  // float: value and row; double: value alone
-  Key* found;   // double: row alone; float: null
+  Key* kept;         // (slots, anchors, kKept) the best candidates, the best of them first
+  uint32_t* bounds;  // (slots, anchors) `ordered`: one candidate at least is as good as this. 0: none is known
+  float* limits;     // (anchors,) semihard: the order of the positive, and what decides that order
+  double* decisive_limits;
   int anchors;
+  Rounding rounding;
 
-  __device__ int row(int slot, int anchor) const {  // -1: none
-    const Key key = (found ? found : values)[int64_t(slot) * anchors + anchor];
-    return key == 0 ? -1 : int(~uint32_t(key));
-  }
-  __device__ T value(int slot, int anchor) const {  // NaN: none
-    const Key key = values[int64_t(slot) * anchors + anchor];
-    if constexpr (sizeof(T) == 4) {
-      return unordered(uint32_t(key >> 32));
-    } else {
-      return unordered(uint64_t(key));
-    }
-  }
+  __device__ Key* of(int slot, int anchor) const { return kept + (int64_t(slot) * anchors + anchor) * kKept; }
+  __device__ uint32_t* bound(int slot, int anchor) const { return bounds + int64_t(slot) * anchors + anchor; }
 };
+
+// What a candidate must reach to be of interest, by a bound.
+__device__ inline float floor_of(uint32_t bound) { return bound ? unordered(bound) : -3.4028235e38f; }
 
 __device__ inline int warp_row() { return int(blockIdx.x * kWarps + threadIdx.x / 32); }  // one warp a row
 __device__ inline int lane() { return int(threadIdx.x % 32); }

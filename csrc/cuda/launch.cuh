@@ -25,27 +25,34 @@ struct Arena {
   }
 };
 
+inline int slots_of(Mining mining) { return mining == Mining::all ? 0 : mining == Mining::hard ? 2 : kSlots; }
+
 // What both passes keep of a batch, and the forward pass of the search.
 template <typename T>
 struct Workspace {
   Prepared<T> prepared;
-  Winners<T> winners;
+  Winners winners;
   double* sums;     // (stripes, width)
   int64_t* counts;  // (anchors,)
   Key* zeroed;      // the first `zeroes` keys of the allocation start as 0
   int64_t zeroes;
   int stripes;
 
+  // Arrays for `slots` winners of each anchor; 0: nothing will be searched.
   template <typename In>
-  Workspace(const Batch<In>& batch, Arena& arena) {
+  Workspace(const Batch<In>& batch, int slots, Arena& arena) {
     zeroed = arena.take<Key>(2);
     prepared.extreme = zeroed;
     prepared.unsound = zeroed + 1;
     winners.anchors = batch.anchors;
-    winners.values = arena.take<Key>(3 * int64_t(batch.anchors));
-    winners.found = sizeof(T) == 8 ? arena.take<Key>(3 * int64_t(batch.anchors)) : nullptr;
-    prepared.shift = arena.take<T>(batch.width);
+    winners.kept = arena.take<Key>(int64_t(slots) * batch.anchors * kKept);
+    winners.bounds = arena.take<uint32_t>(int64_t(slots) * batch.anchors);
+    const int64_t groups = parts_of(batch.anchors, kGroup) + parts_of(batch.candidates - batch.anchors, kGroup);
+    prepared.filters.words = slots ? arena.take<uint32_t>(groups * kThreads) : nullptr;
+    prepared.shift = arena.take<T>(parts_of(batch.width, 4) * 4);
     zeroes = arena.used / int64_t(sizeof(Key));
+    winners.limits = arena.take<float>(batch.anchors);
+    winners.decisive_limits = arena.take<double>(batch.anchors);
     stripes = int(parts_of(batch.candidates, 512) < 128 ? parts_of(batch.candidates, 512) : 128);
     sums = arena.take<double>(int64_t(stripes) * batch.width);
     counts = arena.take<int64_t>(batch.anchors);
@@ -94,16 +101,16 @@ struct AllWorkspace {
 
 // Bytes of the allocation that `forward` or `backward` needs.
 template <typename T, typename In>
-int64_t forward_bytes(const Batch<In>& batch) {
+int64_t forward_bytes(const Batch<In>& batch, Mining mining) {
   Arena arena{nullptr};
-  Workspace<T>(batch, arena);
+  Workspace<T>(batch, slots_of(mining), arena);
   return arena.used;
 }
 
 template <typename T, typename In>
 int64_t backward_bytes(const Batch<In>& batch, Mining mining, int gradient_rows) {
   Arena arena{nullptr};
-  Workspace<T>(batch, arena);
+  Workspace<T>(batch, 0, arena);
   if (mining == Mining::all) {
     AllWorkspace<T>(batch, gradient_rows, arena);
   } else {
@@ -144,21 +151,31 @@ dim3 tiles_of(const Batch<In>& batch, int64_t size) {
   return dim3(unsigned(tiles));
 }
 
+// How far rounding moves the order of a search, as multiples of the unit of its arithmetic. A product's sum of D terms
+// is off by D units of |x| |y|; on tensor cores, which cut off digits, by 1.6 D + 25, as 16 terms and what they are
+// added to may lose 26 units. The rest: rows as the search sees them, norms, `decisive`, and the search's own sums,
+// which are of float32 for doubles too.
+template <typename T>
+Rounding rounding_of(Distance distance, int width, bool tensor_cores) {
+  const double unit = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53, terms = tensor_cores ? 2. * width + 128 : 1.3 * width + 96;
+  const float slack = float(terms * unit + (sizeof(T) == 8 ? 8 * 0x1p-24 : 0));
+  if (distance == Distance::cosine) return {0, 0, 2 * slack};
+  return {slack, float(2 * width * 0x1p-126), 0};  // least: products too small for float32
+}
+
 // One pass over all pairs: large tiles where they fill the device, on tensor cores where these serve; else small ones.
-template <typename Launch, typename In, typename T>
+template <bool kBeyond, typename Launch, typename In, typename T>
 void search(Launch& launch, const Machine& machine, const Batch<In>& batch, Distance distance, const Workspace<T>& work,
             Pass pass) {
   const dim3 large = tiles_of(batch, 128);
+  const auto run = [&](auto kernel, dim3 tiles) { launch(kernel, tiles, batch, work.prepared, work.winners, pass); };
   if (sizeof(T) == 4 && large.x >= unsigned(machine.processors)) {
     if constexpr (sizeof(In) == 2) {
-      if (machine.tensor_cores && distance == Distance::cosine) {
-        return launch(&search_pairs_mma<In>, large, batch, work.prepared, work.winners, pass);
-      }
+      if (machine.tensor_cores && distance == Distance::cosine) return run(&search_pairs_mma<In, kBeyond>, large);
     }
-    if constexpr (sizeof(T) == 4)
-      return launch(&search_pairs<In, T, 8>, large, batch, work.prepared, work.winners, pass);
+    if constexpr (sizeof(T) == 4) return run(&search_pairs<In, T, 8, kBeyond>, large);
   }
-  launch(&search_pairs<In, T, 4>, tiles_of(batch, 64), batch, work.prepared, work.winners, pass);
+  run(&search_pairs<In, T, 4, kBeyond>, tiles_of(batch, 64));
 }
 
 // `each` except its counts, and `loss` unless it is null.
@@ -166,15 +183,18 @@ template <typename T, typename Launch, typename In>
 void forward(Launch& launch, const Machine& machine, const Batch<In>& batch, const Settings& settings, char* memory,
              Outputs<T> each, T* loss, int64_t* count) {
   Arena arena{memory};
-  const Workspace<T> work(batch, arena);
+  Workspace<T> work(batch, slots_of(settings.mining), arena);
   const bool all = settings.mining == Mining::all, semihard = settings.mining == Mining::semihard;
+  const Distance distance = settings.distance;
+  work.winners.rounding =
+      rounding_of<T>(distance, batch.width, sizeof(In) == 2 && machine.tensor_cores && distance == Distance::cosine);
   each.counts = work.counts;
-  prepare(launch, batch, settings.distance, work, !all);
-  for (const bool beyond : {false, true}) {
-    if (all || (beyond && !semihard)) break;
-    const Pass pass{semihard && !beyond, beyond, false};
-    search(launch, machine, batch, settings.distance, work, pass);
-    if (sizeof(T) == 8) search(launch, machine, batch, settings.distance, work, {pass.farthest, beyond, true});
+  prepare(launch, batch, distance, work, !all);
+  if (!all) search<false>(launch, machine, batch, distance, work, {!semihard});
+  if (semihard) {
+    launch(&choose_positives<In, T>, warps_for(batch.anchors), batch, distance, work.prepared, work.winners,
+           each.positive);
+    search<true>(launch, machine, batch, distance, work, {true});
   }
   if (all) {
     launch(&sum_triplets<In, T>, dim3(unsigned(batch.anchors)), batch, settings, work.prepared, each);
@@ -189,7 +209,7 @@ template <typename T, typename Launch, typename In>
 void backward(Launch& launch, const Batch<In>& batch, const Settings& settings, char* memory, const Upstream<T>& up,
               In* gradient, int gradient_rows) {
   Arena arena{memory};
-  const Workspace<T> work(batch, arena);
+  const Workspace<T> work(batch, 0, arena);
   const Distance distance = settings.distance;
   const T* scale = work.prepared.scale;
   const dim3 a_block_each(unsigned(gradient_rows), 1, 1);

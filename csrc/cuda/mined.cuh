@@ -3,19 +3,26 @@
 // of the pairs, so that bits repeat.
 #pragma once
 
-#include "cuda/common.cuh"
+#include "cuda/decide.cuh"
 
 namespace triplet::gpu {
 
 // The mined rows and the exact loss of each anchor. One warp an anchor.
 template <typename In, typename T>
 __global__ void __launch_bounds__(kThreads)
-    finish(Batch<In> batch, Settings settings, Prepared<T> prepared, Winners<T> winners, Outputs<T> out) {
+    finish(Batch<In> batch, Settings settings, Prepared<T> prepared, Winners winners, Outputs<T> out) {
+  __shared__ Chamber chamber;
   const int a = warp_row();
-  if (a >= batch.anchors) return;
-  const bool sound = *prepared.unsound == 0;
-  const int positive = winners.row(0, a), beyond = winners.row(2, a);
-  const int negative = settings.mining == Mining::semihard && beyond >= 0 ? beyond : winners.row(1, a);
+  const bool inside = a < batch.anchors, sound = *prepared.unsound == 0, semihard = settings.mining == Mining::semihard;
+  const auto chosen = [&](int slot, bool farthest, bool wanted) {
+    const Council<In, T> council{batch, settings.distance, prepared, winners, slot, farthest};
+    return choose(council, inside && sound && wanted ? a : -1, chamber);
+  };
+  const int positive = !semihard ? chosen(0, true, true) : inside ? int(out.positive[a]) : -1;
+  int negative = semihard ? chosen(2, false, positive >= 0) : -1;
+  const int nearest = chosen(1, semihard, positive >= 0 && negative < 0);  // semihard: the farthest
+  if (negative < 0) negative = nearest;
+  if (!inside) return;
   const bool takes_part = sound && positive >= 0 && negative >= 0;
   T loss = sound ? T(0) : T(NAN);
   if (takes_part) {

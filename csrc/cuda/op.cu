@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(Tensor candidates, Tensor 
     positive = allocate(labels, anchors, ScalarType::Long);
     negative = allocate(labels, anchors, ScalarType::Long);
     const Tensor each = allocate(candidates, anchors, loss_type(candidates));
-    const Tensor memory = allocate(candidates, forward_bytes<T>(batch), ScalarType::Byte);
+    const Tensor memory = allocate(candidates, forward_bytes<T>(batch, settings.mining), ScalarType::Byte);
     const bool reduced = settings.reduction != Reduction::none;
     loss = reduced ? torch::stable::new_empty(candidates, {}, loss_type(candidates)) : each;
     forward<T>(device, device.machine(), batch, settings, pointer<char>(memory),

@@ -1,4 +1,5 @@
-// What the search and the cosine need of a batch: scales, column means, squared lengths, and whether all is finite.
+// What the search and the cosine need of a batch: scales, column means, squared lengths, label filters, and whether all
+// is finite.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -11,13 +12,17 @@ __global__ static void __launch_bounds__(kThreads) clear(Key* keys, int64_t coun
   if (i < count) keys[i] = 0;
 }
 
-// Largest |x| of all rows, whether all are finite, and for cosine 1 / |x| of each. One warp a row. For halves a
-// processor holds 4 blocks at least: without that bound ptxas spills.
+// Largest |x| of all rows, whether all are finite, label filters, and for cosine 1 / |x| of each. One warp a row. For
+// halves a processor holds 4 blocks at least: without that bound ptxas spills.
 template <typename In, typename T>
 __global__ void __launch_bounds__(kThreads, sizeof(In) == 2 ? 4 : 0)
     measure(Batch<In> batch, Distance distance, Prepared<T> prepared) {
   const int j = warp_row();
   if (j >= batch.candidates) return;
+  if (prepared.filters.words && lane() == 0) {
+    const uint32_t hash = uint32_t(uint64_t(batch.labels[j]) * 0x9e3779b97f4a7c15u >> 51);  // 13 bits
+    atomicOr(prepared.filters.of(batch, j) + hash / 32, 1u << hash % 32);
+  }
   const In* x = batch.row(j);
   double largest = 0;
   int unsound = 0;
@@ -47,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(In) == 2 ? 4 : 0)
   const double norm = largest * sqrt(sum_of_warp(squares));
   if (lane() == 0) {
     prepared.scale[j] = largest > 0 ? T(1 / (norm < 1e-12 ? 1e-12 : norm)) : T(0);  // 0: no gradient either
-    prepared.norms[j] = 0;
+    prepared.norms[j] = 1;
   }
 }
 

@@ -1,26 +1,32 @@
-// The search for the winners: tiles of x.y products, each pair of the anchors' tiles visited once, winners of its rows
-// and of its columns kept as keys that atomicMax reduces. Here for every type; search_mma.cuh has tensor cores for
-// some.
+// The search for the mined rows: tiles of x.y products, each pair of the anchors' tiles visited once, for its row as an
+// anchor and for its column. Here for every type; search_mma.cuh has tensor cores for some.
+//
+// Products are rounded, by a bounded slack (Rounding, common.cuh), so the search does not tell which candidate wins. It
+// keeps the best few, by what each may be at best, and a bound: what one of them is at worst. What is below the bound
+// cannot win, and is dropped. As bounds only rise, what is dropped under an early one is below the last one as well, so
+// the result depends on no order: those of the kept that reach the bound are the best kKept that do.
 #pragma once
 
 #include "cuda/common.cuh"
 
 namespace triplet::gpu {
 
-// What a launch looks for. Slots of Winners: 0 farthest positive, 1 a negative, 2 a negative beyond the positive.
-struct Pass {
-  bool farthest;  // the negative: farthest instead of nearest
-  bool beyond;    // the negative: only strictly farther than the winner of slot 0; it goes to slot 2
-  bool rows;      // double: the values are known, find the lowest rows that have them
+enum class Want { positive, nearest, farthest, beyond };  // the farthest positive; a negative; one beyond the positive
 
-  // of the winning positives (which = 0) and negatives (1)
-  __device__ int slot(int which) const { return which && beyond ? 2 : which; }
-};
+__host__ __device__ constexpr int slot_of(Want want) {
+  return want == Want::positive ? 0 : want == Want::beyond ? 2 : 1;
+}
 
 // Tiles [begin, begin + kTile) of anchors and of candidates that this block compares.
 struct Place {
   int rows, row_end, columns, column_end;
-  bool columns_are_anchors, itself;
+
+  // the last one for those beyond the end, which no search takes
+  __device__ int row(int i) const { return rows + i < row_end ? rows + i : row_end - 1; }
+  __device__ int column(int j) const { return columns + j < column_end ? columns + j : column_end - 1; }
+
+  __device__ bool itself() const { return rows == columns; }
+  __device__ bool columns_are_anchors() const { return columns < row_end && !itself(); }  // of pairs not seen before
 };
 
 // anchors x anchors: the tiles (i, j) with i <= j, j-th triangle after j-th triangle; then anchors x other candidates,
@@ -33,10 +39,21 @@ __device__ Place place(const Batch<In>& batch) {
     while (j * (j + 1) / 2 > t) --j;  // sqrt may round either way
     while ((j + 1) * (j + 2) / 2 <= t) ++j;
     const int64_t i = t - j * (j + 1) / 2;
-    return {int(i) * kTile, batch.anchors, int(j) * kTile, batch.anchors, i != j, i == j};
+    return {int(i) * kTile, batch.anchors, int(j) * kTile, batch.anchors};
   }
   const int64_t i = (t - triangle) % own, j = (t - triangle) / own;
-  return {int(i) * kTile, batch.anchors, batch.anchors + int(j) * kTile, batch.candidates, false, false};
+  return {int(i) * kTile, batch.anchors, batch.anchors + int(j) * kTile, batch.candidates};
+}
+
+// May two rows of the tile have the same label? The same answer for the whole block; every thread has a word.
+template <int kTile, typename In>
+__device__ bool may_have_positives(const Batch<In>& batch, const Filters& filters, const Place& at) {
+  const auto labels = [&](int begin, int end) {
+    uint32_t word = 0;
+    for (int row = begin; row < begin + kTile && row < end; row += kGroup) word |= filters.of(batch, row)[threadIdx.x];
+    return word;
+  };
+  return __syncthreads_or((labels(at.rows, at.row_end) & labels(at.columns, at.column_end)) != 0);
 }
 
 // A thread's share of a tile: kSide x kSide values, rows and columns in groups of four so that shared memory is read as
@@ -45,6 +62,7 @@ __device__ Place place(const Batch<In>& batch) {
 template <int kSide>
 struct SimtShare {
   static constexpr int kTile = 16 * kSide, kRows = kSide, kColumns = kSide;
+  static constexpr bool kCosine = false;  // only: candidates have no slack
   static constexpr int kRowLanes = 15, kColumnLanes = 16, kRowParts = 1, kColumnParts = 8;
   __device__ static int row(int i) { return i / 4 * 64 + int(threadIdx.x) / 16 * 4 + i % 4; }
   __device__ static int column(int j) { return j / 4 * 64 + int(threadIdx.x) % 16 * 4 + j % 4; }
@@ -52,138 +70,232 @@ struct SimtShare {
   __device__ static int column_part() { return int(threadIdx.x) / 32; }
 };
 
+// What a launch looks for. Semihard mining has a pass for the positives and then one for the negatives, which needs to
+// know them (kBeyond).
+struct Pass {
+  bool negatives;  // beside the positives, the nearest ones
+};
+
 // What a tile's epilogue needs of its rows and columns, in shared memory: 0..kTile the rows, then the columns.
 template <typename T, int kTile>
 struct Ends {
-  Shared<int64_t, 2 * kTile> labels;
-  Shared<T, 2 * kTile> norms;   // NaN beyond the end, which no winner can have
-  Shared<T, 2 * kTile> limits;  // of an anchor's negatives, which must lie beyond
+  Shared<int32_t, 4 * kTile> labels;  // their lower halves, then the upper ones
+  Shared<T, 2 * kTile> norms;         // NaN beyond the end, which no comparison takes
+  Shared<float, 2 * kTile> slacks;
+  Shared<float, 2 * kTile> limits;           // of an anchor's positive, beyond which negatives are sought
+  Shared<float, kSlots * 2 * kTile> floors;  // what candidates of an anchor must reach
+  Shared<Place, 1> place;                    // here, since registers are few
+  Shared<int, 1> mixed;                      // whether there may be positives
 };
 
-template <typename In, typename T, int kTile>
-__device__ void load_ends(const Batch<In>& batch, const T* norms, const Winners<T>& winners, const Place& at, Pass pass,
-                          Ends<T, kTile>& ends) {
+// Returns false where the tile has nothing that the pass looks for.
+template <bool kBeyond, typename In, typename T, int kTile>
+__device__ bool load_ends(const Batch<In>& batch, const Prepared<T>& prepared, const Winners& winners, const Place& at,
+                          Pass pass, Ends<T, kTile>& ends) {
+  if (threadIdx.x == 0) ends.place.set(0, at);
+  const bool mixed = may_have_positives<kTile>(batch, prepared.filters, at);  // a barrier
+  if (!kBeyond && !mixed && !pass.negatives) return false;
+  if (threadIdx.x == 0) ends.mixed.set(0, mixed);
   const int t = int(threadIdx.x), j = t < kTile ? at.rows + t : at.columns + t - kTile;
-  if (t >= 2 * kTile) return;
-  const bool inside = j < (t < kTile ? at.row_end : at.column_end);
-  ends.labels.set(t, inside ? batch.labels[j] : 0);
-  ends.norms.set(t, inside ? norms[j] : T(NAN));
-  ends.limits.set(t, inside && pass.beyond && j < batch.anchors ? winners.value(0, j) : -T(INFINITY));
+  if (t >= 2 * kTile) return true;
+  const bool inside = j < (t < kTile ? at.row_end : at.column_end), anchor = inside && j < batch.anchors;
+  const T norm = inside ? prepared.norms[j] : T(NAN);
+  const int64_t label = inside ? batch.labels[j] : 0;
+  ends.labels.set(t, int32_t(label));
+  ends.labels.set(2 * kTile + t, int32_t(label >> 32));
+  ends.norms.set(t, norm);
+  ends.slacks.set(t, winners.rounding.of_candidate(float(norm)));
+  if (kBeyond) ends.limits.set(t, anchor ? winners.limits[j] : 0.f);
+  for (int slot = kBeyond; slot < kBeyond + 2; ++slot) {
+    ends.floors.set(slot * 2 * kTile + t, anchor ? floor_of(*winners.bound(slot, j)) : INFINITY);
+  }
+  return true;
 }
 
-// A block's winners for the search, (2, parts, tile): positives, negatives.
+// Of the anchors of a tile, the least that is known of their best candidates there: (parts, tile).
 template <typename Share>
-using Keys = Shared<Key, 2 * Share::kColumnParts * Share::kTile>;
+using Tops = Shared<float, Share::kColumnParts * Share::kTile>;
 
-// A thread's best so far, ties to the first; at -1: none. For double, `only` one whose value is the one that is wanted.
-template <typename T>
-struct Best {
-  T value = -T(INFINITY), wanted = 0;
-  int at = -1;
-  bool only = false;
-  __device__ void consider(bool may, T candidate, int j) {
-    if constexpr (sizeof(T) == 8) may = may && (!only || candidate == wanted);
-    if (may && candidate > value) {
-      value = candidate;
-      at = j;
-    }
-  }
-  __device__ Key key(int row) const {
-    if (at < 0) return 0;
-    if constexpr (sizeof(T) == 4) {
-      return Key(ordered(value)) << 32 | ~uint32_t(row);
-    } else {
-      return only ? Key(~uint32_t(row)) : ordered(value);
-    }
-  }
-};
-
-// Best key of the lanes that differ in the bits of kLanes only.
+// The largest value of the lanes that differ in the bits of kLanes only.
 template <int kLanes>
-__device__ inline Key best_of_lanes(Key key) {
+__device__ inline float max_of_lanes(float x) {
 #pragma unroll
   for (int bit = 1; bit < 32; bit *= 2) {
-    if (kLanes & bit) {
-      const Key other = __shfl_xor_sync(kAllLanes, key, bit);
-      key = other > key ? other : key;
-    }
+    if (kLanes & bit) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, bit));
   }
-  return key;
+  return x;
 }
 
-// Winners of the tile's rows as anchors (kByColumn: of its columns), from a thread's share `order` of the pairs'
-// distances, in any monotone form, and a bit `same` for each; then of the block, then of all blocks.
-template <typename Share, bool kByColumn, typename T>
-__device__ void search(const T (&order)[Share::kRows][Share::kColumns], uint64_t same, const Place& at, Pass pass,
-                       const Winners<T>& winners, Ends<T, Share::kTile>& ends, Keys<Share>& keys) {
-  constexpr int kTile = Share::kTile, kParts = Share::kColumnParts;
-  constexpr int kAnchors = kByColumn ? Share::kColumns : Share::kRows;
-  constexpr int kCandidates = kByColumn ? Share::kRows : Share::kColumns;
-  constexpr int kLanes = kByColumn ? Share::kColumnLanes : Share::kRowLanes;
-  constexpr int kUsed = kByColumn ? Share::kColumnParts : Share::kRowParts;
-  const int anchors = kByColumn ? at.columns : at.rows, candidates = kByColumn ? at.rows : at.columns;
-  const int anchor_end = kByColumn ? at.column_end : at.row_end;
-  const int part = kByColumn ? Share::column_part() : Share::row_part();
+// One of an anchor's best: what a place has no room for moves on to the next. In the end each place has the best of
+// what came by, in whatever order it came.
+__device__ inline void keep(Key* kept, Key key, float floor) {
 #pragma unroll 1
-  for (int which = 0; which < 2; ++which) {  // positives, negatives
-    const uint64_t may = which ? ~same : same;
-    const T sign = which == 0 || pass.farthest ? 1 : -1;
+  for (int k = 0; k < kKept && value_of(key) >= floor; ++k) {
+    const Key before = atomicMax(kept + k, key);
+    key = before < key ? before : key;
+  }
+}
+
+// Looks for candidates of the tile's rows as anchors (kByColumn: of its columns) in a thread's share of the pairs'
+// `order`: squared distances, those of negatives times -1; NaN: no pair that is looked for.
+template <typename Share, bool kByColumn, Want kWant, typename T>
+struct Seeker {
+  static constexpr int kTile = Share::kTile, kSlot = slot_of(kWant);
+  static constexpr int kAnchors = kByColumn ? Share::kColumns : Share::kRows;
+  static constexpr int kCandidates = kByColumn ? Share::kRows : Share::kColumns;
+  static constexpr int kLanes = kByColumn ? Share::kColumnLanes : Share::kRowLanes;
+  static constexpr int kParts = kByColumn ? Share::kColumnParts : Share::kRowParts;
+  static constexpr float kSign = kWant == Want::farthest ? -1 : 1;
+
+  const float (&order)[Share::kRows][Share::kColumns];
+  const Place& at;
+  const Winners& winners;
+  Ends<T, kTile>& ends;
+  Tops<Share>& tops;
+
+  // of anchor i and candidate j of a thread
+  __device__ static int in_row(int i, int j) { return kByColumn ? j : i; }
+  __device__ static int in_column(int i, int j) { return kByColumn ? i : j; }
+  __device__ static int anchor(int i) { return kByColumn ? Share::column(i) : Share::row(i); }
+  __device__ static int candidate(int j) { return kByColumn ? Share::row(j) : Share::column(j); }
+
+  __device__ int floor_at(int anchor) const { return (2 * kSlot + kByColumn) * kTile + anchor; }
+  __device__ float slack_of(int j) const { return ends.slacks.get(!kByColumn * kTile + candidate(j)); }
+  __device__ float better(float value, int j) const { return Share::kCosine ? value : value + slack_of(j); }
+  __device__ float worse(float value, int j) const { return Share::kCosine ? value : value - slack_of(j); }
+  __device__ float own_slack(int i) const {
+    return ends.slacks.get(kByColumn * kTile + anchor(i)) + winners.rounding.pair;
+  }
+  __device__ float limit_of(int i) const { return ends.limits.get(kByColumn * kTile + anchor(i)); }
+
+  // How good a candidate is at best, the better the greater, but for its anchor's slack; NaN: it is none. Positives are
+  // not told from negatives, nor from the anchor, here. No harm: bounds from those are below 0, what positives reach.
+  __device__ float at_best(int i, int j) const {
+    const float value = kSign * order[in_row(i, j)][in_column(i, j)];
+    if (kWant == Want::beyond && !(worse(value, j) <= own_slack(i) - limit_of(i))) return NAN;
+    return better(value, j);
+  }
+
+  // And at worst; NaN: it may be none.
+  __device__ float at_worst(int i, int j) const {
+    const float best = at_best(i, j);
+    if (kWant == Want::beyond && !(best < -limit_of(i) - own_slack(i))) return NAN;
+    return worse(worse(best, j), j);
+  }
+
+  // A bit for each of the thread's anchors that has a candidate of interest; `tops` of those of the warp.
+  __device__ unsigned look() const {
+    const int part = kByColumn ? Share::column_part() : Share::row_part();
+    unsigned open = 0;
 #pragma unroll
     for (int i = 0; i < kAnchors; ++i) {
-      const int in_tile = kByColumn ? Share::column(i) : Share::row(i), a = anchors + in_tile;
-      const T limit = which ? ends.limits.get(kByColumn * kTile + in_tile) : -T(INFINITY);
-      Best<T> best;
-      if constexpr (sizeof(T) == 8) {
-        best.only = pass.rows;
-        best.wanted = pass.rows && a < anchor_end ? winners.value(pass.slot(which), a) : 0;
+      float best = -INFINITY, top = -INFINITY;
+#pragma unroll
+      for (int j = 0; j < kCandidates; ++j) best = fmaxf(best, at_best(i, j));
+      const bool opens = best >= ends.floors.get(floor_at(anchor(i)));
+      open |= unsigned(opens) << i;
+      if (__any_sync(kAllLanes, opens)) {  // rare, once some tiles have gone by
+#pragma unroll
+        for (int j = 0; j < kCandidates; ++j) top = fmaxf(top, at_worst(i, j));
+        top = max_of_lanes<kLanes>(top) - 2 * own_slack(i);
       }
+      if ((lane() & kLanes) == 0) tops.set(part * kTile + anchor(i), top);
+    }
+    return open;
+  }
+
+  // The tile's tops into the bounds of all tiles, and those into the floors. A thread an anchor.
+  __device__ void raise_floors() const {
+    const int t = int(threadIdx.x), mine = floor_at(t);
+    if (t >= kTile) return;
+    float top = -INFINITY;
+    for (int p = 0; p < kParts; ++p) top = fmaxf(top, tops.get(p * kTile + t));
+    if (!(top > ends.floors.get(mine))) return;
+    const uint32_t before = atomicMax(winners.bound(kSlot, (kByColumn ? at.columns : at.rows) + t), ordered(top));
+    ends.floors.set(mine, fmaxf(top, floor_of(before)));
+  }
+
+  // Keeps what reaches the floors, of the anchors that are open.
+  __device__ void list(unsigned open) const {
+    uint64_t passes = 0;
+#pragma unroll
+    for (int i = 0; i < kAnchors; ++i) {
+      if (!(open >> i & 1)) continue;
+      const float floor = ends.floors.get(floor_at(anchor(i)));
 #pragma unroll
       for (int j = 0; j < kCandidates; ++j) {
-        const int row = kByColumn ? j : i, column = kByColumn ? i : j;
-        const T value = order[row][column];
-        best.consider((may >> (row * Share::kColumns + column) & 1) && value > limit, sign * value, j);
+        const bool may =
+            kWant != Want::positive || bits_as<int32_t>(order[in_row(i, j)][in_column(i, j)]) >= 0;  // -0: no
+        passes |= uint64_t(may && at_best(i, j) >= floor) << (i * kCandidates + j);
       }
-      const int row = candidates + (kByColumn ? Share::row(best.at) : Share::column(best.at));
-      const Key key = best_of_lanes<kLanes>(best.key(row));
-      if ((lane() & kLanes) == 0) keys.set((which * kParts + part) * kTile + in_tile, key);
+    }
+    for (; passes; passes &= passes - 1) {
+      const int bit = __ffsll(int64_t(passes)) - 1, i = bit / kCandidates, j = bit % kCandidates;
+      float value = 0;  // order[i, j], by comparisons: arrays in registers have no addresses
+#pragma unroll
+      for (int k = 0; k < kAnchors * kCandidates; ++k) {
+        value = k == bit ? order[in_row(k / kCandidates, k % kCandidates)][in_column(k / kCandidates, k % kCandidates)]
+                         : value;
+      }
+      const int a = (kByColumn ? at.columns : at.rows) + anchor(i);
+      const int row = (kByColumn ? at.rows : at.columns) + candidate(j);
+      if (row == a) continue;
+      keep(winners.of(kSlot, a), key_of(better(kSign * value, j), row), ends.floors.get(floor_at(anchor(i))));
     }
   }
-  __syncthreads();
-  const int t = int(threadIdx.x), which = t / kTile, a = anchors + t % kTile;
-  if (which < 2 && a < anchor_end) {
-    Key best = 0;
-    for (int p = 0; p < kUsed; ++p) {
-      const Key key = keys.get((which * kParts + p) * kTile + t % kTile);
-      best = key > best ? key : best;
-    }
-    Key* all = pass.rows ? winners.found : winners.values;
-    if (best) atomicMax(all + int64_t(pass.slot(which)) * winners.anchors + a, best);
+
+  __device__ void run() const {
+    const unsigned open = look();
+    __syncthreads();
+    raise_floors();
+    __syncthreads();
+    list(open);
   }
+};
+
+// Candidates of the rows, and of the columns.
+template <typename Share, Want kWant, typename T>
+__device__ void seek(const float (&order)[Share::kRows][Share::kColumns], const Place& at, const Winners& winners,
+                     Ends<T, Share::kTile>& ends, Tops<Share>& tops) {
+  Seeker<Share, false, kWant, T>{order, at, winners, ends, tops}.run();
+  if (at.columns_are_anchors()) Seeker<Share, true, kWant, T>{order, at, winners, ends, tops}.run();
 }
 
-// |x|^2 + |y|^2 - 2 x.y of a thread's share in place of x.y; NaN for a row with itself; then the winners both ways.
-template <typename Share, typename T>
-__device__ void search_tile(T (&product)[Share::kRows][Share::kColumns], const Place& at, Pass pass,
-                            const Winners<T>& winners, Ends<T, Share::kTile>& ends, Keys<Share>& keys) {
+// The pairs' order from their x.y, a thread's share; then their candidates.
+template <typename Share, bool kBeyond, typename T>
+__device__ void search_tile(const T (&product)[Share::kRows][Share::kColumns], Pass pass, const Winners& winners,
+                            Ends<T, Share::kTile>& ends, Tops<Share>& tops) {
+  constexpr int kTile = Share::kTile;
+  const Place at = ends.place.get(0);
   static_assert(Share::kRows * Share::kColumns <= 64);
-  uint64_t same = 0;
+  float order[Share::kRows][Share::kColumns];
+  const auto for_all = [&](auto&& f) {
 #pragma unroll
-  for (int j = 0; j < Share::kColumns; ++j) {
-    const int column = Share::column(j);
-    const T column_norm = ends.norms.get(Share::kTile + column);
-    const int64_t label = ends.labels.get(Share::kTile + column);
+    for (int j = 0; j < Share::kColumns; ++j) {
 #pragma unroll
-    for (int i = 0; i < Share::kRows; ++i) {
-      const int row = Share::row(i);
-      product[i][j] =
-          at.itself && row == column ? T(NAN) : fma(T(-2), product[i][j], ends.norms.get(row) + column_norm);
-      same |= uint64_t(ends.labels.get(row) == label) << (i * Share::kColumns + j);
+      for (int i = 0; i < Share::kRows; ++i) f(i, j, Share::row(i), kTile + Share::column(j));
     }
+  };
+  for_all([&](int i, int j, int row, int column) {
+    order[i][j] = float(fma(T(2), product[i][j], -ends.norms.get(row) - ends.norms.get(column)));
+  });
+  if (ends.mixed.get(0)) {
+    // where rounding makes a squared distance negative, its size is nearer the truth
+    for_all([&](int i, int j, int, int) { order[i][j] = fabsf(order[i][j]); });
+    for (int half = 0; half < 2; ++half) {  // of the labels: registers are few
+      for_all([&](int i, int j, int row, int column) {
+        const bool same = ends.labels.get(half * 2 * kTile + row) == ends.labels.get(half * 2 * kTile + column);
+        order[i][j] = same ? order[i][j] : -fabsf(order[i][j]);
+      });
+    }
+    if (!kBeyond) seek<Share, Want::positive>(order, at, winners, ends, tops);
+    for_all([&](int i, int j, int, int) { order[i][j] = bits_as<int32_t>(order[i][j]) < 0 ? order[i][j] : NAN; });
   }
-  search<Share, false>(product, same, at, pass, winners, ends, keys);
-  if (at.columns_are_anchors) {  // the same for the whole block
-    __syncthreads();
-    search<Share, true>(product, same, at, pass, winners, ends, keys);
+  if (kBeyond) {
+    seek<Share, Want::farthest>(order, at, winners, ends, tops);
+    seek<Share, Want::beyond>(order, at, winners, ends, tops);
+  } else if (pass.negatives) {
+    seek<Share, Want::nearest>(order, at, winners, ends, tops);
   }
 }
 
@@ -194,24 +306,28 @@ struct alignas(sizeof(In) * 4 < 16 ? sizeof(In) * 4 : 16) FourOf {
   In at[4];
 };
 
-// Four prepared values of row j from column d on, 0 beyond the ends.
-template <typename In, typename T>
-__device__ void load_four(const Batch<In>& batch, const Prepared<T>& prepared, int j, int end, int d, T (&out)[4]) {
-#pragma unroll
-  for (int c = 0; c < 4; ++c) out[c] = 0;
-  if (j >= end || d >= batch.width) return;
+// Four values of row j from column d on, 0 beyond the end.
+template <typename In>
+__device__ FourOf<In> load_raw(const Batch<In>& batch, int j, int d) {
+  FourOf<In> four{};
+  if (d >= batch.width) return four;
   const In* x = batch.row(j) + d;
-  const T scale = prepared.scale[j];
-  if (batch.vectors) {
-    const FourOf<In> four = *reinterpret_cast<const FourOf<In>*>(x);
+  if (batch.vectors) return *reinterpret_cast<const FourOf<In>*>(x);
 #pragma unroll
-    for (int c = 0; c < 4; ++c) out[c] = fma(T(widen(four.at[c])), scale, -prepared.shift[d + c]);
-  } else {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (d + c < batch.width) out[c] = fma(T(widen(x[c])), scale, -prepared.shift[d + c]);
-    }
+  for (int c = 0; c < 4; ++c) {
+    if (d + c < batch.width) four.at[c] = x[c];
   }
+  return four;
+}
+
+// The same as the search sees them.
+template <typename In, typename T>
+__device__ void load_four(const Batch<In>& batch, const Prepared<T>& prepared, int j, int d, T (&out)[4]) {
+  const FourOf<In> four = load_raw(batch, j, d);
+  const FourOf<T> shift = d < batch.width ? *reinterpret_cast<const FourOf<T>*>(prepared.shift + d) : FourOf<T>{};
+  const T scale = prepared.scale[j];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) out[c] = fma(T(widen(four.at[c])), scale, -shift.at[c]);
 }
 
 // Depth of a step through the columns: every thread loads four values of the rows' tile and four of the columns'.
@@ -259,33 +375,32 @@ __device__ void multiply(Panel<T, kSide>& x, Panel<T, kSide>& y, int buffer, T (
 }
 
 // One tile a block, the next step's values on their way from memory while this step's are multiplied.
-template <typename In, typename T, int kSide>
+template <typename In, typename T, int kSide, bool kBeyond>
 __global__ void __launch_bounds__(kThreads, 2)
-    search_pairs(Batch<In> batch, Prepared<T> prepared, Winners<T> winners, Pass pass) {
+    search_pairs(Batch<In> batch, Prepared<T> prepared, Winners winners, Pass pass) {
   using Share = SimtShare<kSide>;
   constexpr int kTile = Share::kTile, kStep = kDepth<kSide>;
   __shared__ Panel<T, kSide> x, y;
   __shared__ Ends<T, kTile> ends;
-  __shared__ Keys<Share> keys;
-  const Place at = place<kTile>(batch);
-  load_ends(batch, prepared.norms, winners, at, pass, ends);
-  const int row = int(threadIdx.x) / (kStep / 4), d = int(threadIdx.x) % (kStep / 4) * 4;
+  __shared__ Tops<Share> tops;
+  if (!load_ends<kBeyond>(batch, prepared, winners, place<kTile>(batch), pass, ends)) return;
   T product[kSide][kSide] = {}, next_x[4], next_y[4];
   const auto load = [&](int begin) {
-    load_four(batch, prepared, at.rows + row, at.row_end, begin + d, next_x);
-    load_four(batch, prepared, at.columns + row, at.column_end, begin + d, next_y);
+    const Place at = ends.place.get(0);
+    const int offset = int(threadIdx.x) / (kStep / 4), d = int(threadIdx.x) % (kStep / 4) * 4;
+    load_four(batch, prepared, at.row(offset), begin + d, next_x);
+    load_four(batch, prepared, at.column(offset), begin + d, next_y);
   };
   load(0);
-  int buffer = 0;
   for (int begin = 0; begin < batch.width; begin += kStep) {
+    const int buffer = begin / kStep % 2;
     store_four<kSide>(x, buffer, next_x);
     store_four<kSide>(y, buffer, next_y);
     __syncthreads();  // one barrier a step: the other buffer was read before it
     if (begin + kStep < batch.width) load(begin + kStep);
     multiply<kSide>(x, y, buffer, product);
-    buffer ^= 1;
   }
-  search_tile<Share>(product, at, pass, winners, ends, keys);
+  search_tile<Share, kBeyond>(product, pass, winners, ends, tops);
 }
 
 }  // namespace triplet::gpu

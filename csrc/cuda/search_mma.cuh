@@ -1,6 +1,5 @@
 // The search of search.cuh on tensor cores, for cosine on bfloat16 and float16 rows. A product of two such
-// numbers is exact in float32, in which they are added: the order of the distances is as good as that of the SIMT
-// kernel.
+// numbers is exact in float32, in which they are added, though with more rounding than by the SIMT kernel (launch.cuh).
 #pragma once
 
 #include "cuda/search.cuh"
@@ -11,6 +10,7 @@ namespace triplet::gpu {
 // 4 x 2 warps.
 struct MmaShare {
   static constexpr int kTile = 128, kRows = 4, kColumns = 16;
+  static constexpr bool kCosine = true;
   static constexpr int kRowLanes = 3, kColumnLanes = 28, kRowParts = 2, kColumnParts = 4;
   __device__ static int row(int i) { return int(threadIdx.x) / 64 * 32 + i * 8 + lane() / 4; }
   __device__ static int column(int j) { return int(threadIdx.x) / 32 % 2 * 64 + j / 2 * 8 + lane() % 4 * 2 + j % 2; }
@@ -41,21 +41,10 @@ __device__ inline uint32_t scaled_pair(In low, In high, float power) {
   return bits_as<uint32_t>(widen(low) * power) >> 16 | (bits_as<uint32_t>(widen(high) * power) & 0xffff0000u);
 }
 
-// Four values of row j from column d on, as two pairs; 0 beyond the ends.
+// Four values of row j from column d on, as two pairs; 0 beyond the end.
 template <typename In>
-__device__ void load_pairs(const Batch<In>& batch, float power, int j, int end, int d, uint32_t (&out)[2]) {
-  out[0] = out[1] = 0;
-  if (j >= end || d >= batch.width) return;
-  const In* x = batch.row(j) + d;
-  FourOf<In> four{};
-  if (batch.vectors) {
-    four = *reinterpret_cast<const FourOf<In>*>(x);
-  } else {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      if (d + c < batch.width) four.at[c] = x[c];
-    }
-  }
+__device__ void load_pairs(const Batch<In>& batch, float power, int j, int d, uint32_t (&out)[2]) {
+  const FourOf<In> four = load_raw(batch, j, d);
   out[0] = scaled_pair(four.at[0], four.at[1], power);
   out[1] = scaled_pair(four.at[2], four.at[3], power);
 }
@@ -93,36 +82,34 @@ __device__ void multiply_mma(MmaPanel& x, MmaPanel& y, int buffer,
 }
 
 // One tile a block, as `search_pairs`.
-template <typename In>
+template <typename In, bool kBeyond>
 __global__ void __launch_bounds__(kThreads, 2)
-    search_pairs_mma(Batch<In> batch, Prepared<float> prepared, Winners<float> winners, Pass pass) {
+    search_pairs_mma(Batch<In> batch, Prepared<float> prepared, Winners winners, Pass pass) {
   constexpr int kTile = MmaShare::kTile;
   __shared__ MmaPanel x, y;
   __shared__ Ends<float, kTile> ends;
   __shared__ Shared<float, 2 * kTile> rests;  // rest: what the power of two leaves of 1 / |x|
-  __shared__ Keys<MmaShare> keys;
+  __shared__ Tops<MmaShare> tops;
   const Place at = place<kTile>(batch);
-  load_ends(batch, prepared.norms, winners, at, pass, ends);
+  if (!load_ends<kBeyond>(batch, prepared, winners, at, pass, ends)) return;
   // a thread loads four values of two rows of each panel
   const int row = int(threadIdx.x) / 4, d = int(threadIdx.x) % 4 * 4;
   float product[MmaShare::kRows][MmaShare::kColumns] = {}, powers[4];
   uint32_t next[4][2];
-  const auto first = [&](int k) { return k < 2 ? at.rows : at.columns; };
-  const auto end = [&](int k) { return k < 2 ? at.row_end : at.column_end; };
+  const auto place = [&](int k) { return k < 2 ? at.row(row + k * 64) : at.column(row + (k - 2) * 64); };
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const int j = row + k % 2 * 64;
-    const float scale = first(k) + j < end(k) ? prepared.scale[first(k) + j] : 0;
+    const float scale = prepared.scale[place(k)];
     powers[k] = power_of_two<In>(scale);
-    if (threadIdx.x % 4 == 0) rests.set(k / 2 * kTile + j, powers[k] > 0 ? scale / powers[k] : 0);
+    if (threadIdx.x % 4 == 0) rests.set(row + k * 64, powers[k] > 0 ? scale / powers[k] : 0);
   }
   const auto load = [&](int begin) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) load_pairs(batch, powers[k], first(k) + row + k % 2 * 64, end(k), begin + d, next[k]);
+    for (int k = 0; k < 4; ++k) load_pairs(batch, powers[k], place(k), begin + d, next[k]);
   };
   load(0);
-  int buffer = 0;
   for (int begin = 0; begin < batch.width; begin += kMmaDepth) {
+    const int buffer = begin / kMmaDepth % 2;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int to = (buffer * kTile + row + k % 2 * 64) * kMmaPitch + d / 2;
@@ -132,7 +119,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     if (begin + kMmaDepth < batch.width) load(begin + kMmaDepth);
     multiply_mma<In>(x, y, buffer, product);
-    buffer ^= 1;
   }
 #pragma unroll
   for (int i = 0; i < MmaShare::kRows; ++i) {
@@ -141,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       product[i][j] *= rests.get(MmaShare::row(i)) * rests.get(kTile + MmaShare::column(j));
     }
   }
-  search_tile<MmaShare>(product, at, pass, winners, ends, keys);
+  search_tile<MmaShare, kBeyond>(product, pass, winners, ends, tops);
 }
 
 }  // namespace triplet::gpu

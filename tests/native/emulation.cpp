@@ -65,7 +65,7 @@ py::tuple run_forward(const Batch<In>& batch, const Settings& settings, Machine 
   Emulated launch{seed};
   Guarded<T> losses(batch.anchors), loss(1);
   Guarded<int64_t> count(1), positive(batch.anchors), negative(batch.anchors);
-  Guarded<char> memory(forward_bytes<T>(batch));
+  Guarded<char> memory(forward_bytes<T>(batch, settings.mining));
   forward<T>(launch, machine, batch, settings, memory.data(),
              Outputs<T>{losses.data(), positive.data(), negative.data(), nullptr}, loss.data(), count.data());
   memory.check();
@@ -88,6 +88,25 @@ py::array run_backward(const Batch<In>& batch, const Settings& settings, unsigne
   memory.check();
   using Bits = std::conditional_t<sizeof(In) == 2, uint16_t, In>;
   return gradient.template array<Bits>({gradient_rows, batch.width});
+}
+
+__global__ void note_mixed(Batch<float> batch, Filters filters, int* mixed) {
+  const bool found = may_have_positives<kGroup>(batch, filters, place<kGroup>(batch));
+  if (threadIdx.x == 0) mixed[blockIdx.x] = found;
+}
+
+// Which tiles of kGroup rows may have positives.
+std::vector<int> mixed_tiles(const py::array_t<int64_t>& labels, int anchors) {
+  const std::vector<float> x(labels.size());
+  const Batch<float> batch{x.data(), labels.data(), anchors, int(labels.size()), 1, false};
+  std::vector<char> memory(forward_bytes<float>(batch, Mining::hard));
+  Arena arena{memory.data()};
+  const Workspace<float> work(batch, slots_of(Mining::hard), arena);
+  Emulated launch{0};
+  prepare(launch, batch, Distance::cosine, work, true);
+  std::vector<int> mixed(tiles_of(batch, kGroup).x);
+  launch(&note_mixed, tiles_of(batch, kGroup), batch, work.prepared.filters, mixed.data());
+  return mixed;
 }
 
 template <typename F>
@@ -143,5 +162,6 @@ PYBIND11_MODULE(emulation, m) {
       return run_backward(batch, settings_of(codes), seed, grad, count, positive, negative, gradient_rows);
     });
   });
+  m.def("mixed_tiles", mixed_tiles);
   m.def("toy", run_toy);
 }

@@ -23,6 +23,7 @@
 #include <vector>
 
 #define __global__
+#define __host__
 #define __device__
 #define __shared__ static
 #define __launch_bounds__(...)
@@ -49,6 +50,8 @@ struct Thread {
   int line = 0;       // of the barrier or warp operation it waits at
   int exchanges = 0;  // warp operations so far
   char sent[2][64];   // what it gave to the last two of them
+  int votes = 0;      // of the block so far
+  int vote[2];        // its last two
 };
 
 inline std::vector<Thread> threads;
@@ -176,6 +179,15 @@ inline void check_mask(unsigned mask) {
 
 inline void __syncthreads(int line = __builtin_LINE()) { simt::wait(simt::Waits::block, line); }
 
+inline int __syncthreads_or(int holds, int line = __builtin_LINE()) {
+  const int turn = simt::threads[simt::current].votes++ % 2;
+  simt::threads[simt::current].vote[turn] = holds;
+  simt::wait(simt::Waits::block, line);
+  int any = 0;
+  for (unsigned t = 0; t < blockDim.x; ++t) any |= simt::threads[t].vote[turn];
+  return any != 0;
+}
+
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int line = __builtin_LINE()) {
   simt::check_mask(mask);
@@ -204,12 +216,28 @@ inline unsigned __ballot_sync(unsigned mask, int holds, int line = __builtin_LIN
   return votes;
 }
 
+inline bool __any_sync(unsigned mask, int holds, int line = __builtin_LINE()) {
+  return __ballot_sync(mask, holds, line) != 0;
+}
+
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffsll(int64_t bits) { return __builtin_ffsll(bits); }
+
+// never fused, as the emulation is compiled without contraction
+inline double __dmul_rn(double x, double y) { return x * y; }
+inline double __dadd_rn(double x, double y) { return x + y; }
 
 // fibers do not interrupt each other, so plain code is atomic
-inline unsigned long long atomicMax(unsigned long long* at, unsigned long long value) {
-  const unsigned long long before = *at;
+template <typename T>
+T atomicMax(T* at, T value) {
+  const T before = *at;
   *at = std::max(before, value);
+  return before;
+}
+
+inline uint32_t atomicOr(uint32_t* at, uint32_t value) {
+  const uint32_t before = *at;
+  *at |= value;
   return before;
 }
 
