@@ -104,11 +104,21 @@ def as_list(some: Any) -> list:
     return list(some)
 
 
-def probability_same(similarity: float, logistic: Sequence[float], classes: float = 1.0) -> float:
-    """Probability 0..1 that a picture is of the class it is this similar to, if half of all pictures are of an enrolled
-    class: `classes` of them were tried, and the most similar of more classes is more often a chance hit."""
+def probability_same(similarity: float, logistic: Sequence[float]) -> float:
+    """Probability 0..1 that two pictures of this similarity are of one class, if half of all pairs are."""
     slope, intercept = logistic
-    return 1 / (1 + math.exp(-max(-700.0, min(700.0, slope * similarity + intercept - math.log(max(classes, 1.0))))))
+    return 1 / (1 + math.exp(-max(-700.0, min(700.0, slope * similarity + intercept))))
+
+
+def probabilities(similarities: np.ndarray, logistic: Sequence[float], classes: float) -> np.ndarray:
+    """Probability 0..1 that a picture is of each class, of its `similarities` (N, C) to all of them, if half of all
+    pictures are of an enrolled class, each as often. The `logistic` gives the odds that a pair of this similarity is of
+    one class; the rest, up to 1, is that the picture is of none. `classes` is how many C counts for."""
+    slope, intercept = logistic
+    odds = slope * similarities + (intercept - math.log(classes))  # logarithms
+    top = odds.max(1, keepdims=True).clip(0)
+    odds = np.exp(odds - top)
+    return odds / (np.exp(-top) + odds.sum(1, keepdims=True))
 
 
 def load(path: str | os.PathLike, device: str = "auto") -> Recogniser:
@@ -495,17 +505,17 @@ class Gallery:
     def answer(self, z: np.ndarray, top: int, threshold: float) -> list[Answer]:
         """As `recognise`, of embeddings (N, D)."""
         self.load()
-        found, logistic = self.strangers(), self.recogniser.threshold["logistic"]
-        tried = found[1] if found else len(self.classes)
+        calibration, logistic = self.strangers(), self.recogniser.threshold["logistic"]
+        tried = calibration[1] if calibration else len(self.classes)
         answers: list[Answer] = []
         for part in np.array_split(z, math.ceil(len(z) * len(self.classes) / CELLS) or 1):
             if not len(part):
                 continue
             similarity = part @ self.means.T
-            for row, places in zip(similarity, highest(similarity, top), strict=True):
-                nearest = [(self.classes[place], float(row[place])) for place in places]
-                all_ = (Candidate(name, value, probability_same(value, logistic, tried)) for name, value in nearest)
-                answers.append(Answer(nearest[0][0] if nearest[0][1] > threshold else None, tuple(all_)))
+            probability, places = probabilities(similarity, logistic, tried), highest(similarity, top)
+            for row, chances, best in zip(similarity, probability, places, strict=True):
+                found = tuple(Candidate(self.classes[k], float(row[k]), float(chances[k])) for k in best)
+                answers.append(Answer(found[0].name if found[0].similarity > threshold else None, found))
         return answers
 
     def nearest(self, z: np.ndarray, top: int = 5) -> list[tuple[str, int, float]]:

@@ -275,6 +275,17 @@ def test_the_table_of_strangers_is_the_formula():
             assert similarity == pytest.approx(expected, abs=0.01), (classes, rate)
 
 
+def test_probabilities_are_those_of_the_mixture():
+    """Half of the pictures are of one of two classes; odds of 9 for the first, of 1/3 for the second; and of a class
+    alone, as of a pair."""
+    logistic = [1.0, 0.0]
+    found = oneshot.probabilities(np.log([[9.0, 1 / 3], [1e30, 1.0]]), logistic, 2)
+    assert found[0] == pytest.approx([4.5 / (1 + 4.5 + 1 / 6), (1 / 6) / (1 + 4.5 + 1 / 6)])
+    assert found[1] == pytest.approx([1, 0])
+    alone = oneshot.probabilities(np.array([[0.7], [-2000.0], [2000.0]]), logistic, 1)[:, 0]
+    assert alone == pytest.approx([oneshot.probability_same(value, logistic) for value in (0.7, -2000, 2000)])
+
+
 def gallery_of(z, names, recogniser):
     """A gallery of given embeddings: its pictures are numbers that stand for rows of `z`."""
     gallery = oneshot.Gallery(":memory:", recogniser)
