@@ -302,6 +302,20 @@ inline uint16_t float_to_half(float value) {  // to nearest even
   return sign | uint16_t(size == 0 ? 0 : steps + ((exponent + 14) << 10));
 }
 
+// acc + 8 products as tensor cores add them, by the coarsest of the published models, that of the A100: what lies
+// beyond the 25th digit of the largest is cut off, and of the sum what lies beyond the 24th (Fasi et al. 2021,
+// doi:10.7717/peerj-cs.330).
+inline float add_cut_off(float acc, const double (&products)[8]) {
+  double largest = std::fabs(acc), sum = 0;
+  for (double product : products) largest = std::max(largest, std::fabs(product));
+  if (!(largest > 0 && largest <= std::numeric_limits<float>::max())) return acc + float(largest);  // 0, inf, NaN
+  const double unit = std::ldexp(1., std::ilogb(largest) - 24);
+  for (double term : products) sum += std::trunc(term / unit);
+  sum = (sum + std::trunc(acc / unit)) * unit;
+  const float rounded = float(sum);
+  return std::fabs(rounded) > std::fabs(sum) ? std::nextafter(rounded, 0.f) : rounded;
+}
+
 // acc (16, 8) += a (16, 16) b (8, 16)^T, spread over a warp's registers as mma.m16n8k16 has it
 template <bool kBfloat16>
 void mma_16x8x16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line = __builtin_LINE()) {
@@ -320,10 +334,14 @@ void mma_16x8x16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
   const int lane = simt::current % simt::kWarp;
   for (int e = 0; e < 4; ++e) {
     const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t from_a = given(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2];
-      const uint32_t from_b = given(column * 4 + k % 8 / 2).b[k / 8];
-      acc[e] += value(from_a, k) * value(from_b, k);
+    for (int first = 0; first < 16; first += 8) {
+      double products[8];
+      for (int k = first; k < first + 8; ++k) {
+        const uint32_t from_a = given(row % 8 * 4 + k % 8 / 2).a[row / 8 + k / 8 * 2];
+        const uint32_t from_b = given(column * 4 + k % 8 / 2).b[k / 8];
+        products[k - first] = double(value(from_a, k)) * value(from_b, k);
+      }
+      acc[e] = add_cut_off(acc[e], products);
     }
   }
 }
