@@ -1,5 +1,6 @@
 """oneshot.py: recognisers, comparisons, galleries and what they say of strangers, as a program would use them."""
 
+import json
 import multiprocessing
 import re
 import shutil
@@ -363,3 +364,72 @@ def test_the_documented_examples_run(tmp_path, monkeypatch, capsys):
     assert np.allclose(names["embedding"], names["recogniser"].embed("new1.jpg")[0], atol=2e-3)
     with oneshot.Gallery("animals.gallery", oneshot.load("classic-90-10.onnx")) as gallery:
         assert gallery.names() == {"cat": 2, "dog": 1}
+
+
+# --------------------------------------------------------------------------------------------- predict.py with a gallery
+
+
+def ask(folder, gallery, *arguments):
+    """The answers of predict.py on all queries, as JSON."""
+    target = gallery.with_suffix(".json")
+    tiny.run(predict, folder / "best.pt", "--gallery", gallery, "--query", folder / "queries", *arguments, "--json", target)
+    return json.loads(target.read_text())
+
+
+def test_a_gallery_from_the_shell(folder, tmp_path, capsys):
+    """It answers as the folder it was made of does; classes are added, listed and removed."""
+    gallery = tmp_path / "a.gallery"
+    tiny.run(predict, folder / "best.pt", "--gallery", gallery, "--add", folder / "support")
+    assert "12 pictures added, 0 removed, 0 kept; 3 classes" in capsys.readouterr().out
+    found = ask(folder, gallery, "--top", 3)
+    target = tmp_path / "support.json"
+    arguments = ["--support", folder / "support", "--query", folder / "queries", "--top", 3, "--json", target]
+    tiny.run(predict, folder / "best.pt", *arguments)
+    assert json.loads(target.read_text()) == found and len(found["answers"]) == 12
+    for answer in found["answers"]:
+        similarities = [answer["similarity"], answer["similarity_2"], answer["similarity_3"]]
+        assert similarities == sorted(similarities, reverse=True)
+        assert len({answer["nearest"], answer["nearest_2"], answer["nearest_3"]}) == 3
+    capsys.readouterr()
+    tiny.run(predict, folder / "best.pt", "--gallery", gallery, "--add", folder / "support", "--list")
+    printed = capsys.readouterr().out
+    assert "0 pictures added, 0 removed, 12 kept" in printed and "class 11         4" in printed
+    tiny.run(predict, folder / "best.pt", "--gallery", gallery, "--remove", "class 9", "class 10")
+    assert "class 10 removed, 4 pictures" in capsys.readouterr().out
+    assert {answer["nearest"] for answer in ask(folder, gallery)["answers"]} == {"class 11"}
+
+
+def test_the_share_of_strangers_that_may_get_a_name_is_asked_for(folder, tmp_path, capsys):
+    gallery = tmp_path / "a.gallery"
+    tiny.run(predict, folder / "best.pt", "--gallery", gallery, "--add", folder / "support")
+    strict, loose = (ask(folder, gallery, "--false-accept", share)["threshold"] for share in (0.01, 0.5))
+    assert strict > loose
+    printed = capsys.readouterr().out
+    for text in ("expected to give a name to 1 % of the pictures", "name to 50 %", "of 12 enrolled pictures"):
+        assert text in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gallery", "{gallery}"], "or --gallery FILE with --add, --remove, --list or --query"),
+        (["--gallery", "{gallery}", "--support", "{folder}/support"], "--support FOLDER or --gallery FILE, not both"),
+        (["--add", "{folder}/support"], "--add, --remove and --list are for --gallery FILE"),
+        (["--gallery", "{gallery}", "--list", "--compare", "a", "b"], "--compare goes without"),
+        (["--gallery", "{gallery}", "--remove", "nobody"], "no class 'nobody' is enrolled"),
+        (["--gallery", "{gallery}", "--query", "{folder}/queries", "--json", "{gallery}"], "--json"),
+        (["--gallery", "{gallery}", "--query", "{folder}/queries", "--false-accept", "1.5"], "--false-accept"),
+        (["--gallery", "{gallery}", "--query", "{folder}/queries", "--top", "0"], "--top"),
+        (["--gallery", "{folder}/best.pt", "--list"], "is not a gallery"),
+        (["--gallery", "{gallery}", "--add", "{unknown}"], "a class cannot be called 'unknown'"),
+    ],
+)
+def test_bad_input_leaves_the_gallery_as_it_is(folder, recogniser, tmp_path, refusal, arguments, message):
+    path = tmp_path / "a.gallery"
+    with oneshot.Gallery(path, recogniser) as gallery:
+        gallery.enrol("a", sorted(folder.glob("support/*/*.png"))[:2])
+    shutil.copytree(folder / "support" / "class 9", tmp_path / "classes" / "unknown")
+    before, checkpoint = path.read_bytes(), (folder / "best.pt").read_bytes()
+    names = {"gallery": path, "folder": folder, "unknown": tmp_path / "classes"}
+    assert message in refusal(predict, folder / "best.pt", *(argument.format(**names) for argument in arguments))
+    assert path.read_bytes() == before and (folder / "best.pt").read_bytes() == checkpoint
