@@ -166,6 +166,7 @@ class Handler(BaseHTTPRequestHandler):
     """One connection with one request. A ValueError is the client's fault: (status, message), or a message for 400."""
 
     protocol_version, timeout, requestline = "HTTP/1.1", SILENCE, ""
+    server_version, sys_version = "One-Shot", ""
     request_version = default_request_version = "HTTP/1.0"  # in which all answers have headers
 
     def handle(self) -> None:

@@ -115,7 +115,8 @@ class Browser:
 
     def open(self, url: str) -> None:
         """Open a page and wait until it is loaded; a served page may ask its server."""
-        self.events, self.own = [], ("file:", "data:", *((url, f"blob:{url}") if url.startswith("http") else ()))
+        site = url.split("?")[0]
+        self.events, self.own = [], ("file:", "data:", *((site, f"blob:{site}") if site.startswith("http") else ()))
         self.call("Page.navigate", url=url)
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self.read())
@@ -144,13 +145,17 @@ class Browser:
                 raise TimeoutError(f"{expression} is not so; the page says: {self.value('document.body.innerText')}")
             time.sleep(0.05)
 
-    def click(self, selector: str) -> None:
-        """A press of the left button in the middle of an element."""
+    def middle(self, selector: str) -> dict:
+        """Where an element is, after scrolling to it."""
         self.value(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
         box = self.value(f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()")
-        at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2, "button": "left", "clickCount": 1}
+        return {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+
+    def click(self, selector: str) -> None:
+        """A press of the left button on an element."""
+        at = self.middle(selector)
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, **at)
+            self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)
 
     def press(self, key: str, code: int, text: str = "") -> None:
         """A key."""
@@ -159,9 +164,7 @@ class Browser:
 
     def drop(self, selector: str, *files: Path) -> None:
         """Files dragged from elsewhere and dropped on an element."""
-        self.value(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-        box = self.value(f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()")
-        at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+        at = self.middle(selector)
         dragged = {"items": [], "files": [str(file) for file in files], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, data=dragged, **at)

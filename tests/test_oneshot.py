@@ -51,9 +51,17 @@ def test_all_kinds_of_pictures_are_embedded_alike(folder, recogniser):
     expected = torch.nn.functional.normalize(model.embed(net, torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)))
     assert z.shape == (3, net.dimension) and np.allclose(z, expected, atol=1e-6)
     tensors = [torch.tensor(array).permute(2, 0, 1) for array in arrays]
-    for some in ([str(path) for path in paths], map(Image.open, paths), arrays, np.stack(arrays), tensors):
+    for some in (
+        [str(path) for path in paths],
+        [path.read_bytes() for path in paths],
+        map(Image.open, paths),
+        arrays,
+        np.stack(arrays),
+        tensors,
+    ):
         assert np.allclose(recogniser.embed(some), z, atol=1e-6)
-    assert np.allclose(recogniser.embed(paths[0]), z[:1], atol=1e-6)
+    for one in (paths[0], paths[0].read_bytes()):
+        assert np.allclose(recogniser.embed(one), z[:1], atol=1e-6)
     grey = arrays[0][..., 0]
     assert np.allclose(recogniser.embed(grey), recogniser.embed(np.stack([grey] * 3, 2)), atol=1e-6)
     for wrong in (arrays[0].astype(float), arrays[0][..., :2], "missing.png"):
