@@ -117,7 +117,7 @@ def test_training_that_does_harm_leaves_the_given_weights_the_best(npz, tmp_path
     tiny.run(train_classic, "--data", npz, "--out", tmp_path / "good", *SMALL, "--epochs", "30", "--batch-classes", "4")
     given = tmp_path / "good" / "best.pt"
     before, out = given.read_bytes(), tmp_path / "harmed"
-    harm = ["--weights", given, "--muon-lr", "3", "--lr", "3", "--precision", "float32"]
+    harm = ["--weights", given, "--freeze", 0, "--muon-lr", "3", "--lr", "3", "--precision", "float32"]
     tiny.run(script, "--data", npz, "--out", out, *ONE_STEP[script], *harm)
     best, given_state = model.load_checkpoint(out / "best.pt"), model.load_checkpoint(given)
     assert tiny.same(best["model"], given_state["model"]) and best["step"] == 0
