@@ -374,13 +374,14 @@ def test_the_documented_examples_run(tmp_path, monkeypatch, capsys):
         assert gallery.names() == {"cat": 2, "dog": 1}
 
 
-# --------------------------------------------------------------------------------------------- predict.py with a gallery
+# -------------------------------------------------------------------------------------------- predict.py with a gallery
 
 
 def ask(folder, gallery, *arguments):
     """The answers of predict.py on all queries, as JSON."""
     target = gallery.with_suffix(".json")
-    tiny.run(predict, folder / "best.pt", "--gallery", gallery, "--query", folder / "queries", *arguments, "--json", target)
+    query = ["--query", folder / "queries", *arguments, "--json", target]
+    tiny.run(predict, folder / "best.pt", "--gallery", gallery, *query)
     return json.loads(target.read_text())
 
 
