@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 import browser
-import data
 import model
 import oneshot
 import serve
@@ -29,15 +28,7 @@ from test_report import needs_browser
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """best.pt of a moment's training on 9 classes, and pictures of 3 others in support/ and queries/."""
-    folder = tmp_path_factory.mktemp("serve")
-    npz = str(tiny.write_npz(folder / "tiny.npz", classes=12, train=24, test=8))
-    tiny.train_classic(npz, folder)
-    test = data.load(npz).test.of([9, 10, 11])
-    for number, (image, label) in enumerate(zip(test.images, test.labels.tolist(), strict=True)):
-        place = folder / ("queries" if number % 2 else "support") / f"class {label}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{number:02}.png")
-    return folder
+    return tiny.pictures(tmp_path_factory.mktemp("serve"))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,9 @@ from types import ModuleType
 
 import numpy as np
 import torch
+from PIL import Image
+
+import sources
 
 SMALL = "--split 75-25 --width 4 --device cpu --precision float32".split()
 CLASSIC = [*SMALL, *"--epochs 10 --batch-classes 4 --images-per-class 4".split()]
@@ -56,3 +59,15 @@ def same(a: object, b: object) -> bool:
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+def pictures(folder: Path) -> Path:
+    """Into `folder`, best.pt of a training on 9 classes, and pictures of 3 others in support/ and queries/."""
+    npz = str(write_npz(folder / "tiny.npz", classes=12, train=24, test=8))
+    train_classic(npz, folder)
+    test = sources.load(npz).test.of([9, 10, 11])
+    for number, (image, label) in enumerate(zip(test.images, test.labels.tolist(), strict=True)):
+        place = folder / ("queries" if number % 2 else "support") / f"class {label}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(place / f"{number:02}.png")
+    return folder
