@@ -87,7 +87,7 @@ class Recogniser:
             if any(errors):
                 raise ValueError(next(filter(None, errors)))
             parts.append(z)
-        return np.concatenate(parts)
+        return np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
 
     def compare(self, a: Any, b: Any) -> Comparison:
         """Are two pictures of one class? Raises ValueError."""
@@ -317,13 +317,16 @@ class Gallery:
 
     @contextlib.contextmanager
     def transaction(self):
-        self.database.execute("BEGIN IMMEDIATE")
         try:
+            self.database.execute("BEGIN IMMEDIATE")
             yield
-        except BaseException:
-            self.database.execute("ROLLBACK")
+            self.database.execute("COMMIT")
+        except BaseException as error:
+            if self.database.in_transaction:
+                self.database.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError):  # locked, read-only, a full disk
+                raise OSError(f"cannot write to the gallery {self.path}: {error}") from error
             raise
-        self.database.execute("COMMIT")
 
     def close(self) -> None:
         self.database.close()
@@ -388,25 +391,22 @@ class Gallery:
         hashes = {source: file_hash(file) for (_, source), file in found.items()}
         query = "SELECT pictures.id, name, source, sha256 FROM pictures JOIN classes ON class = classes.id"
         ours = [row for row in self.database.execute(query) if row[2].startswith(os.path.join(root, ""))]
-        kept = {(name, source) for _, name, source, sha in ours if hashes.get(source) == sha}
-        kept &= found.keys()
-        rows, errors = self.new_rows(
-            [(name, file) for (name, source), file in found.items() if (name, source) not in kept]
-        )
+        kept = {(name, source) for _, name, source, sha in ours if hashes.get(source) == sha} & found.keys()
         gone = [number for number, name, source, _ in ours if (name, source) not in kept]
+        rows, errors = self.new_rows([(place[0], file) for place, file in found.items() if place not in kept], gone)
         with self.transaction():
             removed, added = self.delete(gone), self.insert(rows)
         return Changes(added, removed, len(kept), errors, sorted(classes.keys() - self.names().keys()))
 
-    def new_rows(self, pairs: list[tuple[str, Any]]) -> tuple[list[tuple], list[str]]:
-        """What `insert` takes, of (class, picture) pairs that are not enrolled yet, and errors of those that cannot be
-        read. Raises ValueError for a name that no class can have."""
+    def new_rows(self, pairs: list[tuple[str, Any]], gone: Sequence[int] = ()) -> tuple[list[tuple], list[str]]:
+        """What `insert` takes, of (class, picture) pairs that are not enrolled yet, or only by the pictures `gone`, and
+        errors of those that cannot be read. Raises ValueError for a name that no class can have."""
         for name in {name for name, _ in pairs}:
             if not isinstance(name, str) or not name.strip() or name == "unknown":
                 raise ValueError(f"a class cannot be called {name!r}; rename it")
-        query = "SELECT name, sha256 FROM pictures JOIN classes ON class = classes.id"
-        known, rows, errors = set(self.database.execute(query)), [], []
-        new = []
+        query, gone = "SELECT pictures.id, name, sha256 FROM pictures JOIN classes ON class = classes.id", {*gone}
+        known = {(name, sha) for number, name, sha in self.database.execute(query) if number not in gone}
+        rows, errors, new = [], [], []
         for name, picture in pairs:
             is_file = isinstance(picture, (str, os.PathLike, zipfile.Path))
             if is_file:

@@ -133,6 +133,35 @@ def test_a_folder_is_synchronised(folder, recogniser, tmp_path, monkeypatch):
         assert gallery.names() == {"class 10": 3, "class 9": 5, "new name": 4} and sum(embedded) == 5
 
 
+def test_a_renamed_picture_stays_enrolled(folder, recogniser, tmp_path):
+    """Also one of two copies, when the other, which was enrolled, goes."""
+    shutil.copytree(folder / "support" / "class 9", tmp_path / "classes" / "cat")
+    first, second, *_ = sorted((tmp_path / "classes" / "cat").iterdir())
+    shutil.copy(second, tmp_path / "classes" / "cat" / "copy.png")
+    with oneshot.Gallery(tmp_path / "a.gallery", recogniser) as gallery:
+        gallery.synchronise(tmp_path / "classes")
+        assert gallery.names() == {"cat": 4}
+        first.rename(first.with_name("renamed.png"))
+        second.unlink()
+        changes = gallery.synchronise(tmp_path / "classes")
+        assert (changes.added, changes.removed) == (2, 2) and gallery.names() == {"cat": 4}
+        assert gallery.synchronise(tmp_path / "classes").kept == 4
+
+
+def test_what_cannot_be_written_is_told(folder, recogniser, tmp_path):
+    """Another process holds the lock; the change is tried again later."""
+    picture = next(folder.glob("support/*/*.png"))
+    with oneshot.Gallery(tmp_path / "a.gallery", recogniser) as gallery:
+        gallery.database.execute("PRAGMA busy_timeout = 50")
+        other = sqlite3.connect(tmp_path / "a.gallery", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(OSError, match=r"cannot write to the gallery .*a\.gallery: database is locked"):
+            gallery.enrol("a", picture)
+        other.execute("ROLLBACK")
+        assert gallery.enrol("a", picture) == 1 and gallery.recognise([]) == []
+        other.close()
+
+
 def test_a_gallery_belongs_to_one_network(folder, recogniser, tmp_path):
     path = tmp_path / "a.gallery"
     with oneshot.Gallery(path, recogniser) as gallery:
