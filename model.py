@@ -353,8 +353,21 @@ def check_structure(saved: dict, path: str | os.PathLike) -> None:
         value = threshold.get("value") if isinstance(threshold, dict) else None
         if not numbers([value], 1, -1, 1) or not numbers(threshold.get("logistic", [0, 0]), 2, -math.inf, math.inf):
             wrong.append("threshold")
+        elif not is_table(threshold.get("strangers", {})):
+            wrong.append("table of strangers")
     if wrong:
         raise ValueError(f"{path} is a damaged checkpoint: {', '.join(wrong)} missing or of no use")
+
+
+def is_table(strangers: object) -> bool:
+    """Is this a table for `oneshot.Strangers`, or {}, which older checkpoints have?"""
+    try:
+        axes = [torch.tensor(strangers[name], dtype=torch.float64) for name in ("shots", "classes", "rates")]
+        similarities = torch.tensor(strangers["similarities"], dtype=torch.float64)
+        rising = all(axis.ndim == 1 and axis[0] > 0 and (axis.diff() > 0).all() for axis in axes)
+        return bool(rising and similarities.shape == tuple(map(len, axes)) and (similarities.abs() <= 1).all())
+    except (LookupError, TypeError, ValueError, RuntimeError):
+        return strangers == {}
 
 
 def is_ours(saved: dict) -> bool:

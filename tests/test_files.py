@@ -1,6 +1,7 @@
 """What is written and what is read: outputs, other people's files, odd names, random damage."""
 
 import json
+import math
 import os
 import re
 import stat
@@ -194,6 +195,11 @@ def nan_weights(saved):
         (lambda saved: saved["threshold"].update(value=float("nan")), "threshold"),
         (lambda saved: saved["threshold"].update(value="0.5"), "threshold"),
         (lambda saved: saved.update(threshold=[0.5]), "threshold"),
+        (lambda saved: saved["threshold"].update(strangers=[]), "table of strangers"),
+        (lambda saved: saved["threshold"]["strangers"].pop("rates"), "table of strangers"),
+        (lambda saved: saved["threshold"]["strangers"]["classes"].reverse(), "table of strangers"),
+        (lambda saved: saved["threshold"]["strangers"]["similarities"][0][0].append(0.5), "table of strangers"),
+        (lambda saved: saved["threshold"]["strangers"]["similarities"][0][0].__setitem__(0, math.nan), "of strangers"),
         (lambda saved: saved.update(data=None), "classes"),
         (lambda saved: saved["data"].update(learned_before=[7]), "classes"),
         (lambda saved: saved["data"].update(seen=[99]), "labels of the classes"),
