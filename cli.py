@@ -56,10 +56,10 @@ class DataOptions:
     split: Split = "90-10"  # seen and unseen shares of the classes, or cifar-fs, cifar-fs+val, fc100, fc100+val
     split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
     withhold: float = 0.0  # fraction of the seen classes (the last ones) kept for validation, to compare recipes
-    flip: bool = True  # mirror half of the training images; --no-flip where mirror images are other characters
-    affine: float = 0.0  # how much the entries of a random affine map of each training image may differ from 1 and 0
+    flip: bool = True  # mirror half of the training images; --no-flip where a mirror image is of another class
+    distort: float = 0.0  # how strongly each training image is rotated, scaled, sheared and bent; characters: 0.2
     cutout: float = 0.375  # side of the square blanked in each training image, as a fraction of the image's side
-    rotate: float = 0.25  # probability that a class is shown rotated by 90, 180 or 270 degrees, as a class of its own
+    rotate: float = 0.25  # probability that a class is shown turned (--no-flip: or mirrored), as a class of its own
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class NetworkOptions:
     pixel_std: PixelStatistics = None  # its standard deviations; default: those of the training data
     stem: Literal["auto", "small", "full"] = "auto"  # first layer of resnet18: small is 3x3, full is 7x7 and pooling
     enlarge: int = 0  # enlarge images for resnet18 by this factor; 0: to about 128 pixels for the full stem
-    mirror: bool = True  # outside training, average the embeddings of an image and its mirror image: twice the time
+    mirror: bool = True  # outside training, average an image's and its mirror image's embedding, unless --no-flip
+    turned: float = 0.0  # outside training, append the embeddings of three turned views, times this: 4 x the time
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from model import trained_classes
 from sources import Data, Images, OwnSplit, listed, load, load_runs  # noqa: F401 (data.load is how scripts read a data set)
 
 HELD_BACK = 25  # images of each seen class, or an eighth, its last training images, to validate and calibrate with
+BEND = 0.4  # of `distort`
 VALIDATION = 100  # images of each validation class, at most: its last training images
 
 # Validation and test classes of the standard few-shot splits of CIFAR-100; the others are for training.
@@ -187,10 +188,10 @@ class Sampler:
         """`way` different classes (fewer if there are fewer), as rows of the sampler's table: (way,)."""
         return torch.randperm(len(self.classes), generator=self.tasks)[:way]
 
-    def turns(self, n: int, chance: float) -> Tensor:
-        """Quarters of a circle (n,) to rotate each of `n` classes by: 1, 2 or 3 with probability `chance`, else 0."""
+    def turns(self, n: int, chance: float, ways: int = 4) -> Tensor:
+        """How each of `n` classes is shown (n,): in one of `TURNS` but the first with probability `chance`, else 0."""
         turned = torch.rand(n, generator=self.generator) < chance
-        return torch.where(turned, torch.randint(1, 4, (n,), generator=self.generator), 0)
+        return torch.where(turned, torch.randint(1, ways, (n,), generator=self.generator), 0)
 
     def against(self, row: int, n: int) -> Tensor:
         """Indices (n,) of images of other classes than that in `row` of the table, which must not be the only one."""
@@ -215,7 +216,8 @@ def augment(
     """Gather images[index] with a random crop (reflected, shifted by up to an eighth of the side) and a random `flip`.
 
     `images` (N, 3, H, W) uint8, `index` (B,) int64 on the CPU -> (B, 3, H, W) uint8; both stored channels last.
-    `turns` (B,) int64: quarters of a circle by which square images are rotated as well, counter-clockwise.
+    `turns` (B,) int64, 0..7: quarters of a circle by which square images are rotated as well, counter-clockwise, 4 to 7
+    after being mirrored.
     """
     _, channels, height, width = images.shape
     y = shifted(height, len(index), generator)
@@ -224,6 +226,7 @@ def augment(
         x = torch.where(torch.rand(len(index), 1, generator=generator) < 0.5, x.flip(1), x)
     if turns is not None:
         quarters = turns[:, None] % 4
+        x = torch.where(turns[:, None] >= 4, x.flip(1), x)
         y = torch.where(quarters >= 2, y.flip(1), y)
         x = torch.where((quarters == 1) | (quarters == 2), x.flip(1), x)
     index, y, x = (each.to(images.device) for each in (index, y, x))  # small: no wait for a GPU
@@ -237,12 +240,15 @@ def augment(
 
 
 def distort(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Images (B, 3, H, W), each rotated, scaled, sheared and shifted by a random affine map; borders are continued.
+    """Images (B, 3, H, W), each rotated, scaled, sheared, shifted and bent at random; borders are continued.
 
-    The entries of its matrix (2, 3), for coordinates in -1..1, are within `strength` of the identity's.
+    In coordinates of -1..1: an affine map whose matrix (2, 3) has entries within `strength` of the identity's, and a
+    smooth displacement, normal with standard deviation BEND * `strength` at 5 x 5 points.
     """
     matrix = torch.eye(2, 3) + strength * (2 * torch.rand(len(images), 2, 3, generator=generator) - 1)
-    grid = F.affine_grid(matrix.to(images.device), images.shape, align_corners=False)
+    bend = BEND * strength * torch.randn(len(images), 2, 5, 5, generator=generator)
+    bend = F.interpolate(bend.to(images.device), images.shape[2:], mode="bicubic", align_corners=True)
+    grid = F.affine_grid(matrix.to(images.device), images.shape, align_corners=False) + bend.permute(0, 2, 3, 1)
     distorted = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     return distorted.contiguous(memory_format=torch.channels_last)
 
@@ -299,20 +305,25 @@ class TrainingData:
         """Side of the images in pixels."""
         return self.kept.images.shape[2]
 
+    @property
+    def ways(self) -> int:
+        """In how many ways a class is shown, each as a class of its own; see `augment`."""
+        return (4 if self.options.flip else 8) if self.options.rotate else 1
+
     def turns(self, n: int) -> Tensor:
-        """Quarters of a circle (n,) by which each of n classes is rotated."""
-        return self.sampler.turns(n, self.options.rotate)
+        """How each of n classes is shown (n,), 0..ways-1."""
+        return self.sampler.turns(n, self.options.rotate, self.ways)
 
     def batch(self, normalise: Callable, index: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Augmented images (B, 3, H, W) float32 and labels (B,) of an index (B,).
 
-        `normalise` is the network's; `turns` (B,) are quarters of a circle by which each image is rotated.
+        `normalise` is the network's; `turns` (B,) say how each image is rotated or mirrored.
         """
         if not self.options.rotate:
             turns = None  # all are upright
         images = normalise(augment(self.kept.images, index, self.generator, turns, self.options.flip))
-        if self.options.affine:
-            images = distort(images, self.options.affine, self.generator)
+        if self.options.distort:
+            images = distort(images, self.options.distort, self.generator)
         if self.options.cutout:
             images = cut_out(images, self.options.cutout, self.generator)
         return images, self.kept.labels[index.to(self.kept.labels.device)]

@@ -25,6 +25,7 @@ class NetworkOptions:
     pixel_mean: cli.PixelStatistics = None  # channel means (0..1) that a state dict was trained with
     pixel_std: cli.PixelStatistics = None  # its standard deviations; default: those of the training data
     mirror: Literal["auto", "yes", "no"] = "auto"  # average embeddings of image and mirror image; auto: as trained
+    turned: cli.Rate = None  # weight of turned views in the embedding: 4 x the time; default: as trained
     device: cli.Device = "auto"  # where the network runs; auto: on a GPU, if there is one
 
 
@@ -186,7 +187,7 @@ def training_facts(saved: dict) -> dict:
 
 
 def load_network(saved: dict, path: str, backbone: str, options: Options, kept: Tensor) -> tuple[model.Embedder, bool]:
-    """The network of `path`, and whether its images have the size and it averages over mirror images as in training.
+    """The network of `path`, and whether its images have the size, and embeddings the views, as in training.
 
     `kept` (N, 3, H, W) uint8: the training images, whose pixel statistics a bare state dict gets by default. Raises
     ValueError.
@@ -202,13 +203,13 @@ def load_network(saved: dict, path: str, backbone: str, options: Options, kept: 
         mean, std = options.pixel_mean, options.pixel_std
     else:
         mean, std = model.IMAGENET if backbone == "resnet18" else data.channel_statistics(kept)
-    trained = settings.get("mirror", False)
-    mirror = trained if options.mirror == "auto" else options.mirror == "yes"
-    settings |= {"mirror": mirror, "size": size, "mean": mean, "std": std}
-    net, ignored = model.build_with_weights(settings, state)
+    trained = {"mirror": settings.get("mirror", False), "turned": settings.get("turned", 0.0)}
+    views = {"mirror": trained["mirror"] if options.mirror == "auto" else options.mirror == "yes"}
+    views["turned"] = trained["turned"] if options.turned is None else options.turned
+    net, ignored = model.build_with_weights(settings | views | {"size": size, "mean": mean, "std": std}, state)
     if ignored:
         print(f"{path}: left out {', '.join(ignored)}")
-    return net, mirror == trained and size == own.get("size")
+    return net, views == trained and size == own.get("size")
 
 
 def pick_thresholds(loaded: Loaded, options: Options) -> tuple[dict, dict[str, float]]:
@@ -435,6 +436,8 @@ def check(options: Options) -> None:
         cli.require(options, "adapt_steps", least=1)
     if options.image_size is not None:
         cli.require(options, "image_size", least=8)
+    if options.turned is not None:
+        cli.require(options, "turned", least=0, most=1)
     if options.threshold != "auto":
         cli.check_threshold(options.threshold)
     if options.on == "validation" and options.adapt_published:
@@ -464,6 +467,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if options.adapt_steps is not None:
             for each in loaded:
                 adapt.check_pictures(each.pictures.labels)
+                if each.net.turned:
+                    raise ValueError("--adapt-steps adapts upright views alone; give --turned 0 with it")
         thresholds = [(None, {}) if options.runs else pick_thresholds(each, options) for each in loaded]
         if options.store:
             for each, (threshold, _) in zip(loaded, thresholds, strict=True):

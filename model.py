@@ -53,6 +53,7 @@ class Embedder(nn.Module):
     settings: dict  # the arguments with which `build` makes it again
     size: int  # side of its images in pixels
     mirror = False  # in evaluation mode, average the embeddings of an image and of its mirror image
+    turned = 0.0  # in evaluation mode, append those of the image turned by 90, 180 and 270 degrees, with this weight
     frozen: Iterable[nn.Module] = ()
 
     def set_pixel_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -70,10 +71,20 @@ class Embedder(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """`embed`, or the average over both views with `mirror`."""
-        if self.mirror and not self.training:
-            return (self.embed(x) + self.embed(x.flip(3))) / 2
-        return self.embed(x)
+        """`embed` in training mode, else (B, dimension), or (B, 4 * dimension) with `turned`.
+
+        A network that learned turned classes as classes of their own sees other features in a turned image (as in the
+        aggregated inference of Lee et al. 2020, arXiv:1910.05872).
+        """
+        if self.training:
+            return self.embed(x)
+        if not self.turned:
+            return self.upright(x)
+        views = [F.normalize(self.upright(x.rot90(quarters, (2, 3)))) for quarters in range(4)]
+        return torch.cat([views[0], *(self.turned * view for view in views[1:])], 1)
+
+    def upright(self, x: Tensor) -> Tensor:
+        return (self.embed(x) + self.embed(x.flip(3))) / 2 if self.mirror else self.embed(x)
 
     def freeze(self, stages: int) -> None:
         """Never train the first `stages` stages again; their batch norm keeps its statistics. Raises ValueError."""
@@ -155,13 +166,14 @@ def build(
     stem: str = "small",
     enlarge: int = 1,
     mirror: bool = False,
+    turned: float = 0.0,
     size: int = 32,
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> Embedder:
     """A network by name, randomly initialised and stored channels last. Raises ValueError.
 
-    `width` is for CIFAR ResNets, `stem` and `enlarge` are for resnet18; `mirror` and `size` are those of `Embedder`.
+    `width` is for CIFAR ResNets, `stem` and `enlarge` are for resnet18; `mirror`, `turned` and `size` are those of `Embedder`.
     `mean` and `std` are of the training images' channels, on the scale 0..1.
     """
     if backbone not in BACKBONES:
@@ -172,10 +184,10 @@ def build(
         net, own = ResNet18(stem, enlarge), {"stem": stem, "enlarge": enlarge}
     else:
         net, own = ResNet(DEPTHS[backbone], width), {"width": width}
-    net.mirror, net.size = mirror, size
+    net.mirror, net.turned, net.size = mirror, turned, size
     net.set_pixel_statistics(mean, std)
-    pixels = {"mirror": mirror, "size": size, "mean": list(mean), "std": list(std)}
-    net.settings = {"backbone": backbone} | own | pixels
+    views = {"mirror": mirror, "turned": turned}
+    net.settings = {"backbone": backbone} | own | views | {"size": size, "mean": list(mean), "std": list(std)}
     return net.to(memory_format=torch.channels_last)
 
 
@@ -342,13 +354,15 @@ def check_structure(saved: dict, path: str | os.PathLike) -> None:
         wrong.append("network settings")
     elif not wrong:
         settings = {name: data[name] for name in ("size", "mean", "std") if name in data} | network
-        known = {"backbone", "width", "stem", "enlarge", "mirror", "size", "mean", "std"}
+        known = {"backbone", "width", "stem", "enlarge", "mirror", "turned", "size", "mean", "std"}
         sizes = [settings.get(name, 1) for name in ("width", "enlarge", "size")]
         if not (settings.keys() <= known and all(type(size) is int for size in sizes) and numbers(sizes, 3, 1, 2**16)):
             wrong.append("network settings")
         mean, std = settings.get("mean", [0, 0, 0]), settings.get("std", [1, 1, 1])
         if not (numbers(mean, 3, 0, 1) and numbers(std, 3, 1e-9, 1)):
             wrong.append("pixel statistics")
+        if not numbers([settings.get("turned", 0.0)], 1, 0, 1):
+            wrong.append("weight of turned views")
     if threshold is not None:
         value = threshold.get("value") if isinstance(threshold, dict) else None
         if not numbers([value], 1, -1, 1) or not numbers(threshold.get("logistic", [0, 0]), 2, -math.inf, math.inf):

@@ -101,7 +101,7 @@ def make_optimizers(options: Options, net: nn.Module, head: nn.Module) -> dict[s
 def draw(train: data.TrainingData, net: model.Embedder, seen: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """This process's part of a batch: images (B, 3, H, W) float32 and targets (B,) int64, class after class.
 
-    A target is a class's place in `seen` (C,), plus C for each quarter of a circle by which the class is rotated.
+    A target is a class's place in `seen` (C,), plus C times the way in which it is turned.
     """
     classes = distributed.share(train.sampler.task(options.batch_classes))
     index = train.sampler.batch(classes, options.images_per_class)
@@ -141,8 +141,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if min(options.batch_classes, len(train.facts["seen"])) % distributed.world():
             raise ValueError(f"--batch-classes must be a multiple of {distributed.world()}, the number of processes")
         seen = torch.tensor(train.facts["seen"], device=device)
-        targets = 4 * len(seen) if options.rotate else len(seen)  # classes and rotated classes
-        head = NormalisedSoftmax(targets, net.dimension, options.softmax_scale).to(device)
+        head = NormalisedSoftmax(train.ways * len(seen), net.dimension, options.softmax_scale).to(device)
         optimizers = make_optimizers(options, net, head)
         batch = min(options.batch_classes, len(seen)) * options.images_per_class
         steps_per_epoch = len(train.kept) / batch

@@ -36,7 +36,7 @@ def check(options: cli.RunOptions) -> None:
     if options.minutes is not None:
         cli.require(options, "minutes", most=1e6)
     cli.require(options, "margin", "seed", "withhold", least=0)
-    cli.require(options, "affine", "cutout", "rotate", least=0, most=1)
+    cli.require(options, "distort", "cutout", "rotate", "turned", least=0, most=1)
     cli.require(options, "enlarge", least=0, most=64)
     cli.require(options, "width", least=1, most=1024)
     cli.require(options, "image_size", least=8, most=4096)
@@ -108,7 +108,8 @@ def make_network(options: cli.NetworkOptions, train: data.TrainingData) -> model
     OSError."""
     state, (mean, std) = given_weights(options, train)
     settings = model.fit(options.backbone, options.width, train.size, state, stem=options.stem, enlarge=options.enlarge)
-    settings |= {"mirror": options.mirror, "mean": mean, "std": std}
+    mirror = options.mirror and train.options.flip
+    settings |= {"mirror": mirror, "turned": options.turned, "mean": mean, "std": std}
     net = model.build(**settings) if state is None else model.build_with_weights(settings, state)[0]
     net.freeze(options.freeze)
     if state is None and len(train.kept) < FEW:

@@ -237,11 +237,13 @@ def test_augmentation_is_a_shifted_reflected_flipped_copy(flip):
     assert len(seen) > (20 if flips else 15) and {flip for *_, flip in seen} == {0, int(flips)}  # of 50 or 25 ways
 
 
-def test_an_image_is_distorted_by_an_affine_map():
-    """A bright dot goes where the matrix drawn for its image says; 0 changes nothing; what is outside is border."""
+def test_an_image_is_distorted_by_an_affine_map_and_bent(monkeypatch):
+    """A bright dot goes where the matrix drawn for its image says, and is then displaced as far as documented; 0 changes
+    nothing; what is outside is border."""
     y, x = torch.meshgrid(*[(torch.arange(64) + 0.5) / 32 - 1] * 2, indexing="ij")
     images = (-80 * ((x - 0.3).square() + (y + 0.2).square())).exp().expand(20, 3, 64, 64)
     assert torch.allclose(data.distort(images, 0.0, torch.Generator()), images, atol=1e-4)
+    monkeypatch.setattr(data, "BEND", 0)
     out = data.distort(images, 0.3, torch.Generator().manual_seed(0))
     matrix = torch.eye(2, 3) + 0.3 * (2 * torch.rand(20, 2, 3, generator=torch.Generator().manual_seed(0)) - 1)
     expected = torch.linalg.solve(matrix[:, :, :2], torch.tensor([0.3, -0.2]) - matrix[:, :, 2])  # (20, 2): x, y
@@ -249,24 +251,33 @@ def test_an_image_is_distorted_by_an_affine_map():
         place = int(image[0].argmax())
         if max(abs(column), abs(row)) < 0.9:
             assert abs(float(x.flatten()[place]) - column) < 0.06 and abs(float(y.flatten()[place]) - row) < 0.06
+    monkeypatch.undo()
+    bent = data.distort(images[:1].expand(400, 3, 64, 64), 0.1, torch.Generator().manual_seed(0))[:, 0].flatten(1)
+    monkeypatch.setattr(data, "BEND", 0)
+    straight = data.distort(images[:1].expand(400, 3, 64, 64), 0.1, torch.Generator().manual_seed(0))[:, 0].flatten(1)
+    moved = x.flatten()[bent.argmax(1)] - x.flatten()[straight.argmax(1)]
+    assert 0.5 * 0.04 < float(moved.std()) < 1.1 * 0.04 and abs(float(moved.mean())) < 0.01
+    monkeypatch.undo()
     assert torch.allclose(data.distort(torch.ones(9, 3, 16, 16), 1.0, torch.Generator()), torch.ones(1))
 
 
-@pytest.mark.parametrize("quarters", range(4))
-def test_a_turned_image_is_the_augmented_one_turned(quarters):
+@pytest.mark.parametrize("way", range(8))
+def test_a_turned_image_is_the_augmented_one_turned(way):
     images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     index = torch.tensor([4, 0, 2, 2, 1, 3] * 10)
     upright = data.augment(images, index, torch.Generator().manual_seed(0))
-    turns = torch.where(torch.arange(60) % 2 == 0, quarters, 0)
+    turns = torch.where(torch.arange(60) % 2 == 0, way, 0)
     out = data.augment(images, index, torch.Generator().manual_seed(0), turns)
     assert torch.equal(out[1::2], upright[1::2])
-    assert torch.equal(out[::2], torch.rot90(upright, quarters, (2, 3))[::2])
+    mirrored = upright.flip(3) if way >= 4 else upright
+    assert torch.equal(out[::2], torch.rot90(mirrored, way, (2, 3))[::2])
 
 
 def test_classes_are_turned_as_often_as_wanted():
     sampler = data.Sampler(torch.tensor([0, 0]), torch.Generator().manual_seed(0))
     counts = torch.bincount(sampler.turns(30_000, 0.3), minlength=4)
     assert (counts - torch.tensor([21_000, 3000, 3000, 3000])).abs().max() < 400 and not sampler.turns(99, 0).any()
+    assert torch.bincount(sampler.turns(8000, 0.875, ways=8)).sub(1000).abs().max() < 150
 
 
 @pytest.mark.parametrize(("share", "sides"), [(0.375, {3, 4, 5, 6}), (0.25, {2, 3, 4}), (3.0, {16})])

@@ -208,6 +208,20 @@ def test_a_mirror_averages_both_views_when_not_training():
     assert model.count(net, 32) == model.count(model.build("resnet20", 4), 32)
 
 
+@pytest.mark.parametrize("mirror", [True, False])
+def test_turned_views_are_appended_when_not_training(mirror):
+    net, images = model.build("resnet20", 4, mirror=mirror, turned=0.5).eval(), torch.randn(3, 3, 32, 32)
+    plain = model.build("resnet20", 4, mirror=mirror).eval()
+    plain.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        parts = net(images).split(net.dimension, 1)
+        for quarters, part in enumerate(parts):
+            expected = torch.nn.functional.normalize(plain(images.rot90(quarters, (2, 3))))
+            assert torch.allclose(part, (0.5 if quarters else 1) * expected, atol=1e-6)
+        assert len(parts) == 4 and net.train()(images).shape == (3, net.dimension)
+    assert model.build(**net.settings).turned == 0.5
+
+
 @pytest.mark.parametrize(("backbone", "width", "message"), [("vgg", 16, "unknown backbone"), ("resnet20", 0, "width")])
 def test_wrong_networks_are_refused(backbone, width, message):
     with pytest.raises(ValueError, match=message):

@@ -67,7 +67,7 @@ def test_resnet18_from_a_file_with_frozen_stages(train, published, script, capsy
     saved = train(script, *RESNET18, "--weights", path, "--freeze", "3")
     mean, std = model.IMAGENET
     own = {"backbone": "resnet18", "stem": "full", "enlarge": 2}
-    assert saved["network"] == own | {"mirror": True, "size": 16, "mean": mean, "std": std}
+    assert saved["network"] == own | {"mirror": True, "turned": 0.0, "size": 16, "mean": mean, "std": std}
     for name, tensor in saved["model"].items():
         frozen = name.startswith(("conv1.", "bn1.", "layer1.", "layer2."))
         assert torch.equal(tensor, state[name]) == frozen, name
