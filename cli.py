@@ -74,7 +74,7 @@ class NetworkOptions:
     stem: Literal["auto", "small", "full"] = "auto"  # first layer of resnet18: small is 3x3, full is 7x7 and pooling
     enlarge: int = 0  # enlarge images for resnet18 by this factor; 0: to about 128 pixels for the full stem
     mirror: bool = True  # outside training, average an image's and its mirror image's embedding, unless --no-flip
-    turned: float = 0.0  # outside training, append the embeddings of three turned views, times this: 4 x the time
+    turned: float = 0.0  # outside training, append the embeddings of turned (and mirrored) views, times this: slower
 
 
 @dataclass(frozen=True)

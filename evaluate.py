@@ -25,7 +25,7 @@ class NetworkOptions:
     pixel_mean: cli.PixelStatistics = None  # channel means (0..1) that a state dict was trained with
     pixel_std: cli.PixelStatistics = None  # its standard deviations; default: those of the training data
     mirror: Literal["auto", "yes", "no"] = "auto"  # average embeddings of image and mirror image; auto: as trained
-    turned: cli.Rate = None  # weight of turned views in the embedding: 4 x the time; default: as trained
+    turned: cli.Rate = None  # weight of turned views in the embedding; default: as trained
     device: cli.Device = "auto"  # where the network runs; auto: on a GPU, if there is one
 
 

@@ -53,7 +53,7 @@ class Embedder(nn.Module):
     settings: dict  # the arguments with which `build` makes it again
     size: int  # side of its images in pixels
     mirror = False  # in evaluation mode, average the embeddings of an image and of its mirror image
-    turned = 0.0  # in evaluation mode, append those of the image turned by 90, 180 and 270 degrees, with this weight
+    turned = 0.0  # in evaluation mode, append those of turned and, without `mirror`, of mirrored views, with this weight
     frozen: Iterable[nn.Module] = ()
 
     def set_pixel_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -71,20 +71,22 @@ class Embedder(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """`embed` in training mode, else (B, dimension), or (B, 4 * dimension) with `turned`.
+        """(B, 3, H, W) normalised images -> (B, D): `embed` in training mode; else of all views.
 
-        A network that learned turned classes as classes of their own sees other features in a turned image (as in the
-        aggregated inference of Lee et al. 2020, arXiv:1910.05872).
+        With `turned`, D is 4 times the dimension, 8 times without `mirror`. A network that learned turned classes as
+        classes of their own sees other features in a turned image (as in the aggregated inference of Lee et al. 2020,
+        arXiv:1910.05872).
         """
-        if self.training:
+        if self.training or not (self.mirror or self.turned):
             return self.embed(x)
+        views = [x.rot90(quarters, (2, 3)) for quarters in range(4 if self.turned else 1)]
+        upright, mirrored = ([self.embed(view) for view in some] for some in (views, [view.flip(3) for view in views]))
+        if self.mirror:
+            upright, mirrored = [(a + b) / 2 for a, b in zip(upright, mirrored, strict=True)], []
         if not self.turned:
-            return self.upright(x)
-        views = [F.normalize(self.upright(x.rot90(quarters, (2, 3)))) for quarters in range(4)]
-        return torch.cat([views[0], *(self.turned * view for view in views[1:])], 1)
-
-    def upright(self, x: Tensor) -> Tensor:
-        return (self.embed(x) + self.embed(x.flip(3))) / 2 if self.mirror else self.embed(x)
+            return upright[0]
+        first, *others = (F.normalize(z) for z in upright + mirrored)
+        return torch.cat([first, *(self.turned * z for z in others)], 1)
 
     def freeze(self, stages: int) -> None:
         """Never train the first `stages` stages again; their batch norm keeps its statistics. Raises ValueError."""

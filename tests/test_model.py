@@ -215,10 +215,11 @@ def test_turned_views_are_appended_when_not_training(mirror):
     plain.load_state_dict(net.state_dict())
     with torch.no_grad():
         parts = net(images).split(net.dimension, 1)
-        for quarters, part in enumerate(parts):
-            expected = torch.nn.functional.normalize(plain(images.rot90(quarters, (2, 3))))
-            assert torch.allclose(part, (0.5 if quarters else 1) * expected, atol=1e-6)
-        assert len(parts) == 4 and net.train()(images).shape == (3, net.dimension)
+        for way, part in enumerate(parts):
+            view = images.rot90(way, (2, 3))
+            expected = torch.nn.functional.normalize(plain(view.flip(3) if way >= 4 else view))
+            assert torch.allclose(part, (0.5 if way else 1) * expected, atol=1e-6)
+        assert len(parts) == (4 if mirror else 8) and net.train()(images).shape == (3, net.dimension)
     assert model.build(**net.settings).turned == 0.5
 
 
