@@ -53,7 +53,7 @@ class Embedder(nn.Module):
     settings: dict  # the arguments with which `build` makes it again
     size: int  # side of its images in pixels
     mirror = False  # in evaluation mode, average the embeddings of an image and of its mirror image
-    turned = 0.0  # in evaluation mode, append those of turned and, without `mirror`, of mirrored views, with this weight
+    turned = 0.0  # in evaluation mode, append those of turned and, without `mirror`, mirrored views, times this
     frozen: Iterable[nn.Module] = ()
 
     def set_pixel_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -175,8 +175,8 @@ def build(
 ) -> Embedder:
     """A network by name, randomly initialised and stored channels last. Raises ValueError.
 
-    `width` is for CIFAR ResNets, `stem` and `enlarge` are for resnet18; `mirror`, `turned` and `size` are those of `Embedder`.
-    `mean` and `std` are of the training images' channels, on the scale 0..1.
+    `width` is for CIFAR ResNets, `stem` and `enlarge` are for resnet18; `mirror`, `turned` and `size` are those of
+    `Embedder`. `mean` and `std` are of the training images' channels, on the scale 0..1.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"unknown backbone {backbone!r}: choose from {', '.join(BACKBONES)}")

@@ -238,7 +238,7 @@ def test_augmentation_is_a_shifted_reflected_flipped_copy(flip):
 
 
 def test_an_image_is_distorted_by_an_affine_map_and_bent(monkeypatch):
-    """A bright dot goes where the matrix drawn for its image says, and is then displaced as far as documented; 0 changes
+    """A bright dot goes where the matrix drawn for its image says, and from there as far as documented; 0 changes
     nothing; what is outside is border."""
     y, x = torch.meshgrid(*[(torch.arange(64) + 0.5) / 32 - 1] * 2, indexing="ij")
     images = (-80 * ((x - 0.3).square() + (y + 0.2).square())).exp().expand(20, 3, 64, 64)
