@@ -157,14 +157,13 @@ def resolve(*options) -> tuple[Settings, Codes]:
     return settings, codes_of(settings)
 
 
+resolve_once = functools.lru_cache(maxsize=256)(resolve)  # torch.compile warns of it
+
+
 def codes_of(settings: Settings) -> Codes:
     """The settings as the native op takes them."""
-    numbers = DISTANCES.index(settings.distance), MININGS.index(settings.mining)
-    reduction = REDUCTIONS.index(settings.reduction)
-    return *numbers, settings.soft_margin, settings.margin, settings.temperature, reduction
-
-
-resolve_once = functools.lru_cache(maxsize=256)(resolve)  # torch.compile warns of it
+    distance, mining, *others, reduction = settings
+    return DISTANCES.index(distance), MININGS.index(mining), *others, REDUCTIONS.index(reduction)
 
 
 def check(embeddings: Tensor, labels: Tensor, others: Others, impl: str) -> bool:
@@ -262,10 +261,8 @@ def losses_and_counts(embeddings: Tensor, labels: Tensor, others: Others, settin
         else:
             positive, negative = mined_rows(given, x, positives, negatives, settings)
             takes_part, anchor = positive >= 0, x[: len(positives)]
-            gap = separation(anchor, x[positive.clamp(min=0)], settings.distance) - separation(
-                anchor, x[negative.clamp(min=0)], settings.distance
-            )
-            losses, count = torch.where(takes_part, cost(gap, settings), 0), takes_part.long()
+            near, far = (separation(anchor, x[row.clamp(min=0)], settings.distance) for row in (positive, negative))
+            losses, count = torch.where(takes_part, cost(near - far, settings), 0), takes_part.long()
         return losses + 0 * x.detach().sum(), count  # NaN also where no anchor takes part
 
 
@@ -447,9 +444,9 @@ def load_library(name: str, what: str) -> str:
         return f"{what} is not built"
     try:
         torch.ops.load_library(spec.origin)
+        return ""
     except OSError as error:
         return f"{what} does not load ({error})"
-    return ""
 
 
 @functools.cache
