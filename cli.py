@@ -166,25 +166,25 @@ def check_pixel_statistics(mean: Sequence[float] | None, std: Sequence[float] | 
 
 def check_criterion(criterion: str) -> None:
     """Raise ValueError unless --criterion is balanced, eer, or far:RATE with a rate between 0 and 1."""
-    if criterion in ("balanced", "eer"):
-        return
-    try:
-        rate = float(criterion.removeprefix("far:")) if criterion.startswith("far:") else math.nan
-    except ValueError:
-        rate = math.nan
-    if not 0 < rate < 1:
+    rate = number(criterion[4:]) if criterion.startswith("far:") else math.nan
+    if criterion not in ("balanced", "eer") and not 0 < rate < 1:
         raise ValueError(f"--criterion must be balanced, eer, or far:RATE such as far:0.01, got {criterion}")
 
 
 def check_threshold(text: str) -> float:
     """The number given as --threshold. Raises ValueError unless it is a similarity."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = number(text)
     if not -1 <= value <= 1:
         raise ValueError(f"--threshold must be auto or a number in -1..1, got {text}")
     return value
+
+
+def number(text: str) -> float:
+    """The number that a text is, NaN if it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def check_output(option: str, path: str | os.PathLike | None, *inputs: str | os.PathLike) -> None:
@@ -283,7 +283,7 @@ class RunFolder:
         """Check that the folder may be used, and lock it if it exists. Raises ValueError or OSError."""
         self.folder = self.place = Path(folder)
         self.new = self.folder / ".new"
-        self.log_file = self.handle = None
+        self.handle = None
         if self.folder.is_dir():
             self.lock()
             self.clean_up()
@@ -322,28 +322,21 @@ class RunFolder:
         self.place.mkdir(parents=True, exist_ok=True)
         if fresh:
             self.lock()
+        self.fields = fields
         with writing(self.place / "log.csv") as path, open(path, "w", newline="") as file:
             log = csv.DictWriter(file, fields)
             log.writeheader()
             log.writerows(rows)
-        self.fields = fields
-        self.open_log()
-
-    def open_log(self) -> None:
-        self.log_file = open(self.place / "log.csv", "a", newline="")
-        self.log = csv.DictWriter(self.log_file, self.fields)
 
     def write_row(self, row: dict) -> None:
         """Add a row to log.csv."""
-        self.log.writerow(row)
-        self.log_file.flush()
+        with open(self.place / "log.csv", "a", newline="") as file:
+            csv.DictWriter(file, self.fields).writerow(row)
 
     def committed(self) -> None:
         """To be called when last.pt has been written: from now on the new run has the folder."""
         if self.place == self.new:
-            self.log_file.close()
             self.adopt()
-            self.open_log()
 
     def adopt(self) -> None:
         """Replace the old run by the new one. While both are there, neither has a last.pt in the folder."""
@@ -356,8 +349,6 @@ class RunFolder:
 
     def close(self) -> None:
         """Let other processes in."""
-        if self.log_file is not None:
-            self.log_file.close()
         if self.handle is not None:
             os.close(self.handle)
             self.handle = None
@@ -371,8 +362,6 @@ def is_running(pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # somebody else's
     return True

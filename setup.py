@@ -132,40 +132,33 @@ def sources_of(*suffixes: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in files)
 
 
+def extension(kind: type[Extension], name: str, suffix: str, libraries: list[str], **more) -> Extension:
+    """An extension of the files in csrc with this suffix; of PyTorch's libraries it links the given ones only."""
+    headers, include = sources_of(".h", ".inc", ".cuh"), [str(ROOT / "csrc")]
+    made = kind(name, sources_of(suffix), depends=headers, include_dirs=include, py_limited_api=True, **more)
+    made.libraries = libraries
+    return made
+
+
 def native_extension() -> Extension:
     """oneshot_C."""
     from torch.utils.cpp_extension import CppExtension
 
     sanitize = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g"] if switch("ONESHOT_SANITIZE") else []
     level = "-O1" if sanitize else "-O3"  # the sanitizers' checks take the compiler many minutes at -O3
-    extension = CppExtension(
-        "oneshot_C",
-        sources_of(".cpp"),
-        depends=sources_of(".h", ".inc"),
-        include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": [level, "-fno-math-errno", "-fvisibility=hidden", *WARNINGS, TARGET, *sanitize]},
-        extra_link_args=sanitize,
-        py_limited_api=True,
-    )
-    extension.libraries = ["torch_cpu"]
-    return extension
+    flags = [level, "-fno-math-errno", "-fvisibility=hidden", *WARNINGS, TARGET, *sanitize]
+    more = {"extra_compile_args": {"cxx": flags}, "extra_link_args": sanitize}
+    return extension(CppExtension, "oneshot_C", ".cpp", ["torch_cpu"], **more)
 
 
 def cuda_extension(home: Path) -> Extension:
     """oneshot_C_cuda, with its own CUDA runtime in it."""
     from torch.utils.cpp_extension import CUDAExtension
 
-    extension = CUDAExtension(
-        "oneshot_C_cuda",
-        sources_of(".cu"),
-        depends=sources_of(".h", ".cuh"),
-        include_dirs=[str(ROOT / "csrc")],
-        library_dirs=[str(runtimes(home)[0].parent)],
-        extra_compile_args={"cxx": ["-O3", TARGET], "nvcc": ["-O3", TARGET, "-DUSE_CUDA"]},
-        py_limited_api=True,
-    )
-    extension.libraries = ["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"]
-    return extension
+    flags = {"cxx": ["-O3", TARGET], "nvcc": ["-O3", TARGET, "-DUSE_CUDA"]}
+    libraries = ["torch_cpu", "torch_cuda", "cudart_static", "rt", "dl", "pthread"]
+    more = {"extra_compile_args": flags, "library_dirs": [str(runtimes(home)[0].parent)]}
+    return extension(CUDAExtension, "oneshot_C_cuda", ".cu", libraries, **more)
 
 
 def extensions() -> list[Extension]:
@@ -208,17 +201,13 @@ class BuildPackage(build_py):
 def main() -> None:
     os.chdir(ROOT)
     modules = extensions()
-    if not modules:
-        setup(cmdclass={"build_py": BuildPackage})
-        return
-    from torch.utils.cpp_extension import BuildExtension
+    commands, options = {"build_py": BuildPackage}, {}
+    if modules:
+        from torch.utils.cpp_extension import BuildExtension
 
-    # the libraries use none of Python's ABI: one wheel serves every later Python
-    setup(
-        ext_modules=modules,
-        cmdclass={"build_ext": BuildExtension, "build_py": BuildPackage},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    )
+        commands["build_ext"] = BuildExtension
+        options["bdist_wheel"] = {"py_limited_api": "cp310"}  # they use none of Python's ABI: for every later Python
+    setup(ext_modules=modules, cmdclass=commands, options=options)
 
 
 if __name__ == "__main__":

@@ -161,13 +161,12 @@ def main(args: Sequence[str] | None = None) -> None:
             loss = loss + options.triplet_weight * triplet_loss(embeddings, labels, **options.triplet)
         if options.softmax_weight:
             loss = loss + options.softmax_weight * head(embeddings, labels)
-        for optimizer in optimizers.values():
-            optimizer.zero_grad()
         loss.backward()
         distributed.add(gradients(net))  # each process has those of its own images
         distributed.average(gradients(head))  # all have the whole
         for optimizer in optimizers.values():
             optimizer.step()
+            optimizer.zero_grad()
         run.record(loss, embeddings, len(labels), options.lr * rate)
 
 

@@ -85,11 +85,10 @@ def adapt(
         embeddings = run.forward(images)
         others = (embeddings[anchors:], labels[anchors:]) if domain else None  # negatives only
         loss = triplet_loss(embeddings[:anchors], labels[:anchors], others=others, **options.triplet)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
+            optimizer.zero_grad()
         losses.append(loss.detach())
     return torch.stack(losses).mean(), embeddings
 
@@ -131,20 +130,18 @@ def main(args: Sequence[str] | None = None) -> None:
         run = training.Run(options, train, net, options.iters, options.validate_every, refresh_batch_norm=True)
     way = 1 if options.task == "domain" else options.way
     optimizers = make_optimizers(options, net)
-    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    weights = [parameter.detach().clone() for parameter in parameters]
+    parameters = [parameter.detach() for parameter in net.parameters() if parameter.requires_grad]
+    weights = [parameter.clone() for parameter in parameters]
     for progress in run.steps():
         adapted = []
         tasks = torch.stack([train.sampler.task(way) for _ in range(options.meta_batch)])
         for task in distributed.share(tasks):
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, weights)
+            torch._foreach_copy_(parameters, weights)
             loss, embeddings = adapt(run, optimizers, task, options)
-            adapted.append([parameter.detach().clone() for parameter in parameters])
+            adapted.append([parameter.clone() for parameter in parameters])
         size = options.meta_step_size * (1 - progress)
         meta_step(weights, adapted, size)
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, weights)  # validated and saved are the kept weights
+        torch._foreach_copy_(parameters, weights)  # validated and saved are the kept weights
         run.record(loss, embeddings, options.meta_batch * options.inner_steps * len(embeddings), size)
 
 

@@ -87,17 +87,13 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The type the network computes in; "auto": bfloat16 where the processor multiplies it natively."""
     if name != "auto":
         return getattr(torch, name)
+    fast = False
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and has_bfloat16_products()
+    elif device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # other CPUs emulate it, slowly
+        has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = has.get("avx512_bf16") or has.get("amx_bf16")
     return torch.bfloat16 if fast else torch.float32
-
-
-def has_bfloat16_products() -> bool:
-    """Does this CPU multiply bfloat16 itself (AVX512-BF16 or AMX)? If not, bfloat16 is slower than float32."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 # ---------------------------------------------------------------------------------------------------------- the network
@@ -274,7 +270,7 @@ class Run:
             number: signal.signal(number, lambda number, frame: interrupts.append(number))
             for number in (signal.SIGINT, signal.SIGTERM)
         }
-        bar = tqdm(
+        self.bar = tqdm(
             total=self.total if self.options.minutes is None else None,
             initial=self.step,
             desc=Path(self.options.out).name,
@@ -285,57 +281,47 @@ class Run:
         started, images_before, seconds_before = time.monotonic(), self.images, self.seconds
         try:
             if self.step == 0 and (self.options.weights or self.options.pretrained):
-                self.validate_start(bar)
+                self.log({"step": 0, "images": 0, "seconds": 0.0}, validate=True)  # given weights can be the best
+                self.save(validated=True)
             while self.progress < 1:
                 yield self.progress
                 self.step += 1
                 seconds = seconds_before + time.monotonic() - started
                 self.seconds, interrupted = distributed.from_first(seconds, interrupts[0] if interrupts else 0)
-                bar.update()
+                self.bar.update()
                 if interrupted and distributed.rank() == 0:
-                    bar.write("stopping: validating and saving", file=sys.stderr)
+                    self.bar.write("stopping: validating and saving", file=sys.stderr)
                 due = self.step % self.validate_every == 0 or self.progress == 1
                 if due or self.step % self.LOG_EVERY == 0:
                     row = self.check()
                     speed = (self.images - images_before) / (time.monotonic() - started)
-                    bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:.0f} images/s")
-                    if due and distributed.rank() == 0:
-                        row |= self.validate()
-                        self.keep_best()
-                        bar.write(f"step {self.step}: held-back images {describe(row)}")
-                    self.write_log(row)
+                    self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed:.0f} images/s")
+                    self.log(row, validate=due)
                 if due or interrupted:
                     self.save(validated=due)
                 if interrupted:
-                    bar.close()
                     done = f"step {self.step}, {100 * self.progress:.0f} % of the run"
-                    say(f"stopped at {done}, saved; go on with --resume")
-                    sys.exit(128 + int(interrupted))
+                    self.end(f"stopped at {done}, saved; go on with --resume", 128 + int(interrupted))
         except Stopped as error:
-            bar.close()
-            say(f"stopped at step {self.step}: {error}")
-            sys.exit(1)
+            self.end(f"stopped at step {self.step}: {error}", 1)
         except OSError as error:
-            bar.close()
-            say(f"error: cannot write to {self.options.out} ({error}); --resume continues from its last checkpoint")
-            sys.exit(2)
+            out = self.options.out
+            self.end(f"error: cannot write to {out} ({error}); --resume continues from its last checkpoint", 2)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            bar.close()
+            self.bar.close()
             if self.folder is not None:
                 self.folder.close()
             if self.tensorboard is not None:
                 self.tensorboard.close()
 
-    def validate_start(self, bar: tqdm) -> None:
-        """Given weights can be the best; they are validated as they are."""
+    def end(self, text: str, status: int) -> None:
+        """End the program with this last message."""
+        self.bar.close()
         if distributed.rank() == 0:
-            row = {"step": 0, "images": 0, "seconds": 0.0} | self.validate()
-            self.keep_best()
-            bar.write(f"as given: held-back images {describe(row)}")
-            self.write_log(row)
-        self.save(validated=True)
+            print(text, file=sys.stderr)
+        sys.exit(status)
 
     def record(self, loss: Tensor, embeddings: Tensor, images: int, rate: float) -> None:
         """Tell the run of a step: its loss, last embeddings (B, D), images seen and learning or meta-step rate."""
@@ -382,12 +368,6 @@ class Run:
             "new_one_shot": float(metrics.episode_accuracies(z, labels, way, 1, episodes=2000).mean()),
         }
 
-    def keep_best(self) -> None:
-        """Write best.pt if this validation is the best so far."""
-        if self.validation["auc"] > self.best["auc"]:
-            self.best = self.validation | {"step": self.step}
-            self.write("best.pt", self.inference_state())
-
     def embed(self, images: data.Images) -> tuple[Tensor, Tensor]:
         """Normalised embeddings (N, D) and labels (N,) of images."""
         return nn.functional.normalize(model.embed(self.net, images.images)), images.labels
@@ -432,10 +412,17 @@ class Run:
             except RuntimeError as error:  # PyTorch's writer, on a full disk
                 raise OSError(str(error).splitlines()[0]) from error
 
-    def write_log(self, row: dict) -> None:
-        """Add a row to the log, in the first process."""
-        if self.folder is None:
+    def log(self, row: dict, validate: bool) -> None:
+        """Add a row to the log and, after a validation, its figures; write best.pt if they are the best so far."""
+        if distributed.rank() > 0:
             return
+        if validate:
+            row |= self.validate()
+            if self.validation["auc"] > self.best["auc"]:
+                self.best = self.validation | {"step": self.step}
+                self.write("best.pt", self.inference_state())
+            when = f"step {self.step}" if self.step else "as given"
+            self.bar.write(f"{when}: held-back images {describe(row)}")
         self.rows.append({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})
         self.folder.write_row(self.rows[-1])
         if self.tensorboard is not None:
@@ -464,19 +451,10 @@ def tensorboard_writer(folder: str | None, step: int):
     return SummaryWriter(folder, purge_step=step + 1 if step else 0)  # hides what an earlier run logged beyond
 
 
-def say(text: str) -> None:
-    """Print a last message, once."""
-    if distributed.rank() == 0:
-        print(text, file=sys.stderr)
-
-
 def describe(row: dict) -> str:
     """The figures of a validation, for the terminal."""
-    text = (
-        f"triplet {row['triplet_accuracy']:.1f} %, pairs {row['pair_accuracy']:.1f} %, AUC {row['auc']:.1f} %, "
-        f"threshold {row['threshold']:.3f}"
-    )
+    text = "triplet {triplet_accuracy:.1f} %, pairs {pair_accuracy:.1f} %, AUC {auc:.1f} %, threshold {threshold:.3f}"
     if "new_one_shot" in row:
-        new = [row[name] for name in ("new_triplet_accuracy", "new_pair_accuracy", "new_one_shot")]
-        text += "; new classes: triplet {:.1f} %, pairs {:.1f} %, one-shot {:.1f} %".format(*new)
-    return text
+        text += "; new classes: triplet {new_triplet_accuracy:.1f} %, pairs {new_pair_accuracy:.1f} %"
+        text += ", one-shot {new_one_shot:.1f} %"
+    return text.format(**row)

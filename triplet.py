@@ -25,6 +25,7 @@ REDUCTIONS = ("none", "mean", "sum")
 IMPLS = ("auto", "native", "torch")
 TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+LIBRARY = torch.library.Library("oneshot", "IMPL")  # what is registered in it stays so for as long as it is held
 NATIVE_BUILD = "pip install -e . (with a C++ compiler and, for GPUs, a CUDA toolkit)"
 
 
@@ -131,9 +132,7 @@ def mine(
     native = check(embeddings, labels, others, impl)
     with torch.no_grad():
         if native:
-            candidates, labels = candidates_of(embeddings, labels, others)
-            arguments = candidates.contiguous(), labels.contiguous(), len(embeddings), len(embeddings), *codes
-            return Mined(*torch.ops.oneshot.triplet_forward(*arguments)[2:])
+            return Mined(*torch.ops.oneshot.triplet_forward(*op_arguments(embeddings, labels, others, codes))[2:])
         return Mined(*mined_rows(*prepare(embeddings, labels, others, settings), settings))
 
 
@@ -158,14 +157,13 @@ def resolve(*options) -> tuple[Settings, Codes]:
     return settings, codes_of(settings)
 
 
+resolve_once = functools.lru_cache(maxsize=256)(resolve)  # torch.compile warns of it
+
+
 def codes_of(settings: Settings) -> Codes:
     """The settings as the native op takes them."""
-    numbers = DISTANCES.index(settings.distance), MININGS.index(settings.mining)
-    reduction = REDUCTIONS.index(settings.reduction)
-    return *numbers, settings.soft_margin, settings.margin, settings.temperature, reduction
-
-
-resolve_once = functools.lru_cache(maxsize=256)(resolve)  # torch.compile warns of it
+    distance, mining, *others, reduction = settings
+    return DISTANCES.index(distance), MININGS.index(mining), *others, REDUCTIONS.index(reduction)
 
 
 def check(embeddings: Tensor, labels: Tensor, others: Others, impl: str) -> bool:
@@ -263,10 +261,8 @@ def losses_and_counts(embeddings: Tensor, labels: Tensor, others: Others, settin
         else:
             positive, negative = mined_rows(given, x, positives, negatives, settings)
             takes_part, anchor = positive >= 0, x[: len(positives)]
-            gap = separation(anchor, x[positive.clamp(min=0)], settings.distance) - separation(
-                anchor, x[negative.clamp(min=0)], settings.distance
-            )
-            losses, count = torch.where(takes_part, cost(gap, settings), 0), takes_part.long()
+            near, far = (separation(anchor, x[row.clamp(min=0)], settings.distance) for row in (positive, negative))
+            losses, count = torch.where(takes_part, cost(near - far, settings), 0), takes_part.long()
         return losses + 0 * x.detach().sum(), count  # NaN also where no anchor takes part
 
 
@@ -448,9 +444,9 @@ def load_library(name: str, what: str) -> str:
         return f"{what} is not built"
     try:
         torch.ops.load_library(spec.origin)
+        return ""
     except OSError as error:
         return f"{what} does not load ({error})"
-    return ""
 
 
 @functools.cache
@@ -459,10 +455,10 @@ def native_library() -> str:
     why = load_library("oneshot_C", "the native op")
     if why:
         return why
-    torch.library.register_fake("oneshot::triplet_forward", fake_forward)
-    torch.library.register_fake("oneshot::triplet_backward", fake_backward)
-    torch.library.register_fake("oneshot::triplet_loss_and_gradient", fake_loss_and_gradient)
-    torch.library.register_autograd("oneshot::triplet_forward", backward_of_op, setup_context=save_for_backward)
+    fakes = {"forward": fake_forward, "backward": fake_backward, "loss_and_gradient": fake_loss_and_gradient}
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"oneshot::triplet_{name}", fake)
+        LIBRARY.impl(f"triplet_{name}", torch.library.fallthrough_kernel, "Autograd")  # `Native` has the gradients
     return ""
 
 
@@ -498,90 +494,49 @@ def decide_native(device: str, impl: str) -> bool:
 
 
 def native_loss(embeddings: Tensor, labels: Tensor, others: Others, codes: Codes) -> Tensor:
-    """The loss by the native op. Eager mode takes the shorter way round PyTorch's registered autograd."""
-    anchors = embeddings.shape[0]
-    wants_others = others is not None and others[0].requires_grad
-    wanted = torch.is_grad_enabled() and (embeddings.requires_grad or wants_others)
-    if wanted and not torch.compiler.is_compiling():
-        # computed with the loss, gradients cost less, but they wait for the backward pass in memory of the batch's size
-        _, mining, *_, reduction = codes
-        at_once = embeddings.is_cpu and REDUCTIONS[reduction] != "none"
-        at_once = at_once and (MININGS[mining] == "all" or embeddings.numel() <= 2**20)
-        far, far_labels = (None, None) if others is None else others
-        return (NativeAtOnce if at_once else Native).apply(embeddings, far, labels, far_labels, codes)
-    candidates, labels = candidates_of(embeddings, labels, others)
-    gradient_rows = candidates.shape[0] if wants_others else anchors
-    arguments = candidates.contiguous(), labels.contiguous(), anchors, gradient_rows, *codes
-    if wanted:
-        return torch.ops.oneshot.triplet_forward(*arguments)[0]
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.oneshot.triplet_forward.default(*arguments)[0]
-
-
-def op_arguments(ctx, embeddings, far, labels, far_labels, codes) -> tuple:
-    """The op's arguments within an autograd function; a gradient of `far` only where it is needed."""
-    candidates, labels = candidates_of(embeddings, labels, None if far is None else (far, far_labels))
-    gradient_rows = candidates.shape[0] if ctx.needs_input_grad[1] else embeddings.shape[0]
-    return candidates.contiguous(), labels.contiguous(), embeddings.shape[0], gradient_rows, *codes
-
-
-def split(gradient: Tensor, anchors: int) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs of `Native` and `NativeAtOnce` from that of the first candidates."""
-    if gradient.shape[0] == anchors:
-        return gradient, None, None, None, None
-    return gradient[:anchors], gradient[anchors:], None, None, None
+    """The loss by the native op."""
+    far, far_labels = others or (None, None)
+    if not (torch.is_grad_enabled() and (embeddings.requires_grad or (others and far.requires_grad))):
+        return torch.ops.oneshot.triplet_forward.default(*op_arguments(embeddings, labels, others, codes))[0]
+    # computed with the loss, gradients cost less, but they wait for the backward pass in memory of the batch's size
+    at_once = embeddings.is_cpu and REDUCTIONS[codes[-1]] != "none" and not torch.compiler.is_compiling()
+    at_once = at_once and (MININGS[codes[1]] == "all" or embeddings.numel() <= 2**20)
+    return Native.apply(embeddings, far, labels, far_labels, codes, at_once)
 
 
 class Native(torch.autograd.Function):
-    """The native op in eager mode: half the overhead of autograd registered with the dispatcher."""
+    """The native op and its gradient, computed `at_once` with the loss or in the backward pass."""
 
     @staticmethod
-    def forward(ctx, embeddings, far, labels, far_labels, codes):
-        arguments = op_arguments(ctx, embeddings, far, labels, far_labels, codes)
-        with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.oneshot.triplet_forward.default(*arguments)
-        save_for_backward(ctx, arguments, output)
-        return output[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        refuse_second_derivatives()
-        gradient = torch.ops.oneshot.triplet_backward(grad, *ctx.saved_tensors, *ctx.options)
-        return split(gradient, ctx.options[0])
-
-
-class NativeAtOnce(torch.autograd.Function):
-    """The same with the gradients computed in the forward pass; the backward pass scales them."""
-
-    @staticmethod
-    def forward(ctx, embeddings, far, labels, far_labels, codes):
-        ctx.anchors = embeddings.shape[0]
-        arguments = op_arguments(ctx, embeddings, far, labels, far_labels, codes)
-        loss, ctx.gradient = torch.ops.oneshot.triplet_loss_and_gradient.default(*arguments)
+    def forward(ctx, embeddings, far, labels, far_labels, codes, at_once):
+        others = None if far is None else (far, far_labels)
+        arguments = op_arguments(embeddings, labels, others, codes, ctx.needs_input_grad[1])
+        ctx.anchors, ctx.options, ctx.gradient = len(embeddings), arguments[2:], None
+        if at_once:
+            loss, ctx.gradient = torch.ops.oneshot.triplet_loss_and_gradient.default(*arguments)
+        else:
+            loss, *found = torch.ops.oneshot.triplet_forward.default(*arguments)
+            ctx.save_for_backward(*arguments[:2], *found)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        refuse_second_derivatives()
-        return split(ctx.gradient * grad, ctx.anchors)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("the native triplet loss can be differentiated only once; use impl='torch' for more")
+        if ctx.gradient is not None:
+            gradient = ctx.gradient * grad
+        else:
+            gradient = torch.ops.oneshot.triplet_backward(grad, *ctx.saved_tensors, *ctx.options)
+        if not ctx.needs_input_grad[1]:
+            return gradient, None, None, None, None, None
+        return *gradient.split((ctx.anchors, len(gradient) - ctx.anchors)), None, None, None, None
 
 
-def refuse_second_derivatives() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError("the native triplet loss can be differentiated only once; use impl='torch' for more")
-
-
-def save_for_backward(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:2], *output[1:])
-    ctx.options = inputs[2:]  # anchors, gradient rows, codes
-
-
-@torch.autograd.function.once_differentiable
-def backward_of_op(ctx, grad, *unused):
-    """Gradients of the op's ten inputs; only that of the candidates is not None."""
-    gradient = torch.ops.oneshot.triplet_backward(grad, *ctx.saved_tensors, *ctx.options)
-    missing = ctx.saved_tensors[0].shape[0] - gradient.shape[0]
-    return F.pad(gradient, (0, 0, 0, missing)) if missing else gradient, *(None,) * 9
+def op_arguments(embeddings: Tensor, labels: Tensor, others: Others, codes: Codes, for_others: bool = False) -> tuple:
+    """What the op takes. It computes no gradient `for_others` where none is needed."""
+    candidates, labels = candidates_of(embeddings, labels, others)
+    gradient_rows = len(candidates) if for_others else len(embeddings)
+    return candidates.contiguous(), labels.contiguous(), len(embeddings), gradient_rows, *codes
 
 
 def fake_forward(candidates, labels, anchors, gradient_rows, *codes):

@@ -102,9 +102,9 @@ def test_gradients_at_once_are_those_of_the_backward_op(kind, mining):
     x, labels, others = batch(40, width=24, dtype=torch.float32, others=9)
     settings = triplet.Settings(kind, mining, mining == "all", 0.3, 0.5, "mean")
     results = []
-    for function in (triplet.Native, triplet.NativeAtOnce):
+    for at_once in (False, True):
         leaves = [x.clone().requires_grad_(), others[0].clone().requires_grad_()]
-        loss = function.apply(leaves[0], leaves[1], labels, others[1], triplet.codes_of(settings))
+        loss = triplet.Native.apply(leaves[0], leaves[1], labels, others[1], triplet.codes_of(settings), at_once)
         results.append((loss.detach(), *torch.autograd.grad(loss * -3, leaves)))
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
