@@ -337,7 +337,7 @@ def write(folder: str | os.PathLike, evaluated: list[tuple[dict, dict[str, Side 
         drawn = figures.of_report(report, sides, names) if sides else {}
         for name, picture in drawn.items():
             for theme, file in picture.files.items():
-                with cli.writing(place / (f"{name}.png" if theme == "light" else f"{name}-{theme}.png")) as path:
+                with cli.writing(place / f"{name}{theme}.png") as path:
                     path.write_bytes(file)
         pages[place] = page(report, drawn)
     if len(evaluated) > 1:
