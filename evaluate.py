@@ -416,7 +416,7 @@ def adapted(loaded: Loaded, threshold: dict, options: Options) -> dict:
     if options.adapt_steps is not None:
         flip = (loaded.training or {"options": {}})["options"].get("flip", True)
         adaptation = adapt.SupportAdaptation(loaded.net, loaded.triplet, options.adapt_steps, options.adapt_lr, flip)
-        found["support"] = adaptation.report(loaded.pictures, adapt.EPISODES)
+        found["support"] = adaptation.report(loaded.pictures)
     if options.adapt_published:
         found["published"] = adapt.published_variant(
             loaded.net, loaded.data, loaded.seen, loaded.unseen, threshold["value"], options.adapt_lr
