@@ -88,6 +88,7 @@ from oneshot import Strangers
 from sources import NAMED
 
 PUBLISHED_THRESHOLDS = {"classic": 0.2, "Reptile": 0.7}  # fixed by hand
+BARE = {"options": {}, "data": {"classes": [], "seen": []}, "threshold": None}  # what is known of a bare state dict
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Loaded:
     unseen: list[int]
     split: str
     notes: list[str]  # what one should know of these classes
-    saved: dict  # the checkpoint, {} for a bare state dict
+    saved: dict  # the checkpoint, or BARE
     calibration: dict | None  # the checkpoint's threshold, where it goes with these classes and images
 
     @property
@@ -123,16 +124,15 @@ load_data, load_runs = functools.cache(data.load), functools.cache(data.load_run
 def load(path: str, options: Options, device: torch.device) -> Loaded:
     """A checkpoint of the training scripts, or a bare state dict. Raises ValueError or OSError."""
     saved = model.load_checkpoint(path)
-    state = model.bare_state(saved, path)
-    saved = saved if model.is_ours(saved) else {}
-    trained, facts = saved.get("options", {}), saved.get("data", {"classes": [], "seen": []})
-    own = model.settings_of(saved) if saved else {}
+    state, ours = model.bare_state(saved, path), model.is_ours(saved)
+    saved = saved if ours else BARE
+    trained, facts, own = saved["options"], saved["data"], model.settings_of(saved)
     source, backbone = options.runs or options.data or trained.get("data"), options.backbone or trained.get("backbone")
     if source is None or backbone is None:
         raise ValueError(f"{path} is a bare state dict: give --backbone and --data (and --split) with it")
-    if options.store and not saved:
+    if options.store and not ours:
         raise ValueError(f"{path} is a bare state dict: --store needs a checkpoint of the training scripts")
-    if saved and options.pixel_mean is not None:
+    if ours and options.pixel_mean is not None:
         raise ValueError(f"{path} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
     if not (options.runs or options.data) and source not in NAMED and not Path(source).exists():
         raise ValueError(f"{path} was trained on {source}, which is not found from {Path.cwd()}; give --data PATH")
@@ -160,32 +160,30 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     as_trained = net.mirror == own.get("mirror", False) and net.size == own.get("size")
     shared = {*facts["classes"]} & {*names}
     missing = [name for name in facts["classes"] if shared and name not in shared]
-    new = [names[label] for label in seen if saved and names[label] not in learned]
+    new = [names[label] for label in seen if ours and names[label] not in learned]
     texts = {"of the checkpoint's classes are missing here": missing, "of the seen classes were not trained on": new}
     notes = [f"{len(of)} {text}: {textwrap.shorten(', '.join(of), 100)}" for text, of in texts.items() if of]
     calibrates = new and metrics.enough(held_back.labels)  # the threshold, on these images
-    threshold = saved.get("threshold") if as_trained and not calibrates else None
+    threshold = saved["threshold"] if as_trained and not calibrates else None
     return Loaded(path, net.to(device), loaded, seen, unseen, split, notes, saved, threshold)
 
 
 def load_network(
     path: str, state: dict[str, Tensor], saved: dict, backbone: str, options: Options, images: Tensor
 ) -> model.Embedder:
-    """A network with the weights `state` of `path`, and the settings of the checkpoint `saved`, if it is one.
+    """A network with the weights `state` of `path`, and the settings of the checkpoint `saved`, or BARE.
 
     `images` (N, 3, H, W) uint8: a bare state dict is normalised by their pixel statistics, unless there are others.
     Raises ValueError.
     """
-    if saved:
-        settings = model.settings_of(saved)
-    elif options.pixel_mean is not None:
-        settings = {"mean": options.pixel_mean, "std": options.pixel_std}
-    else:
-        usual = model.IMAGENET if backbone == "resnet18" else data.channel_statistics(images)
-        settings = dict(zip(("mean", "std"), usual, strict=True))
-    settings["size"] = images.shape[2]
+    settings = model.settings_of(saved) | {"size": images.shape[2]}
+    if options.pixel_mean is not None:
+        settings |= {"mean": options.pixel_mean, "std": options.pixel_std}
+    elif "mean" not in settings:
+        mean, std = model.IMAGENET if backbone == "resnet18" else data.channel_statistics(images)
+        settings |= {"mean": mean, "std": std}
     if "backbone" not in settings or options.backbone is not None or options.width is not None:
-        width = options.width or saved.get("options", {}).get("width", 16)
+        width = options.width or saved["options"].get("width", 16)
         settings |= model.fit(backbone, width, settings["size"], state)
     if options.mirror != "auto":
         settings["mirror"] = options.mirror == "yes"
@@ -235,8 +233,8 @@ def make_report(
         score, constant = None, None
         if facts["data"] == "cifar100":
             score, constant = published_few_shot(unseen.z, unseen.labels, threshold["value"])
-        found["unseen"] |= {"published_protocol": score, "constant_answer": constant}
-        found["unseen"] |= {"few_shot": few_shot_report(unseen), "adapted": {"support": None, "published": None}}
+        shots = few_shot_report(unseen)
+        found["unseen"] |= {"published_protocol": score, "constant_answer": constant, "few_shot": shots}
     return {
         **facts,
         "threshold": threshold and {name: value for name, value in threshold.items() if name != "strangers"},
@@ -344,7 +342,7 @@ def evaluate(
 
 def training_facts(saved: dict) -> dict | None:
     """Steps, images, seconds and threads of a checkpoint's training, and its options except those that name places."""
-    if not saved:
+    if saved is BARE:
         return None
     lengths = {name: saved.get(name) for name in ("step", "images", "seconds", "threads")}
     places = {"data", "data_root", "out", "log_dir", "device", "resume", "overwrite"}
@@ -382,7 +380,7 @@ def measure(loaded: Loaded, threshold: dict | None) -> tuple[dict[str, Side], di
 
 def adapted(loaded: Loaded, threshold: dict, options: Options) -> dict:
     """What the options ask to measure after adaptation; see adapt.py."""
-    found, trained = {"support": None, "published": None}, loaded.saved.get("options", {})
+    found, trained = {"support": None, "published": None}, loaded.saved["options"]
     if options.adapt_steps is not None:
         loss = {name: trained.get(name, default) for name, default in cli.LossOptions().triplet.items()}
         settings = (loss, options.adapt_steps, options.adapt_lr, trained.get("flip", True))
