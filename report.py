@@ -1,6 +1,7 @@
 """An evaluation as tables, in text or HTML, and as one self-contained page with figures; comparisons of two."""
 
 import html
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,30 +14,9 @@ import metrics
 from metrics import FEW_SHOT, SHARES, Side
 
 PAGE = Path(__file__).with_name("report.html")
+PUBLISHED = Path(__file__).with_name("results") / "published.json"  # figures of others on CIFAR-100
 LISTED = 40  # classes with a row of their own
 UNMEASURED = {"seen": None, "unseen": None}
-
-# Figures of others on CIFAR-100 with the last classes unseen: triplets seen, pairs seen, triplets unseen, pairs unseen,
-# 10-way 1-shot, 5-way 1-shot, all-way 1-shot. "published" is what the authors printed, whose score for unseen pairs is
-# on unbalanced pairs; "measured" is what their networks reach by the definitions used here.
-KNOWN = {
-    ("90-10", "published, classic"): (88.34, 80.95, None, "83.06*", None, None, None),
-    ("90-10", "published, Reptile"): (73.44, 67.60, 80.0, "68.80*", None, None, None),
-    ("90-10", "measured, classic"): (87.9, 81.1, 83.4, 76.0, 49.7, 63.3, 50.0),
-    ("80-20", "published, classic"): (88.27, 80.96, None, "77.81*", None, None, None),
-    ("80-20", "measured, classic"): (88.1, 81.0, 79.8, 72.6, 38.5, 54.0, 25.8),
-    ("50-50", "published, classic"): (86.79, 78.26, None, "76.77*", None, None, None),
-    ("50-50", "measured, classic"): (86.3, 79.3, 74.3, 67.4, 31.5, 46.9, 10.9),
-    ("70-30", "published, classic"): (88.58, 81.24, None, "76.51*", None, None, None),
-    ("60-40", "published, classic"): (88.01, 81.63, None, "72.73*", None, None, None),
-    ("40-60", "published, classic"): (86.15, 79.56, None, "69.72*", None, None, None),
-    ("30-70", "published, classic"): (85.11, 79.13, None, "67.23*", None, None, None),
-    ("20-80", "published, classic"): (85.33, 77.95, None, "61.72*", None, None, None),
-    ("10-90", "published, classic"): (86.90, 78.82, None, "45.32*", None, None, None),
-}
-# Published for Reptile on each unseen class of the split 90-10 of CIFAR-100: triplets / pairs.
-KNOWN_CLASSES = {90: "82 / 68", 91: "68 / 60", 92: "86 / 80", 93: "76 / 54", 94: "88 / 64"}
-KNOWN_CLASSES |= {95: "96 / 90", 96: "76 / 84", 97: "72 / 76", 98: "78 / 62", 99: "78 / 50"}
 
 # --------------------------------------------------------------------------------------------------------------- tables
 
@@ -82,7 +62,7 @@ def tables(report: dict) -> list[Table]:
         adapted_table: unseen and unseen["adapted"]["support"],
         open_set_table: unseen and report["open_set"],
         class_table: unseen,
-        known_table: unseen and known_rows(report),
+        known_table: unseen and report["seen"] and published(report),
         comparison_table: report["compared_with"],
     }
     return [table(report) for table, rows in wanted.items() if rows]
@@ -172,11 +152,11 @@ def open_set_table(report: dict) -> Table:
 
 
 def class_table(report: dict) -> Table:
-    known, found = (report["data"], report["split"]) == ("cifar100", "90-10"), report["per_class"]
+    known, found = published(report).get("classes"), report["per_class"]
     accuracy = torch.tensor([row["pair_accuracy"] for row in found]).nan_to_num(100)
     rows = []
     for row in map(found.__getitem__, accuracy.argsort(stable=True)[:LISTED].sort().values.tolist()):
-        others = [KNOWN_CLASSES.get(row["label"])] if known else []
+        others = [known.get(str(row["label"]))] if known else []
         name = f"{row['label']} {row['name'].replace('_', ' ')}"
         rows.append([name, row["triplet_accuracy"], row["pair_accuracy"], *others])
     header = ["class", "triplets", "pairs", *(["published Reptile"] if known else [])]
@@ -186,10 +166,10 @@ def class_table(report: dict) -> Table:
     return Table(title, header, rows, bars=True)
 
 
-def known_rows(report: dict) -> list[list]:
-    """What others reached on the same split of CIFAR-100."""
-    comparable = report["data"] == "cifar100" and report["seen"]
-    return [[who, *row] for (split, who), row in KNOWN.items() if comparable and split == report["split"]]
+def published(report: dict) -> dict:
+    """What others reached on the same split of CIFAR-100, if anything is known."""
+    known = json.loads(PUBLISHED.read_text())["splits"] if report["data"] == "cifar100" else {}
+    return known.get(report["split"], {})
 
 
 def known_table(report: dict) -> Table:
@@ -197,7 +177,8 @@ def known_table(report: dict) -> Table:
     pairs = [side[figure] for side in (seen, unseen) for figure in ("triplet_accuracy", "pair_accuracy")]
     shots = [few_shot_row(report, name)[1] for name in ("10w1s", "5w1s", "all1s")]
     header = "|triplets seen|pairs seen|triplets unseen|pairs unseen|10-way|5-way|all-way".split("|")
-    rows = [["this checkpoint", *pairs, *shots], *known_rows(report)]
+    others = published(report)["networks"].items()
+    rows = [["this checkpoint", *pairs, *shots], *([name, *figures] for name, figures in others)]
     return Table("Beside published figures", header, rows, "* on unbalanced pairs, by the published protocol")
 
 
