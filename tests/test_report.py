@@ -39,7 +39,8 @@ def sides(unseen_classes):
         z = normalize(x + 1.5 * torch.randn(classes, 16, generator=generator)[labels - first])
         pixels = torch.randint(0, 256, (len(labels), 3, 16, 16), generator=generator, dtype=torch.uint8)
         shots = (z, labels) if name == "unseen" else None
-        found |= {name: metrics.measure(pixels, labels, z, 0.5, shots)} if classes else {}
+        if classes:
+            found[name] = metrics.measure(pixels, labels, z, 0.5, shots)
     return found, [f"seen {label}" for label in range(6)] + [f"{NAMES[i % 8]} {i}" for i in range(unseen_classes)]
 
 
