@@ -99,33 +99,29 @@ class SupportAdaptation:
         embeddings = block(inputs.flatten(0, 1)).mean((2, 3)).unflatten(0, inputs.shape[:2]).mean(1)
         return F.normalize(embeddings.cpu())
 
-    def report(self, pictures: Images, episodes: int, seed: int = 0) -> dict:
-        """Few-shot accuracy in percent without adaptation (zero_steps) and with it, on the same episodes.
+    def report(self, pictures: Images, seed: int = 0) -> dict:
+        """Few-shot accuracy in percent without adaptation (zero_steps) and with it, on the same EPISODES episodes.
 
         With halves of 95 % intervals, and the paired difference in points with its interval, (low, high). Settings of
         metrics.FEW_SHOT with too few images or classes are null; that of all classes is left out.
         """
-        few_shot = {}
-        for name, (way, shot) in metrics.FEW_SHOT.items():
-            if way is None:
-                continue
-            drawn = [images for _, images in metrics.draw_episodes(pictures.labels, way, shot, episodes=episodes)]
-            few_shot[name] = None
+        ways = {name: setting for name, setting in metrics.FEW_SHOT.items() if setting[0]}
+        few_shot = dict.fromkeys(ways)
+        for name, (way, shot) in ways.items():
+            drawn = [images for _, images in metrics.draw_episodes(pictures.labels, way, shot, episodes=EPISODES)]
             if drawn:
                 right = self.answers(pictures, torch.cat(drawn), shot, seed) == torch.arange(way)[:, None]
                 few_shot[name] = gain(*100 * right.double().mean((2, 3)))
-        return {"steps": self.steps, "lr": self.lr, "episodes": episodes, "few_shot": few_shot}
+        return {"steps": self.steps, "lr": self.lr, "episodes": EPISODES, "few_shot": few_shot}
 
 
 def check_pictures(labels: Tensor) -> None:
     """Raise ValueError unless episodes of 5 classes and 1 support image can be drawn from images of these labels."""
-    classes, counts = labels.unique(return_counts=True)
-    if len(classes) < 5 or int(counts.min()) < 2:
-        least = f", the smallest with {int(counts.min())}" if len(classes) else ""
-        raise ValueError(
-            "--adapt-steps needs 5 or more unseen classes with 2 or more images each to be scored on; "
-            f"there are {len(classes)}{least}"
-        )
+    counts = labels.unique(return_counts=True)[1].tolist()
+    if len(counts) < 5 or min(counts) < 2:
+        found = f"there are {len(counts)}" + (f", the smallest with {min(counts)}" if counts else "")
+        needed = "5 or more unseen classes with 2 or more images each to be scored on"
+        raise ValueError(f"--adapt-steps needs {needed}; {found}")
 
 
 def last_block(net: model.Embedder) -> nn.Module:
@@ -163,11 +159,10 @@ def domain_loss(net: model.Embedder, own: Images, rest: Images, generator: torch
     anchors = own.images[torch.randperm(len(own), generator=generator)[:BATCH]]
     others = rest.images[torch.randint(len(rest), (BATCH,), generator=generator)]
     device = next(net.parameters()).device
-    embeddings = net.embed(net.normalise(torch.cat((anchors, others)).to(device)))
-    label = (torch.arange(len(embeddings), device=device) >= len(anchors)).long()
-    own_part, other_part = slice(len(anchors)), slice(len(anchors), None)
-    negatives = embeddings[other_part], label[other_part]
-    return triplet_loss(embeddings[own_part], label[own_part], MARGIN, mining="all", others=negatives)
+    z = net.embed(net.normalise(torch.cat((anchors, others)).to(device)))
+    label = (torch.arange(len(z), device=device) >= len(anchors)).long()
+    negatives = z[len(anchors) :], label[len(anchors) :]
+    return triplet_loss(z[: len(anchors)], label[: len(anchors)], MARGIN, mining="all", others=negatives)
 
 
 def published_variant(
@@ -184,15 +179,14 @@ def published_variant(
     rows = []
     for place, label in enumerate(sorted(unseen)):
         loss = partial(domain_loss, own=data.train.of([label]), rest=rest, generator=generator)
-        adapted = adapt(net, loss, STEPS, lr)
-        z = F.normalize(model.embed(adapted, test.images))
+        z = F.normalize(model.embed(adapt(net, loss, STEPS, lr), test.images))
         found = metrics.accuracies(z, test.labels, threshold)
         rows.append({"label": label} | {name: float(accuracy.per_class[place]) for name, accuracy in found.items()})
     variant = f"{STEPS} steps (learning rate {lr:g}) on each unseen class's training images"
     report = {"variant": variant, "ci95": {}, "per_class": rows}
+    weight = metrics.resample(test.labels, seed=seed).double()
     for figure in ("triplet_accuracy", "pair_accuracy"):
         values = torch.tensor([row[figure] for row in rows], dtype=torch.float64)
-        weight = metrics.resample(test.labels, seed=seed).double()
         report["ci95"][figure] = metrics.interval(weight @ values / len(values))
         report[figure] = float(values.mean())
     return report

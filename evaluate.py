@@ -74,6 +74,7 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -88,6 +89,7 @@ from oneshot import Strangers
 from sources import NAMED
 
 PUBLISHED_THRESHOLDS = {"classic": 0.2, "Reptile": 0.7}  # fixed by hand
+BARE = {"options": {}, "data": {"classes": [], "seen": []}, "threshold": None}  # what is known of a bare state dict
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,8 @@ class Loaded:
     unseen: list[int]
     split: str
     notes: list[str]  # what one should know of these classes
-    commit: str | None
-    training: dict | None  # how long it was trained, and with which options
+    saved: dict  # the checkpoint, or BARE
     calibration: dict | None  # the checkpoint's threshold, where it goes with these classes and images
-    triplet: dict  # keyword arguments of the loss it was trained with, the defaults for a bare state dict
 
     @property
     def pictures(self) -> data.Images:
@@ -125,16 +125,19 @@ load_data, load_runs = functools.cache(data.load), functools.cache(data.load_run
 def load(path: str, options: Options, device: torch.device) -> Loaded:
     """A checkpoint of the training scripts, or a bare state dict. Raises ValueError or OSError."""
     saved = model.load_checkpoint(path)
-    ours = model.is_ours(saved)
-    trained, facts = (saved["options"], saved["data"]) if ours else ({}, {"classes": [], "seen": []})
+    state, ours = model.bare_state(saved, path), model.is_ours(saved)
+    saved = saved if ours else BARE
+    trained, facts, own = saved["options"], saved["data"], model.settings_of(saved)
     source, backbone = options.runs or options.data or trained.get("data"), options.backbone or trained.get("backbone")
     if source is None or backbone is None:
         raise ValueError(f"{path} is a bare state dict: give --backbone and --data (and --split) with it")
+    if options.store and not ours:
+        raise ValueError(f"{path} is a bare state dict: --store needs a checkpoint of the training scripts")
     if ours and options.pixel_mean is not None:
         raise ValueError(f"{path} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
     if not (options.runs or options.data) and source not in NAMED and not Path(source).exists():
         raise ValueError(f"{path} was trained on {source}, which is not found from {Path.cwd()}; give --data PATH")
-    size = options.image_size or (model.settings_of(saved) if ours else {}).get("size", 32)
+    size = options.image_size or own.get("size", 32)
     loaded = load_runs(Path(source), size) if options.runs else load_data(source, options.data_root, size)
     names, learned = loaded.class_names, model.trained_classes(facts)
     asked = "0-100" if options.runs else options.split
@@ -143,73 +146,54 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     if leaked:
         why = f"{path} was trained on classes that --split {split} calls unseen ({', '.join(leaked[:5])})"
         raise ValueError(f"{why}; leave --split and --split-seed out")
-    if options.adapt_published and loaded.own_split:
-        raise ValueError("--adapt-published needs training images of the unseen classes; this data set has none")
+    if options.adapt_published and (loaded.own_split or not seen):
+        why = "takes negatives from seen classes, and needs training images of the unseen classes"
+        raise ValueError(f"--adapt-published {why}; this data set or split has none")
     if options.on == "validation":
         if not facts.get("validation") or names != facts["classes"]:
             raise ValueError(f"--on validation: {path} has no validation classes here; train with --withhold 0.1")
         seen, unseen, split = facts["seen"], facts["validation"], f"{split}, validation classes"
         loaded = data.for_choosing(loaded, seen, unseen)
     if not seen:  # nothing was trained on, so all images are for testing
-        if options.adapt_published:
-            raise ValueError("--adapt-published takes negatives from seen classes, and there are none")
         loaded = data.Data(loaded.name, loaded.train.of([]), loaded.train + loaded.test, names)
     kept, held_back = data.hold_back(loaded.train.of(seen))
-    net, as_trained = load_network(saved, path, backbone, options, (kept if seen else loaded.test).images)
+    net = load_network(path, state, saved, backbone, options, (kept if seen else loaded.test).images)
+    as_trained = [net.size, net.mirror, net.turned] == [own.get("size"), own.get("mirror", False), own.get("turned", 0.0)]
     shared = {*facts["classes"]} & {*names}
     missing = [name for name in facts["classes"] if shared and name not in shared]
     new = [names[label] for label in seen if ours and names[label] not in learned]
+    texts = {"of the checkpoint's classes are missing here": missing, "of the seen classes were not trained on": new}
+    notes = [f"{len(of)} {text}: {textwrap.shorten(', '.join(of), 100)}" for text, of in texts.items() if of]
     calibrates = new and metrics.enough(held_back.labels)  # the threshold, on these images
-    notes = {"of the checkpoint's classes are missing here": missing, "of the seen classes were not trained on": new}
-    return Loaded(
-        path=path,
-        net=net.to(device),
-        data=loaded,
-        seen=seen,
-        unseen=unseen,
-        split=split,
-        notes=[f"{len(of)} {text}: {textwrap.shorten(', '.join(of), 100)}" for text, of in notes.items() if of],
-        commit=saved.get("commit") if ours else None,
-        training=training_facts(saved) if ours else None,
-        calibration=saved["threshold"] if ours and as_trained and not calibrates else None,
-        triplet={name: trained.get(name, default) for name, default in cli.LossOptions().triplet.items()},
-    )
+    threshold = saved["threshold"] if as_trained and not calibrates else None
+    return Loaded(path, net.to(device), loaded, seen, unseen, split, notes, saved, threshold)
 
 
-def training_facts(saved: dict) -> dict:
-    """Steps, images, seconds and threads of a checkpoint's training, and its options except those that name places."""
-    lengths = {name: saved.get(name) for name in ("step", "images", "seconds", "threads")}
-    places = {"data", "data_root", "out", "log_dir", "device", "resume", "overwrite"}
-    options = {name: value for name, value in saved["options"].items() if name not in places}
-    if options.get("weights"):
-        options["weights"] = Path(options["weights"]).name
-    return lengths | {"options": options}
+def load_network(
+    path: str, state: dict[str, Tensor], saved: dict, backbone: str, options: Options, images: Tensor
+) -> model.Embedder:
+    """A network with the weights `state` of `path`, and the settings of the checkpoint `saved`, or BARE.
 
-
-def load_network(saved: dict, path: str, backbone: str, options: Options, kept: Tensor) -> tuple[model.Embedder, bool]:
-    """The network of `path`, and whether its images have the size, and embeddings the views, as in training.
-
-    `kept` (N, 3, H, W) uint8: the training images, whose pixel statistics a bare state dict gets by default. Raises
-    ValueError.
+    `images` (N, 3, H, W) uint8: a bare state dict is normalised by their pixel statistics, unless there are others.
+    Raises ValueError.
     """
-    state, size = model.bare_state(saved, path), kept.shape[2]
-    own = model.settings_of(saved) if model.is_ours(saved) else {}
-    settings = dict(own)
-    if "backbone" not in own or options.backbone is not None or options.width is not None:
-        settings = model.fit(backbone, options.width or saved.get("options", {}).get("width", 16), size, state)
-    if own:
-        mean, std = own["mean"], own["std"]
-    elif options.pixel_mean is not None:
-        mean, std = options.pixel_mean, options.pixel_std
-    else:
-        mean, std = model.IMAGENET if backbone == "resnet18" else data.channel_statistics(kept)
-    trained = {"mirror": settings.get("mirror", False), "turned": settings.get("turned", 0.0)}
-    views = {"mirror": trained["mirror"] if options.mirror == "auto" else options.mirror == "yes"}
-    views["turned"] = trained["turned"] if options.turned is None else options.turned
-    net, ignored = model.build_with_weights(settings | views | {"size": size, "mean": mean, "std": std}, state)
+    settings = model.settings_of(saved) | {"size": images.shape[2]}
+    if options.pixel_mean is not None:
+        settings |= {"mean": options.pixel_mean, "std": options.pixel_std}
+    elif "mean" not in settings:
+        mean, std = model.IMAGENET if backbone == "resnet18" else data.channel_statistics(images)
+        settings |= {"mean": mean, "std": std}
+    if "backbone" not in settings or options.backbone is not None or options.width is not None:
+        width = options.width or saved["options"].get("width", 16)
+        settings |= model.fit(backbone, width, settings["size"], state)
+    if options.mirror != "auto":
+        settings["mirror"] = options.mirror == "yes"
+    if options.turned is not None:
+        settings["turned"] = options.turned
+    net, ignored = model.build_with_weights(settings, state)
     if ignored:
         print(f"{path}: left out {', '.join(ignored)}")
-    return net, views == trained and size == own.get("size")
+    return net
 
 
 def pick_thresholds(loaded: Loaded, options: Options) -> tuple[dict, dict[str, float]]:
@@ -226,62 +210,42 @@ def pick_thresholds(loaded: Loaded, options: Options) -> tuple[dict, dict[str, f
     named = {f"auto {name}": made["value"] for name, made in found.items()}
     if loaded.data.name == "cifar100":
         named |= {f"fixed {value}": value for value in PUBLISHED_THRESHOLDS.values()}
-    if options.threshold == "auto":
-        stored = loaded.calibration
-        threshold = stored if stored and stored.get("criterion") == options.criterion else found.get(options.criterion)
-        if threshold and found and "strangers" not in threshold:
-            threshold = threshold | {"strangers": found[options.criterion]["strangers"]}
-        if threshold is None:
-            why = f"{loaded.path} has no threshold by --criterion {options.criterion} for images like these"
-            raise ValueError(f"{why}, and too few training images to calibrate one; give --threshold a number")
-        return threshold, named | {f"auto {options.criterion}": threshold["value"]}
-    value = float(options.threshold)
-    unknown = dict.fromkeys(("false_accept", "false_reject", "logistic", "calibrated_on"))
-    return {"mode": "fixed", "criterion": None, "value": value, **unknown}, named | {f"fixed {value}": value}
-
-
-def store(loaded: Loaded, threshold: dict) -> None:
-    """Write what predict.py and export.py need into a checkpoint. Raises ValueError or OSError."""
-    saved = model.load_checkpoint(loaded.path)
-    if not model.is_ours(saved):
-        raise ValueError(f"{loaded.path} is a bare state dict: --store needs a checkpoint of the training scripts")
-    with cli.writing(loaded.path) as path:
-        torch.save(saved | {"threshold": threshold, "network": loaded.net.settings}, path)
+    if options.threshold != "auto":
+        value = float(options.threshold)
+        unknown = dict.fromkeys(("false_accept", "false_reject", "logistic", "calibrated_on"))
+        return {"mode": "fixed", "criterion": None, "value": value, **unknown}, named | {f"fixed {value}": value}
+    threshold, own = found.get(options.criterion, {}), loaded.calibration or {}
+    if own.get("criterion") == options.criterion:
+        threshold = threshold | own  # older checkpoints lack the table of strangers
+    if not threshold:
+        why = f"{loaded.path} has no threshold by --criterion {options.criterion} for images like these"
+        raise ValueError(f"{why}, and too few training images to calibrate one; give --threshold a number")
+    return threshold, named | {f"auto {options.criterion}": threshold["value"]}
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
 
 
 def make_report(
-    facts: dict, threshold: dict | None, thresholds: dict[str, float], sides: dict[str, Side | None], names: list[str]
+    facts: dict, threshold: dict | None, thresholds: dict[str, float], sides: dict[str, Side], names: list[str]
 ) -> dict:
-    """The JSON report; figures in percent unless a name says otherwise.
-
-    `facts`: checkpoint, commit, data, split, network, training, date, measured, notes. measured: classes and images of
-    each side, and copies among the images; notes: the same and more in words. threshold: the one in force, with its
-    criterion and, if it was calibrated, its errors on the images of the calibration. seen, unseen: null without pairs,
-    or the figures of the test images of these classes, ci95 by resampling classes; few_shot: by way and shot, with half
-    the width of the 95 % interval of the draw of episodes. Intervals are null if there are too few classes or images.
-    published_protocol, constant_answer: for CIFAR-100, else null.
-    adapted: where asked for, few-shot accuracy with and without adaptation to the support images of the same episodes
-    (adapt.SupportAdaptation.report), and figures by the published way of adapting (adapt.published_variant).
-    open_set: recognition with strangers among the queries, see `metrics.open_set`: (mean, half the width of the 95 %
-    interval of the draw of episodes). thresholds: other thresholds beside it, on pairs of which one in two, or one in
-    ten, is of one class. per_class: the unseen classes. compared_with: see `report.compare`; null for the first or only
-    checkpoint.
-    runs: with --runs, and then alone, the percentage of trials that went wrong, ci95 by resampling runs.
-    """
-    found = {name: None if side is None else side_report(side) for name, side in sides.items()}
-    unseen = sides["unseen"]
-    if unseen is not None:
-        found["unseen"] |= unseen_report(unseen, threshold["value"], facts["data"] == "cifar100")
+    """The JSON report, which docs/usage.md describes; `facts`: what it says of checkpoint, data and measurement."""
+    found = report.UNMEASURED | {name: side_report(side) for name, side in sides.items()}
+    unseen = sides.get("unseen")
+    if unseen:
+        score, constant = None, None
+        if facts["data"] == "cifar100":
+            score, constant = published_few_shot(unseen.z, unseen.labels, threshold["value"])
+        shots = few_shot_report(unseen)
+        found["unseen"] |= {"published_protocol": score, "constant_answer": constant, "few_shot": shots}
     return {
         **facts,
         "threshold": threshold and {name: value for name, value in threshold.items() if name != "strangers"},
         **found,
         "thresholds": threshold_rows(sides, thresholds) if threshold else [],
-        "per_class": [] if unseen is None else class_rows(unseen, names),
+        "per_class": class_rows(unseen, names) if unseen else [],
         "compared_with": None,
+        "open_set": open_set_rows(sides, threshold) if unseen else [],
     }
 
 
@@ -293,17 +257,15 @@ def side_report(side: Side) -> dict:
     return found | {"ci95": {name: metrics.interval(accuracy.resampled) for name, accuracy in side.accuracies.items()}}
 
 
-def unseen_report(side: Side, threshold: float, published: bool) -> dict:
-    """What is measured on unseen classes only, with the `published` score or without."""
-    score, constant = published_few_shot(side.z, side.labels, threshold) if published else (None, None)
-    few_shot, some = {}, metrics.enough(side.labels)
+def few_shot_report(side: Side) -> dict:
+    """Accuracy in each setting of metrics.FEW_SHOT, or None where there are too few classes or images."""
+    found = dict.fromkeys(side.episodes)
     for name, accuracies in side.episodes.items():
-        few_shot[name] = None
         if accuracies is not None:
             mean, half = metrics.mean_interval(accuracies)
-            few_shot[name] = {"accuracy": mean, "ci95": half if some else None, "episodes": len(accuracies)}
-    adapted = {"support": None, "published": None}
-    return {"published_protocol": score, "constant_answer": constant, "few_shot": few_shot, "adapted": adapted}
+            half = half if metrics.enough(side.labels) else None
+            found[name] = {"accuracy": mean, "ci95": half, "episodes": len(accuracies)}
+    return found
 
 
 def published_few_shot(z: Tensor, labels: Tensor, threshold: float) -> tuple[float, float]:
@@ -312,11 +274,10 @@ def published_few_shot(z: Tensor, labels: Tensor, threshold: float) -> tuple[flo
     The support is the first image of each class, the queries are all others, and each support-query pair counts the
     same, so one pair in C is of one class.
     """
-    classes, index = labels.unique(return_inverse=True)
-    support = torch.stack([(index == row).nonzero()[0, 0] for row in range(len(classes))])
+    support = torch.from_numpy(np.unique(labels, return_index=True)[1])
     query = torch.ones(len(z), dtype=torch.bool)
     query[support] = False
-    same = index[support][:, None] == index[query]
+    same = labels[support][:, None] == labels[query]
     accepted = z[support] @ z[query].T > threshold
     return 100 * float((accepted == same).double().mean()), 100 * float((~same).double().mean())
 
@@ -330,13 +291,11 @@ def class_rows(side: Side, names: list[str]) -> list[dict]:
     ]
 
 
-def threshold_rows(sides: dict[str, Side | None], thresholds: dict[str, float]) -> list[dict]:
+def threshold_rows(sides: dict[str, Side], thresholds: dict[str, float]) -> list[dict]:
     """Pair accuracy by each named threshold, the best possible and a constant answer; on 1:1 and on 1:9 pairs."""
     rows = [{"name": name, "value": value} for name, value in thresholds.items()]
     best, constant = {"name": "oracle", "value": None}, {"name": "always different", "value": None}
     for name, side in sides.items():
-        if side is None:
-            continue
         errors = metrics.pair_errors(side.z, side.labels, list(thresholds.values()))
         for row, accept, reject in zip(rows, *(error.tolist() for error in errors), strict=True):
             accuracies = {ratio: 100 * (1 - share * reject - (1 - share) * accept) for ratio, share in SHARES.items()}
@@ -346,17 +305,18 @@ def threshold_rows(sides: dict[str, Side | None], thresholds: dict[str, float]) 
     return [*rows, best, constant]
 
 
-def open_set_rows(sides: dict[str, Side | None], threshold: dict) -> list[dict]:
+def open_set_rows(sides: dict[str, Side], threshold: dict) -> list[dict]:
     """Recognition with strangers among the queries, by enrolled classes and pictures of each."""
-    seen, unseen, rows = sides["seen"], sides["unseen"], []
-    if unseen is None or not threshold.get("strangers"):
-        return rows
-    table, trained = Strangers(threshold["strangers"]), seen and len(seen.labels.unique())
-    settings = [("unseen", min(5, len(unseen.labels.unique()) // 2))]
-    settings += [("seen", way) for way in sorted({min(20, trained), trained})] if trained else []
+    if not threshold.get("strangers"):
+        return []
+    classes = {name: len(side.labels.unique()) for name, side in sides.items()}
+    settings = [("unseen", min(5, classes["unseen"] // 2))]
+    if "seen" in sides:
+        settings += [("seen", way) for way in sorted({min(20, classes["seen"]), classes["seen"]})]
+    table, rows = Strangers(threshold["strangers"]), []
     for name, way in settings:
         for shot in (1, 5):
-            enrolled, others = ((side.z, side.labels) for side in (sides[name], unseen))
+            enrolled, others = ((side.z, side.labels) for side in (sides[name], sides["unseen"]))
             found = metrics.open_set(enrolled, others, way, shot, table, adapt=name == "unseen")
             if found:
                 figures = {figure: metrics.mean_interval(values) for figure, values in found.items()}
@@ -369,55 +329,65 @@ def open_set_rows(sides: dict[str, Side | None], threshold: dict) -> list[dict]:
 
 def evaluate(
     loaded: Loaded, threshold: dict | None, thresholds: dict[str, float], options: Options
-) -> tuple[dict, dict[str, Side | None]]:
+) -> tuple[dict, dict[str, Side]]:
     """The report of one checkpoint and what it was made from, by side: seen, unseen; or runs."""
     sides, measured, notes = measure(loaded, threshold)
-    facts = {"checkpoint": loaded.path, "commit": loaded.commit, "data": loaded.data.name, "split": loaded.split}
-    shape = {name: loaded.net.settings[name] for name in ("backbone", "width", "size") if name in loaded.net.settings}
-    shape["parameters"] = sum(parameter.numel() for parameter in loaded.net.parameters())
-    facts |= {"network": shape, "training": loaded.training, "date": date.today().isoformat()}
-    facts |= {"measured": measured, "notes": notes + loaded.notes}
+    network = {name: loaded.net.settings[name] for name in ("backbone", "width", "size") if name in loaded.net.settings}
+    network["parameters"] = sum(parameter.numel() for parameter in loaded.net.parameters())
+    facts = {"checkpoint": loaded.path, "commit": loaded.saved.get("commit"), "data": loaded.data.name}
+    facts |= {"split": loaded.split, "network": network, "training": training_facts(loaded.saved)}
+    facts |= {"date": date.today().isoformat(), "measured": measured, "notes": notes + loaded.notes}
     made = make_report(facts, threshold, thresholds, sides, loaded.data.class_names)
-    made["open_set"] = open_set_rows(sides, threshold)
-    if made["unseen"]:
+    if "unseen" in sides:
         made["unseen"]["adapted"] = adapted(loaded, threshold, options)
     return made, sides
 
 
-def measure(loaded: Loaded, threshold: dict | None) -> tuple[dict[str, Side | None], dict, list[str]]:
-    """The sides, how much was measured, and the same in words. Without a threshold the data are runs."""
+def training_facts(saved: dict) -> dict | None:
+    """Steps, images, seconds and threads of a checkpoint's training, and its options except those that name places."""
+    if saved is BARE:
+        return None
+    lengths = {name: saved.get(name) for name in ("step", "images", "seconds", "threads")}
+    places = {"data", "data_root", "out", "log_dir", "device", "resume", "overwrite"}
+    options = {name: value for name, value in saved["options"].items() if name not in places}
+    if options.get("weights"):
+        options["weights"] = Path(options["weights"]).name
+    return lengths | {"options": options}
+
+
+def measure(loaded: Loaded, threshold: dict | None) -> tuple[dict[str, Side], dict, list[str]]:
+    """What can be measured, by side, how much it is, and the same in words. Without a threshold the data are runs."""
+    test, names = loaded.data.test, loaded.data.class_names
     if threshold is None:
-        test, names = loaded.data.test, loaded.data.class_names
         runs = len({name.rpartition("/")[0] for name in names})
         side = metrics.measure_runs(test.images, test.labels, loaded.embed(test), len(names) // runs)
-        return {"seen": None, "unseen": None, "runs": side}, {"runs": runs, "trials": len(names)}, []
+        return {"runs": side}, {"runs": runs, "trials": len(names)}, []
     sides, measured, notes = {}, {}, []
     for name, classes in (("seen", loaded.seen), ("unseen", loaded.unseen)):
-        test = loaded.data.test.of(classes)
-        measured[name] = {"classes": len(classes), "images": len(test)}
-        z = loaded.embed(test)
-        shots = None
+        images, shots = test.of(classes), None
+        z = loaded.embed(images)
         if name == "unseen":
             pictures = loaded.pictures
-            shots = (z if len(pictures) == len(test) else loaded.embed(pictures), pictures.labels)
-        sides[name] = metrics.measure(test.images, test.labels, z, threshold["value"], shots)
-        too_few = "" if sides[name] or not classes else "; nothing is measured, for want of two images of one class"
-        notes.append(f"{name}: {len(test)} images of {len(classes)} classes{too_few}")
-    trained_on, test = data.hold_back(loaded.data.train.of(loaded.seen))[0], loaded.data.test
-    copies = data.copies(trained_on, test.of(loaded.seen + loaded.unseen))
-    if any(copies):
-        notes.append(f"copies among the test images: {copies[0]} of training images, {copies[1]} of other test images")
-    measured["copies"] = dict(zip(("of_training_images", "of_test_images"), copies, strict=True))
-    return sides, measured, notes
+            shots = (z if len(pictures) == len(images) else loaded.embed(pictures), pictures.labels)
+        side = metrics.measure(images.images, images.labels, z, threshold["value"], shots)
+        sides |= {name: side} if side else {}
+        measured[name] = {"classes": len(classes), "images": len(images)}
+        too_few = "" if side or not classes else "; nothing is measured, for want of two images of one class"
+        notes.append(f"{name}: {len(images)} images of {len(classes)} classes{too_few}")
+    trained_on = data.hold_back(loaded.data.train.of(loaded.seen))[0]
+    of_training, of_test = data.copies(trained_on, test.of(loaded.seen + loaded.unseen))
+    if of_training or of_test:
+        notes.append(f"copies among the test images: {of_training} of training images, {of_test} of other test images")
+    return sides, measured | {"copies": {"of_training_images": of_training, "of_test_images": of_test}}, notes
 
 
 def adapted(loaded: Loaded, threshold: dict, options: Options) -> dict:
     """What the options ask to measure after adaptation; see adapt.py."""
-    found = {"support": None, "published": None}
+    found, trained = {"support": None, "published": None}, loaded.saved["options"]
     if options.adapt_steps is not None:
-        flip = (loaded.training or {"options": {}})["options"].get("flip", True)
-        adaptation = adapt.SupportAdaptation(loaded.net, loaded.triplet, options.adapt_steps, options.adapt_lr, flip)
-        found["support"] = adaptation.report(loaded.pictures, adapt.EPISODES)
+        loss = {name: trained.get(name, default) for name, default in cli.LossOptions().triplet.items()}
+        settings = (loss, options.adapt_steps, options.adapt_lr, trained.get("flip", True))
+        found["support"] = adapt.SupportAdaptation(loaded.net, *settings).report(loaded.pictures)
     if options.adapt_published:
         found["published"] = adapt.published_variant(
             loaded.net, loaded.data, loaded.seen, loaded.unseen, threshold["value"], options.adapt_lr
@@ -431,15 +401,13 @@ def check(options: Options) -> None:
         raise ValueError("give at least one checkpoint")
     cli.check_criterion(options.criterion)
     cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
-    cli.require(options, "adapt_lr")
-    if options.adapt_steps is not None:
-        cli.require(options, "adapt_steps", least=1)
-    if options.image_size is not None:
-        cli.require(options, "image_size", least=8)
-    if options.turned is not None:
-        cli.require(options, "turned", least=0, most=1)
+    for name, least in {"adapt_lr": None, "adapt_steps": 1, "image_size": 8, "turned": 0}.items():
+        if getattr(options, name) is not None:
+            cli.require(options, name, least=least)
     if options.threshold != "auto":
         cli.check_threshold(options.threshold)
+        if options.store:
+            raise ValueError("--store keeps a calibrated threshold; it does not go with --threshold NUMBER")
     if options.on == "validation" and options.adapt_published:
         raise ValueError("--adapt-published trains on the images that --on validation measures; give one of them")
     others = ("data", "split", "split_seed", "on", "threshold", "store", "adapt_steps", "adapt_published")
@@ -447,13 +415,11 @@ def check(options: Options) -> None:
     if options.runs and given:
         raise ValueError(f"--runs measures these runs alone; leave {', '.join(given)} out")
     cli.check_output("--json", options.json, *options.checkpoints, *filter(None, (options.data, options.runs)))
-    if options.report and Path(options.report).exists() and not Path(options.report).is_dir():
-        raise ValueError(f"--report: {options.report} is not a folder")
     if options.report:
+        if Path(options.report).exists() and not Path(options.report).is_dir():
+            raise ValueError(f"--report: {options.report} is not a folder")
         Path(options.report).mkdir(parents=True, exist_ok=True)
         cli.check_output("--report", Path(options.report, "index.html"))
-    if options.store and options.threshold != "auto":
-        raise ValueError("--store keeps a calibrated threshold; it does not go with --threshold NUMBER")
     for path in options.checkpoints if options.store else ():
         cli.check_output("--store", path)
 
@@ -472,19 +438,22 @@ def main(args: Sequence[str] | None = None) -> None:
         thresholds = [(None, {}) if options.runs else pick_thresholds(each, options) for each in loaded]
         if options.store:
             for each, (threshold, _) in zip(loaded, thresholds, strict=True):
-                store(each, threshold)
-    evaluated: list[tuple[dict, dict[str, Side | None], list[str]]] = []
+                with cli.writing(each.path) as path:
+                    torch.save(each.saved | {"threshold": threshold, "network": each.net.settings}, path)
+    evaluated: list[tuple[dict, dict[str, Side], list[str]]] = []
     for each, (threshold, others) in zip(loaded, thresholds, strict=True):
         made, sides = evaluate(each, threshold, others, options)
-        first, first_sides, _ = evaluated[0] if evaluated else (made, sides, None)
-        if made is not first and report.comparable(sides, first_sides):
-            made["compared_with"] = {"checkpoint": first["checkpoint"]} | report.compare(sides, first_sides)
-        elif made is not first:
-            made["notes"].append(f"not compared with {first['checkpoint']}: measured on other images")
+        if evaluated:
+            first, first_sides, _ = evaluated[0]
+            compared = report.compare(sides, first_sides)
+            if compared:
+                made["compared_with"] = {"checkpoint": first["checkpoint"]} | compared
+            else:
+                made["notes"].append(f"not compared with {first['checkpoint']}: measured on other images")
         evaluated.append((made, sides, each.data.class_names))
     reports = [made for made, _, _ in evaluated]
     if options.json:  # before anything that may fail
-        cli.write_json(options.json, reports if reports[1:] else first)
+        cli.write_json(options.json, reports if len(reports) > 1 else reports[0])
     for made in reports:
         report.show(made)
     if options.report:

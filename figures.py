@@ -27,12 +27,12 @@ COMPARISONS = 50_000_000  # of queries with support images, about, from which th
 THUMBNAIL = 96  # pixels; larger pictures are scaled down
 SEEN, UNSEEN, GOOD, BAD = "#4a7fd6", "#e8833a", "#2e9e6b", "#d8434e"
 WIDTH, DOTS_PER_INCH = 3.6, 200  # inches: with letters of 8 points or more, readable on a phone
-INKS = {"light": ("#ffffff", "#1d2330", "#d9dde5"), "dark": ("#171b24", "#e3e7ef", "#3a4150")}  # paper, ink, lines
+INKS = {"": ("#ffffff", "#1d2330", "#d9dde5"), "-dark": ("#171b24", "#e3e7ef", "#3a4150")}  # paper, ink, lines
 DIFFERENT, SAME = "#8a93a6", GOOD
 
 
 def draw(paint: Callable[[Figure], None], height: float) -> dict[str, bytes]:
-    """PNG files of a figure `height` inches high, by theme; `paint` draws on it."""
+    """PNG files of a figure `height` inches high, by the theme's suffix; `paint` draws on it."""
     files = {}
     for theme, (paper, ink, lines) in INKS.items():
         style = {
@@ -51,16 +51,11 @@ def draw(paint: Callable[[Figure], None], height: float) -> dict[str, bytes]:
     return files
 
 
-def plain(name: str) -> str:
-    """A class's name as a reader sees it."""
-    return cli.printable(name.replace("_", " "))
-
-
 @dataclass(frozen=True)
 class Picture:
     title: str
     text: str  # what it shows
-    files: dict[str, bytes] = field(default_factory=dict)  # PNG by theme
+    files: dict[str, bytes] = field(default_factory=dict)  # of a drawing: PNG by the theme's suffix
     body: str = ""  # HTML, where there are no files
     legend: dict[str, str] = field(default_factory=dict)  # names of classes for which numbers stand in the files
 
@@ -69,8 +64,8 @@ class Picture:
         title, text, body = html.escape(self.title), html.escape(self.text), self.body
         if self.files:
             body = (
-                f'<picture><source media="(prefers-color-scheme: dark)" srcset="{embedded(self.files["dark"])}">'
-                f'<img src="{embedded(self.files["light"])}" alt="{title}: {text}"></picture>'
+                f'<picture><source media="(prefers-color-scheme: dark)" srcset="{embedded(self.files["-dark"])}">'
+                f'<img src="{embedded(self.files[""])}" alt="{title}: {text}"></picture>'
             )
         if self.legend:
             items = (f"<li value={number}>{caption(name)}</li>" for number, name in self.legend.items())
@@ -78,47 +73,19 @@ class Picture:
         return f'<figure id="{name}"><h2>{title}</h2>{body}<figcaption>{text}</figcaption></figure>'
 
 
-def embedded(file: bytes) -> str:
-    """A PNG file as an address."""
-    return f"data:image/png;base64,{base64.b64encode(file).decode()}"
-
-
-# ------------------------------------------------------------------------------------------------------ what is shown
-
-
 def of_report(report: dict, sides: dict[str, Side], names: list[str]) -> dict[str, Picture]:
     """The figures of a report by name; `names` of all classes."""
     if "runs" in sides:
         return {"run": of_run(sides["runs"], names)}
-    threshold = report["threshold"]["value"]
-    points, counts = {}, {}
-    for name, side in sides.items():
-        accept, reject = metrics.pair_errors(side.z, side.labels, [threshold])
-        points[name] = (float(accept), 1 - float(reject))
-        counts[name] = metrics.pair_histogram(side.z, side.labels, 100)
     lines = {row["name"]: row["value"] for row in report["thresholds"] if row["value"] is not None}
-    curves = {name: side.curve for name, side in sides.items()}
-    drawn = {
-        "roc": Picture(
-            "ROC curve",
-            "Share of same-class pairs accepted against share of different-class pairs accepted, over all thresholds. "
-            "The dot is the threshold in force.",
-            draw(lambda figure: roc(figure, curves, points), 3.6),
-        ),
-        "similarity": Picture(
-            "Similarities and thresholds",
-            "Distributions of the similarity of same-class and different-class pairs. Where they overlap no threshold "
-            "helps.",
-            draw(lambda figure: histogram(figure, counts, lines), 2.2 * len(counts) + 0.3),
-        ),
-    }
-    if "unseen" not in sides:
-        return drawn
-    side = sides["unseen"]
-    drawn |= {"map": of_map(side, names), "hardest": of_hardest_pairs(side, names)}
-    shares = one_shot_confusion(side)
-    if shares is not None:
-        drawn |= {"confusion": of_confusion(shares, side.labels.unique(), names), "episodes": of_episodes(side, names)}
+    drawn = {"roc": of_roc(sides, report["threshold"]["value"]), "similarity": of_similarities(sides, lines)}
+    if "unseen" in sides:
+        side = sides["unseen"]
+        drawn |= {"map": of_map(side, names), "hardest": of_hardest_pairs(side, names)}
+        shares = one_shot_confusion(side)
+        if shares is not None:
+            drawn["confusion"] = of_confusion(shares, side.labels.unique(), names)
+            drawn["episodes"] = of_episodes(side, names)
     return drawn
 
 
@@ -139,20 +106,154 @@ def short_names(classes: Tensor, names: list[str]) -> tuple[list[str], dict[str,
     return list(found), found
 
 
+# --------------------------------------------------------------------------------------------------------------- curves
+
+
+def of_roc(sides: dict[str, Side], threshold: float) -> Picture:
+    """ROC curves of the sides, with a point each at the threshold."""
+    errors = {name: metrics.pair_errors(side.z, side.labels, [threshold]) for name, side in sides.items()}
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        for name, side in sides.items():
+            curve, colour, (accept, reject) = side.curve, SEEN if name == "seen" else UNSEEN, errors[name]
+            chosen = spread(len(curve.thresholds), 400)
+            x, y = curve.false_accept[chosen].tolist(), (1 - curve.false_reject[chosen]).tolist()
+            axes.plot([1, *x, 0], [1, *y, 0], color=colour, lw=1.8, label=f"{name} classes, AUC {curve.auc:.1f} %")
+            axes.plot(accept, 1 - reject, "o", color=colour, ms=7, mec="white", mew=1.2)
+        axes.plot([0, 1], [0, 1], ":", color=DIFFERENT, lw=1)
+        axes.set(xlabel="different-class pairs accepted", ylabel="same-class pairs accepted")
+        axes.set(xlim=(0, 1), ylim=(0, 1.005), aspect="equal")
+        axes.grid(lw=0.5)
+        axes.legend(loc="lower right")
+
+    text = (
+        "Share of same-class pairs accepted against share of different-class pairs accepted, over all thresholds. "
+        "The dot is the threshold in force."
+    )
+    return Picture("ROC curve", text, draw(paint, 3.6))
+
+
+def of_similarities(sides: dict[str, Side], thresholds: dict[str, float]) -> Picture:
+    """Densities of pair similarities, with thresholds as lines."""
+    counts = [metrics.pair_histogram(side.z, side.labels, 100) for side in sides.values()]
+    edges = np.linspace(-1, 1, 101)
+    common = sum(kinds / kinds.sum(1, keepdim=True) for kinds in counts).sum(0) > 1e-3
+    left = min([float(edges[int(common.int().argmax())]), *thresholds.values()]) - 0.05
+
+    def paint(figure: Figure) -> None:
+        every_axes = figure.subplots(len(sides), sharex=True, squeeze=False)[:, 0]
+        for axes, name, kinds in zip(every_axes, sides, counts, strict=True):
+            for values, colour, label in zip(
+                kinds, (DIFFERENT, SAME), ("different classes", "same class"), strict=True
+            ):
+                density = (values / values.sum()).numpy() / (edges[1] - edges[0])
+                axes.stairs(density, edges, fill=True, alpha=0.3, color=colour)
+                axes.stairs(density, edges, color=colour, lw=1.2, label=label)
+            axes.set(xlim=(left, 1), yticks=[])
+            mark_thresholds(axes, thresholds)
+            axes.set_title(f"{name} classes", loc="left")
+            axes.spines["left"].set_visible(False)
+        axes.set(xlabel="similarity (cosine)")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+
+    text = (
+        "Distributions of the similarity of same-class and different-class pairs. Where they overlap no threshold "
+        "helps."
+    )
+    return Picture("Similarities and thresholds", text, draw(paint, 2.2 * len(sides) + 0.3))
+
+
+def mark_thresholds(axes: Axes, thresholds: dict[str, float]) -> None:
+    """Vertical lines above the curves, each with its name at a height of its own, on the side that has more room."""
+    peak, middle = axes.get_ylim()[1], sum(axes.get_xlim()) / 2
+    step = 0.16 * peak
+    box = {"boxstyle": "round,pad=0.1", "fc": matplotlib.rcParams["axes.facecolor"], "ec": "none"}
+    for place, (name, value) in enumerate(sorted(thresholds.items(), key=lambda item: -item[1])):
+        auto, height = name.startswith("auto"), peak + step * (place + 0.5)
+        style = {"color": BAD, "ls": "-"} if auto else {"color": DIFFERENT, "ls": "--"}
+        axes.plot([value, value], [0, height], lw=1, **style)
+        side, shift = ("right", -4) if value > middle else ("left", 4)  # points
+        text = f"{name}: {value:.2f}" if auto else name
+        axes.annotate(text, (value, height), (shift, 0), textcoords="offset points", ha=side, va="center", bbox=box)
+    axes.set_ylim(0, peak + step * (len(thresholds) + 0.3))
+
+
+# ------------------------------------------------------------------------------------------------------ map, confusions
+
+
 def of_map(side: Side, names: list[str]) -> Picture:
-    """Where images of the classes lie."""
+    """Where images of the classes lie: points coloured by class, each class's name near the median of its points."""
     every = side.labels.unique()
     among = torch.isin(side.labels, every[spread(len(every), DRAWN_CLASSES)]).nonzero()[:, 0]
     chosen = among[spread(len(among), MAP_IMAGES)]
     places = tsne(side.z[chosen]) if len(chosen) > 3 else side.z[chosen, :2]
-    classes, index = side.labels[chosen].unique(return_inverse=True)
+    classes = side.labels[chosen].unique()
+    points = [places[side.labels[chosen] == label] for label in classes]  # (n, 2) each
     labels, legend = short_names(classes, names)
+    room = (places.amax(0) - places.amin(0)) * torch.tensor([0.03 + 0.02 * max(map(len, labels)), 0.07])
+    label_places = apart(torch.stack([each.median(0).values for each in points]), room).tolist()
+    colours = matplotlib.colormaps["tab20" if len(classes) > 10 else "tab10"]
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        for row, each in enumerate(points):
+            axes.scatter(*each.T.numpy(), s=9, color=colours(row % colours.N), lw=0, alpha=0.8)
+        box = {"boxstyle": "round,pad=0.2", "fc": matplotlib.rcParams["axes.facecolor"], "alpha": 0.85}
+        for row, (x, y) in enumerate(label_places):
+            axes.text(x, y, labels[row], ha="center", va="center", bbox=box | {"ec": colours(row % colours.N)})
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+
     text = (
         f"{len(chosen)} of {len(side.z)} test images, {len(classes)} of {len(every)} unseen classes, by t-SNE: near "
         "means similar, empty space between groups means nothing."
     )
-    files = draw(lambda figure: embedding_map(figure, places, index, labels), 3.4)
-    return Picture("Map of the embeddings", text, files, legend=legend)
+    return Picture("Map of the embeddings", text, draw(paint, 3.4), legend=legend)
+
+
+def tsne(z: Tensor, perplexity: float = 30.0, steps: int = 400, rate: float = 200.0) -> Tensor:
+    """Places (N, 2) of rows `z` (N, D) such that near rows stay near (van der Maaten and Hinton 2008, JMLR 9).
+
+    Exact, quadratic in N; starts from the two principal components, so the same rows give the same map.
+    """
+    n = len(z)
+    distances = torch.cdist(z.double(), z.double()).square()
+    low, high = torch.full((n, 1), 1e-6).double(), torch.full((n, 1), 1e6).double()
+    for _ in range(60):  # the precision of each row's Gaussian that gives the perplexity, by bisection
+        precision = (low * high).sqrt()
+        p = torch.softmax((-precision * distances).fill_diagonal_(-torch.inf), 1)
+        entropy = -torch.special.xlogy(p, p).sum(1, keepdim=True)
+        wide = entropy > np.log(min(perplexity, (n - 1) / 3))
+        low, high = torch.where(wide, precision, low), torch.where(wide, high, precision)
+    p = ((p + p.T) / (2 * n)).float()
+    centred = z - z.mean(0)
+    y = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+    y = 1e-4 * y / y.std()
+    velocity = torch.zeros_like(y)
+    for step in range(steps):
+        kernel = 1 / (1 + torch.cdist(y, y).square())
+        kernel.fill_diagonal_(0)
+        early = 12 if step < steps // 4 else 1  # exaggeration: clusters form first
+        force = (early * p - kernel / kernel.sum()) * kernel
+        gradient = 4 * (force.sum(1, keepdim=True) * y - force @ y)
+        velocity = (0.5 if early > 1 else 0.8) * velocity - rate * gradient
+        y = y + velocity
+    return y
+
+
+def apart(places: Tensor, room: Tensor, rounds: int = 50) -> Tensor:
+    """Places (C, 2) of labels of the size `room` (2,), moved up and down until none covers another."""
+    places = places.clone()
+    for _ in range(rounds):
+        for a in range(len(places)):
+            for b in range(a):
+                gap = places[a] - places[b]
+                if (gap.abs() < room).all():
+                    push = (room[1] - gap[1].abs()) / 2 * (1 if gap[1] >= 0 else -1)
+                    places[a, 1] += push
+                    places[b, 1] -= push
+    return places
 
 
 def one_shot_confusion(side: Side, episodes: int = 1000) -> Tensor | None:
@@ -177,11 +278,27 @@ def of_confusion(shares: Tensor, classes: Tensor, names: list[str]) -> Picture:
     mutual = (shares + shares.T).fill_diagonal_(0).amax(1)
     chosen = mutual.topk(min(DRAWN_CLASSES, len(classes))).indices.sort().values
     labels, legend = short_names(classes[chosen], names)
+    shown = shares[chosen][:, chosen].numpy()
+
+    def paint(figure: Figure) -> None:
+        axes, light = figure.subplots(), matplotlib.rcParams["axes.facecolor"] == INKS[""][0]
+        axes.imshow(shown, cmap="magma_r" if light else "magma", vmin=0)
+        axes.set(xticks=range(len(labels)), yticks=range(len(labels)), yticklabels=labels)
+        axes.set_xticklabels(labels, rotation=50, ha="right", rotation_mode="anchor")
+        axes.set(xlabel="taken for", ylabel="class of the query")
+        axes.spines[:].set_visible(False)
+        if len(labels) <= 10:
+            for (row, column), share in np.ndenumerate(shown):
+                colour = "white" if (share > 0.5 * shown.max()) == light else "black"
+                axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour)
+
     text = "Percent of the queries of each class that went to each class, with one support image a class."
     if len(chosen) < len(classes):
         text += f" Shown are the {len(chosen)} of {len(classes)} unseen classes that are confused most."
-    files = draw(lambda figure: confusion(figure, shares[chosen][:, chosen], labels), 3.5)
-    return Picture(f"{len(classes)}-way one-shot confusions", text, files, legend=legend)
+    return Picture(f"{len(classes)}-way one-shot confusions", text, draw(paint, 3.5), legend=legend)
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
 
 
 def of_episodes(side: Side, names: list[str], queries: int = 2) -> Picture:
@@ -215,19 +332,19 @@ def of_run(side: Side, names: list[str]) -> Picture:
     return Picture("A run of Omniglot's one-shot test", text, body=body)
 
 
-def board(side: Side, episode: Tensor, answers: Tensor, names: list[str], columns: int = 10) -> str:
+def board(side: Side, episode: Tensor, answers: Tensor, names: list[str], most: int = 10) -> str:
     """An episode of images (way, 1 + queries) as HTML, a column a class: its name and support on top, queries below,
     framed by right and wrong. `answers` (way, queries): the class, 0..way-1, given to each query."""
-    own, body = [names[label] for label in side.labels[episode[:, 0]].tolist()], ""
-    for some in torch.arange(len(own)).split(columns):
-        lines = ["".join(f"<th>{caption(own[place])}</th>" for place in some)]
-        lines.append("".join(f"<td>{thumbnail(side.images[episode[place, 0]], own[place])}</td>" for place in some))
-        for images, line in zip(episode[some, 1:].T, answers[some].T.tolist(), strict=True):
-            cells = ""
-            for place, image, answer in zip(some.tolist(), images, line, strict=True):
-                kind, mark = ("right", "✓") if answer == place else ("wrong", f"✗ {caption(own[answer])}")
-                cells += f"<td>{thumbnail(side.images[image], own[place], kind)}<small>{mark}</small></td>"
-            lines.append(cells)
+    own, columns = [names[label] for label in side.labels[episode[:, 0]].tolist()], []
+    for place, (support, *queries) in enumerate(episode.tolist()):
+        column = [f"<th>{caption(own[place])}</th>", f"<td>{thumbnail(side.images[support], own[place])}</td>"]
+        for image, answer in zip(queries, answers[place].tolist(), strict=True):
+            kind, mark = ("right", "✓") if answer == place else ("wrong", f"✗ {caption(own[answer])}")
+            column.append(f"<td>{thumbnail(side.images[image], own[place], kind)}<small>{mark}</small></td>")
+        columns.append(column)
+    body = ""
+    for first in range(0, len(columns), most):
+        lines = map("".join, zip(*columns[first : first + most], strict=True))
         body += f"<table class=board>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
     return body
 
@@ -235,26 +352,23 @@ def board(side: Side, episode: Tensor, answers: Tensor, names: list[str], column
 def of_hardest_pairs(side: Side, names: list[str], pairs: int = 8) -> Picture:
     """Same-class pairs of the lowest similarity, different-class pairs of the highest; each image at most once."""
     chosen = spread(len(side.z), PAIR_IMAGES)
-    labels, images = side.labels[chosen].tolist(), side.images[chosen]
-    similarity = side.z[chosen] @ side.z[chosen].T
-    once = torch.triu(torch.ones_like(similarity, dtype=torch.bool), 1)
-    same = side.labels[chosen][:, None] == side.labels[chosen]
+    labels, images = side.labels[chosen], side.images[chosen]
+    similarity, same = side.z[chosen] @ side.z[chosen].T, labels[:, None] == labels
     body = ""
     for title, wanted, order in (
         ("one class, thought different", same, -similarity),
         ("two classes, thought the same", ~same, similarity),
     ):
-        scores = order.masked_fill(~(wanted & once), -torch.inf).flatten()
-        items: list[str] = []
-        used: set[int] = set()
-        for place in scores.topk(min(2000, int((wanted & once).sum()))).indices.tolist():
-            a, b = divmod(place, len(chosen))
-            if len(items) < pairs and not used & {a, b}:
-                used |= {a, b}
-                text = " / ".join(caption(names[label]) for label in dict.fromkeys((labels[a], labels[b])))
-                shown = thumbnail(images[a], names[labels[a]]) + thumbnail(images[b], names[labels[b]])
-                items.append(f"<li>{shown}<small>{text} <b>{float(similarity[a, b]):.2f}</b></small></li>")
-        body += f"<h3>{title}</h3><ul class=pairs>{''.join(items)}</ul>"
+        scores, items = order.masked_fill(~wanted.triu(1), -torch.inf), ""
+        for _ in range(pairs):
+            a, b = divmod(int(scores.argmax()), len(chosen))
+            if scores[a, b] == -torch.inf:
+                break
+            text = " / ".join(caption(names[label]) for label in dict.fromkeys((int(labels[a]), int(labels[b]))))
+            shown = thumbnail(images[a], names[labels[a]]) + thumbnail(images[b], names[labels[b]])
+            items += f"<li>{shown}<small>{text} <b>{float(similarity[a, b]):.2f}</b></small></li>"
+            scores[[a, b]] = scores[:, [a, b]] = -torch.inf
+        body += f"<h3>{title}</h3><ul class=pairs>{items}</ul>"
     text = (
         "The pairs of unseen classes' test images that the network gets most wrong, with their similarity; each image "
         "once."
@@ -275,138 +389,11 @@ def thumbnail(image: Tensor, name: str, kind: str = "") -> str:
     return f'<img class="{kind}" src="{embedded(file.getvalue())}" alt="{html.escape(plain(name))}">'
 
 
-# --------------------------------------------------------------------------------------------------------------- curves
+def plain(name: str) -> str:
+    """A class's name as a reader sees it."""
+    return cli.printable(name.replace("_", " "))
 
 
-def roc(figure: Figure, curves: dict[str, metrics.Roc], points: dict[str, tuple[float, float]]) -> None:
-    """ROC curves of the sides, with a point each: (false accepts, true accepts), shares 0..1, at the threshold."""
-    axes = figure.subplots()
-    for name, curve in curves.items():
-        colour = SEEN if name == "seen" else UNSEEN
-        chosen = torch.linspace(0, len(curve.thresholds) - 1, min(400, len(curve.thresholds))).long()
-        x, y = curve.false_accept[chosen].tolist(), (1 - curve.false_reject[chosen]).tolist()
-        axes.plot([1, *x, 0], [1, *y, 0], color=colour, lw=1.8, label=f"{name} classes, AUC {curve.auc:.1f} %")
-        axes.plot(*points[name], "o", color=colour, ms=7, mec="white", mew=1.2)
-    axes.plot([0, 1], [0, 1], ":", color=DIFFERENT, lw=1)
-    axes.set(xlabel="different-class pairs accepted", ylabel="same-class pairs accepted", xlim=(0, 1), ylim=(0, 1.005))
-    axes.set_aspect("equal")
-    axes.grid(lw=0.5)
-    axes.legend(loc="lower right")
-
-
-def histogram(figure: Figure, counts: dict[str, Tensor], thresholds: dict[str, float]) -> None:
-    """Densities of pair similarities, `counts` by side as of `metrics.pair_histogram`, with thresholds as lines."""
-    every_axes = np.atleast_1d(figure.subplots(len(counts), sharex=True))
-    edges = np.linspace(-1, 1, next(iter(counts.values())).shape[1] + 1)
-    common = sum(kinds / kinds.sum(1, keepdim=True) for kinds in counts.values()).sum(0) > 1e-3
-    left = min([float(edges[int(common.int().argmax())]), *thresholds.values()]) - 0.05
-    for axes, (name, kinds) in zip(every_axes, counts.items(), strict=True):
-        for values, colour, label in zip(kinds, (DIFFERENT, SAME), ("different classes", "same class"), strict=True):
-            density = (values / values.sum()).numpy() / (edges[1] - edges[0])
-            axes.stairs(density, edges, fill=True, alpha=0.3, color=colour)
-            axes.stairs(density, edges, color=colour, lw=1.2, label=label)
-        axes.set_xlim(left, 1)
-        mark_thresholds(axes, thresholds)
-        axes.set_title(f"{name} classes", loc="left")
-        axes.set_yticks([])
-        axes.spines["left"].set_visible(False)
-    axes.set(xlabel="similarity (cosine)")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
-
-
-def mark_thresholds(axes: Axes, thresholds: dict[str, float]) -> None:
-    """Vertical lines above the curves, each with its name at a height of its own, on the side that has more room."""
-    peak, middle = axes.get_ylim()[1], sum(axes.get_xlim()) / 2
-    step = 0.16 * peak
-    box = {"boxstyle": "round,pad=0.1", "fc": matplotlib.rcParams["axes.facecolor"], "ec": "none"}
-    for place, (name, value) in enumerate(sorted(thresholds.items(), key=lambda item: -item[1])):
-        auto, height = name.startswith("auto"), peak + step * (place + 0.5)
-        style = {"color": BAD, "ls": "-"} if auto else {"color": DIFFERENT, "ls": "--"}
-        axes.plot([value, value], [0, height], lw=1, **style)
-        side, shift = ("right", -4) if value > middle else ("left", 4)  # points
-        text = f"{name}: {value:.2f}" if auto else name
-        axes.annotate(text, (value, height), (shift, 0), textcoords="offset points", ha=side, va="center", bbox=box)
-    axes.set_ylim(0, peak + step * (len(thresholds) + 0.3))
-
-
-def confusion(figure: Figure, shares: Tensor, names: list[str]) -> None:
-    """Percent of the queries of each class (rows) that went to each class (columns), (C, C)."""
-    axes = figure.subplots()
-    axes.imshow(
-        shares.numpy(), cmap="magma_r" if matplotlib.rcParams["text.color"] == INKS["light"][1] else "magma", vmin=0
-    )
-    axes.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names)
-    axes.set_xticklabels(names, rotation=50, ha="right", rotation_mode="anchor")
-    axes.set(xlabel="taken for", ylabel="class of the query")
-    axes.spines[:].set_visible(False)
-    if len(names) > 10:
-        return
-    dark_is_high = matplotlib.rcParams["text.color"] == INKS["light"][1]
-    for (row, column), share in np.ndenumerate(shares.numpy()):
-        colour = "white" if (share > 0.5 * float(shares.max())) == dark_is_high else "black"
-        axes.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour)
-
-
-# ------------------------------------------------------------------------------------------------------------------ map
-
-
-def tsne(z: Tensor, perplexity: float = 30.0, steps: int = 400, rate: float = 200.0) -> Tensor:
-    """Places (N, 2) of rows `z` (N, D) such that near rows stay near (van der Maaten and Hinton 2008, JMLR 9).
-
-    Exact, quadratic in N; starts from the two principal components, so the same rows give the same map.
-    """
-    n = len(z)
-    distances = torch.cdist(z.double(), z.double()).square()
-    low, high = torch.full((n, 1), 1e-6).double(), torch.full((n, 1), 1e6).double()
-    for _ in range(60):  # the precision of each row's Gaussian that gives the perplexity, by bisection
-        precision = (low * high).sqrt()
-        p = torch.softmax((-precision * distances).fill_diagonal_(-torch.inf), 1)
-        entropy = -torch.special.xlogy(p, p).sum(1, keepdim=True)
-        low, high = (
-            torch.where(entropy > np.log(min(perplexity, (n - 1) / 3)), precision, low),
-            torch.where(entropy > np.log(min(perplexity, (n - 1) / 3)), high, precision),
-        )
-    p = ((p + p.T) / (2 * n)).float()
-    centred = z - z.mean(0)
-    y = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
-    y = 1e-4 * y / y.std()
-    velocity = torch.zeros_like(y)
-    for step in range(steps):
-        kernel = 1 / (1 + torch.cdist(y, y).square())
-        kernel.fill_diagonal_(0)
-        early = 12 if step < steps // 4 else 1  # exaggeration: clusters form first
-        force = (early * p - kernel / kernel.sum()) * kernel
-        gradient = 4 * (force.sum(1, keepdim=True) * y - force @ y)
-        velocity = (0.5 if early > 1 else 0.8) * velocity - rate * gradient
-        y = y + velocity
-    return y
-
-
-def embedding_map(figure: Figure, places: Tensor, index: Tensor, names: list[str]) -> None:
-    """Points (N, 2) coloured by class (N,), each class's name near the median of its points."""
-    axes = figure.subplots()
-    colours = matplotlib.colormaps["tab20" if len(names) > 10 else "tab10"]
-    for row in range(len(names)):
-        axes.scatter(*places[index == row].T.numpy(), s=9, color=colours(row % colours.N), lw=0, alpha=0.8)
-    medians = torch.stack([places[index == row].median(0).values for row in range(len(names))])
-    paper = matplotlib.rcParams["axes.facecolor"]
-    room = (places.amax(0) - places.amin(0)) * torch.tensor([0.03 + 0.02 * max(map(len, names)), 0.07])
-    for row, (x, y) in enumerate(apart(medians, room).tolist()):
-        box = {"boxstyle": "round,pad=0.2", "fc": paper, "ec": colours(row % colours.N), "alpha": 0.85}
-        axes.text(x, y, names[row], ha="center", va="center", bbox=box)
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-
-
-def apart(places: Tensor, room: Tensor, rounds: int = 50) -> Tensor:
-    """Places (C, 2) of labels of the size `room` (2,), moved up and down until none covers another."""
-    places = places.clone()
-    for _ in range(rounds):
-        for a in range(len(places)):
-            for b in range(a):
-                gap = places[a] - places[b]
-                if (gap.abs() < room).all():
-                    push = (room[1] - gap[1].abs()) / 2 * (1 if gap[1] >= 0 else -1)
-                    places[a, 1] += push
-                    places[b, 1] -= push
-    return places
+def embedded(file: bytes) -> str:
+    """A PNG file as an address."""
+    return f"data:image/png;base64,{base64.b64encode(file).decode()}"

@@ -1,11 +1,11 @@
 """An evaluation as tables, in text or HTML, and as one self-contained page with figures; comparisons of two."""
 
 import html
+import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from string import Template
 
 import torch
 
@@ -13,37 +13,10 @@ import cli
 import metrics
 from metrics import FEW_SHOT, SHARES, Side
 
-if TYPE_CHECKING:
-    import figures
-
-STYLE = Path(__file__).with_name("report.css")
+PAGE = Path(__file__).with_name("report.html")
+PUBLISHED = Path(__file__).with_name("results") / "published.json"  # figures of others on CIFAR-100
 LISTED = 40  # classes with a row of their own
-
-# Figures of others on CIFAR-100 with the last classes unseen: triplets seen, pairs seen, triplets unseen, pairs unseen,
-# 10-way 1-shot, 5-way 1-shot, all-way 1-shot. "published" is what the authors printed, whose score for unseen pairs is
-# on unbalanced pairs; "measured" is what their networks reach by the definitions used here.
-KNOWN = {
-    ("90-10", "published, classic"): (88.34, 80.95, None, "83.06*", None, None, None),
-    ("90-10", "published, Reptile"): (73.44, 67.60, 80.0, "68.80*", None, None, None),
-    ("90-10", "measured, classic"): (87.9, 81.1, 83.4, 76.0, 49.7, 63.3, 50.0),
-    ("80-20", "published, classic"): (88.27, 80.96, None, "77.81*", None, None, None),
-    ("80-20", "measured, classic"): (88.1, 81.0, 79.8, 72.6, 38.5, 54.0, 25.8),
-    ("50-50", "published, classic"): (86.79, 78.26, None, "76.77*", None, None, None),
-    ("50-50", "measured, classic"): (86.3, 79.3, 74.3, 67.4, 31.5, 46.9, 10.9),
-    ("70-30", "published, classic"): (88.58, 81.24, None, "76.51*", None, None, None),
-    ("60-40", "published, classic"): (88.01, 81.63, None, "72.73*", None, None, None),
-    ("40-60", "published, classic"): (86.15, 79.56, None, "69.72*", None, None, None),
-    ("30-70", "published, classic"): (85.11, 79.13, None, "67.23*", None, None, None),
-    ("20-80", "published, classic"): (85.33, 77.95, None, "61.72*", None, None, None),
-    ("10-90", "published, classic"): (86.90, 78.82, None, "45.32*", None, None, None),
-}
-# Published for Reptile on each unseen class: triplets, pairs.
-KNOWN_CLASSES = {
-    ("cifar100", "90-10"): {
-        **{90: (82, 68), 91: (68, 60), 92: (86, 80), 93: (76, 54), 94: (88, 64)},
-        **{95: (96, 90), 96: (76, 84), 97: (72, 76), 98: (78, 62), 99: (78, 50)},
-    }
-}
+UNMEASURED = {"seen": None, "unseen": None}
 
 # --------------------------------------------------------------------------------------------------------------- tables
 
@@ -78,27 +51,21 @@ class Table:
         )
 
 
-def tables(report: dict) -> Iterator[Table]:
+def tables(report: dict) -> list[Table]:
     """The tables of a report."""
-    if report["seen"] or report["unseen"]:
-        yield side_table(report)
-        yield threshold_table(report)
-    if report.get("runs"):
-        yield runs_table(report)
-    if report["unseen"] is not None:
-        most = max(10, len(report["per_class"]))
-        rows = [few_shot_row(report, name) for name, (way, _) in FEW_SHOT.items() if (way or 0) <= most]
-        title = "One or five pictures of each unseen class; ± is the 95 % interval of the draw of episodes only"
-        yield Table(title, ["", "accuracy", "95 %", "chance"], rows)
-        if report["unseen"]["adapted"]["support"]:
-            yield adapted_table(report)
-        if report.get("open_set"):
-            yield open_set_table(report)
-        yield class_table(report)
-        if known_rows(report):
-            yield known_table(report)
-    if report["compared_with"]:
-        yield comparison_table(report)
+    unseen, measured = report["unseen"], report["seen"] or report["unseen"]
+    wanted = {
+        side_table: measured,
+        threshold_table: measured,
+        runs_table: report.get("runs"),
+        few_shot_table: unseen,
+        adapted_table: unseen and unseen["adapted"]["support"],
+        open_set_table: unseen and report["open_set"],
+        class_table: unseen,
+        known_table: unseen and report["seen"] and published(report),
+        comparison_table: report["compared_with"],
+    }
+    return [table(report) for table, rows in wanted.items() if rows]
 
 
 def with_interval(figures: dict, name: str) -> str:
@@ -108,16 +75,13 @@ def with_interval(figures: dict, name: str) -> str:
 
 
 def side_table(report: dict) -> Table:
+    sides = {name: report[name] for name in UNMEASURED if report[name]}
+    if report["unseen"] and report["unseen"]["adapted"]["published"]:
+        sides["unseen, adapted (published variant)"] = report["unseen"]["adapted"]["published"]
     rows = []
-    for name in ("seen", "unseen"):
-        side = report[name]
-        if side is not None:
-            accuracies = [with_interval(side, "triplet_accuracy"), with_interval(side, "pair_accuracy")]
-            rows.append([name, *accuracies, side["pair_accuracy_oracle"], side["auc"], side["eer"]])
-    adapted = report["unseen"] and report["unseen"]["adapted"]["published"]
-    if adapted:
-        accuracies = [with_interval(adapted, "triplet_accuracy"), with_interval(adapted, "pair_accuracy")]
-        rows.append(["unseen, adapted (published variant)", *accuracies, None, None, None])
+    for name, side in sides.items():
+        accuracies = [with_interval(side, "triplet_accuracy"), with_interval(side, "pair_accuracy")]
+        rows.append([name, *accuracies, *map(side.get, ("pair_accuracy_oracle", "auc", "eer"))])
     title = "Test images, percent; (low..high) is the 95 % interval by resampling classes"
     return Table(title, ["classes", "triplets", "pairs", "pairs, best threshold", "AUC", "EER"], rows)
 
@@ -130,25 +94,47 @@ def runs_table(report: dict) -> Table:
 
 
 def threshold_table(report: dict) -> Table:
-    sides = [name for name in ("seen", "unseen") if report[name] is not None]
-    columns = [*SHARES, "false_accept"]
+    columns = [(side, name) for side in UNMEASURED if report[side] for name in (*SHARES, "false_accept")]
     rows = []
     for row in report["thresholds"]:
         value = None if row["value"] is None else f"{row['value']:.3f}"
-        rows.append([row["name"], value, *(row[side].get(column) for side in sides for column in columns)])
-    names = [f"{side} {column.replace('_', ' ')}" for side in sides for column in columns]
+        rows.append([row["name"], value, *(row[side].get(name) for side, name in columns)])
+    header = ["threshold", "value", *(f"{side} {name.replace('_', ' ')}" for side, name in columns)]
     title = "Pair accuracy where same-class to different-class pairs are 1:1 or 1:9, and false accepts"
-    return Table(title, ["threshold", "value", *names], rows)
+    return Table(title, header, rows)
+
+
+def few_shot_table(report: dict) -> Table:
+    most = max(10, len(report["per_class"]))
+    rows = [few_shot_row(report, name) for name, (way, _) in FEW_SHOT.items() if (way or 0) <= most]
+    title = "One or five pictures of each unseen class; ± is the 95 % interval of the draw of episodes only"
+    return Table(title, ["", "accuracy", "95 %", "chance"], rows)
 
 
 def few_shot_row(report: dict, name: str) -> list:
     """Setting, accuracy, interval and chance of one setting of FEW_SHOT."""
     way, shot = FEW_SHOT[name]
     setting = f"{way}-way" if way else f"all {len(report['per_class'])},"
-    found = report["unseen"]["few_shot"][name]
-    accuracy, half = (found["accuracy"], found["ci95"]) if found else (None, None)
-    interval = None if half is None else f"± {half:.2f}"
-    return [f"{setting} {shot}-shot", accuracy, interval, 100 / (way or len(report["per_class"]))]
+    found = report["unseen"]["few_shot"][name] or {"accuracy": None, "ci95": None}
+    interval = None if found["ci95"] is None else f"± {found['ci95']:.2f}"
+    return [f"{setting} {shot}-shot", found["accuracy"], interval, 100 / (way or len(report["per_class"]))]
+
+
+def adapted_table(report: dict) -> Table:
+    """Few-shot accuracy without and with adaptation to the support images, and the difference."""
+    support, rows = report["unseen"]["adapted"]["support"], []
+    for name, found in support["few_shot"].items():
+        cells = [None] * 3
+        if found is not None:
+            low, high = found["difference"]["ci95"]
+            cells = [f"{found[of]['accuracy']:.1f} ± {found[of]['ci95']:.1f}" for of in ("zero_steps", "adapted")]
+            cells.append(f"{found['difference']['difference']:+.2f} ({low:+.2f}..{high:+.2f})")
+        rows.append([few_shot_row(report, name)[0], *cells])
+    title = (
+        f"{support['steps']} steps (learning rate {support['lr']:g}) of the last block on augmented support images, "
+        f"each query alone; intervals are of the draw of {support['episodes']} episodes only"
+    )
+    return Table(title, ["adapted to support images", "zero steps", "adapted", "difference"], rows)
 
 
 def open_set_table(report: dict) -> Table:
@@ -165,31 +151,12 @@ def open_set_table(report: dict) -> Table:
     return Table(title, header, rows, note)
 
 
-def adapted_table(report: dict) -> Table:
-    """Few-shot accuracy without and with adaptation to the support images, and the difference."""
-    support, rows = report["unseen"]["adapted"]["support"], []
-    for name, found in support["few_shot"].items():
-        row = [few_shot_row(report, name)[0]]
-        if found is None:
-            rows.append(row + [None] * 3)
-            continue
-        for accuracy in (found["zero_steps"], found["adapted"]):
-            row.append(f"{accuracy['accuracy']:.1f} ± {accuracy['ci95']:.1f}")
-        low, high = found["difference"]["ci95"]
-        rows.append([*row, f"{found['difference']['difference']:+.2f} ({low:+.2f}..{high:+.2f})"])
-    title = (
-        f"{support['steps']} steps (learning rate {support['lr']:g}) of the last block on augmented support images, "
-        f"each query alone; intervals are of the draw of {support['episodes']} episodes only"
-    )
-    return Table(title, ["adapted to support images", "zero steps", "adapted", "difference"], rows)
-
-
 def class_table(report: dict) -> Table:
-    known, found = KNOWN_CLASSES.get((report["data"], report["split"]), {}), report["per_class"]
+    known, found = published(report).get("classes"), report["per_class"]
     accuracy = torch.tensor([row["pair_accuracy"] for row in found]).nan_to_num(100)
     rows = []
     for row in map(found.__getitem__, accuracy.argsort(stable=True)[:LISTED].sort().values.tolist()):
-        others = ["{:.0f} / {:.0f}".format(*known[row["label"]])] if known else []
+        others = [known.get(str(row["label"]))] if known else []
         name = f"{row['label']} {row['name'].replace('_', ' ')}"
         rows.append([name, row["triplet_accuracy"], row["pair_accuracy"], *others])
     header = ["class", "triplets", "pairs", *(["published Reptile"] if known else [])]
@@ -199,58 +166,51 @@ def class_table(report: dict) -> Table:
     return Table(title, header, rows, bars=True)
 
 
-def known_rows(report: dict) -> list[list]:
-    """What others reached on the same split of CIFAR-100."""
-    if report["data"] != "cifar100" or report["seen"] is None:
-        return []
-    return [[who, *row] for (split, who), row in KNOWN.items() if split == report["split"]]
+def published(report: dict) -> dict:
+    """What others reached on the same split of CIFAR-100, if anything is known."""
+    known = json.loads(PUBLISHED.read_text())["splits"] if report["data"] == "cifar100" else {}
+    return known.get(report["split"], {})
 
 
 def known_table(report: dict) -> Table:
     seen, unseen = report["seen"], report["unseen"]
     pairs = [side[figure] for side in (seen, unseen) for figure in ("triplet_accuracy", "pair_accuracy")]
-    shots = [unseen["few_shot"][name] and unseen["few_shot"][name]["accuracy"] for name in ("10w1s", "5w1s", "all1s")]
+    shots = [few_shot_row(report, name)[1] for name in ("10w1s", "5w1s", "all1s")]
     header = "|triplets seen|pairs seen|triplets unseen|pairs unseen|10-way|5-way|all-way".split("|")
-    rows = [["this checkpoint", *pairs, *shots], *known_rows(report)]
+    others = published(report)["networks"].items()
+    rows = [["this checkpoint", *pairs, *shots], *([name, *figures] for name, figures in others)]
     return Table("Beside published figures", header, rows, "* on unbalanced pairs, by the published protocol")
 
 
 def comparison_table(report: dict) -> Table:
     """How a checkpoint differs from the first one."""
-    compared, rows = report["compared_with"], []
+    other, rows = report["compared_with"]["checkpoint"], []
     for side in ("seen", "unseen", "runs"):
-        for figure, found in (compared.get(side) or {}).items():
-            interval = found["ci95"]
-            text = "" if interval is None else f"{interval[0]:+.1f}..{interval[1]:+.1f}"
-            verdict = "" if interval is None or interval[0] <= 0 <= interval[1] else "differs"
-            rows.append([f"{side} {figure.replace('_', ' ')}", f"{found['difference']:+.1f}", text, verdict])
+        for figure, found in (report["compared_with"].get(side) or {}).items():
+            low, high = found["ci95"] or (-torch.inf, torch.inf)
+            interval = f"{low:+.1f}..{high:+.1f}" if found["ci95"] else ""
+            verdict = "" if low <= 0 <= high else "differs"
+            rows.append([f"{side} {figure.replace('_', ' ')}", f"{found['difference']:+.1f}", interval, verdict])
     title = (
-        f"{report['checkpoint']} minus {compared['checkpoint']}, on the same images and episodes; intervals are by "
-        "resampling classes or runs, for few-shot accuracy of the draw of episodes only"
+        f"{report['checkpoint']} minus {other}, on the same images and episodes; intervals are by resampling classes "
+        "or runs, for few-shot accuracy of the draw of episodes only"
     )
     return Table(title, ["points", "difference", "95 %", ""], rows)
 
 
-# ---------------------------------------------------------------------------------------------------------- comparison
-
-
-def comparable(a: dict[str, Side | None], b: dict[str, Side | None]) -> bool:
-    """Were both measured on the same images?"""
-    both = [(a[name], b[name]) for name in a if a[name] or b[name]]
-    return all(x and y and torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) for x, y in both)
-
-
-def compare(sides: dict[str, Side | None], other: dict[str, Side | None]) -> dict:
+def compare(sides: dict[str, Side], other: dict[str, Side]) -> dict | None:
     """Figures of `sides` minus those of `other`, in points, with 95 % intervals of the differences, (low, high).
 
-    Paired: both sets of figures are taken on the same resamples of the classes, and on the same episodes.
+    Paired: both sets of figures are taken on the same resamples of the classes, and on the same episodes. None if they
+    were measured on different images.
     """
-    found = {}
-    for name, side in sides.items():
-        if side is None:
-            found[name] = None
-            continue
-        rows, theirs = {}, other[name]
+    both = {name: (side, other.get(name)) for name, side in sides.items()}
+    same = all(b and torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in both.values())
+    if not same or sides.keys() != other.keys():
+        return None
+    compared = dict(UNMEASURED)
+    for name, (side, theirs) in both.items():
+        compared[name] = rows = {}
         for figure, a in side.accuracies.items():
             b = theirs.accuracies[figure]
             rows[figure] = {"difference": a.value - b.value, "ci95": metrics.interval(a.resampled - b.resampled)}
@@ -259,8 +219,7 @@ def compare(sides: dict[str, Side | None], other: dict[str, Side | None]) -> dic
                 mean, half = metrics.mean_interval(accuracies - theirs.episodes[setting])
                 interval = (mean - half, mean + half) if metrics.enough(side.labels) else None
                 rows[setting] = {"difference": mean, "ci95": interval}
-        found[name] = rows
-    return found
+    return compared
 
 
 # ------------------------------------------------------------------------------------------------------- text and page
@@ -271,32 +230,30 @@ def show(report: dict) -> None:
     print("", *map(cli.printable, facts(report)), sep="\n")
     for table in tables(report):
         print("\n" + table.text())
-    if report["unseen"] and report["unseen"]["published_protocol"] is not None:
-        print("\n" + protocol_text(report))
+    unseen = report["unseen"]
+    if unseen and unseen["published_protocol"] is not None:
+        print(
+            f"\npublished few-shot protocol (one pair in {len(report['per_class'])} is of one class): "
+            f'{unseen["published_protocol"]:.2f}; always answering "different": {unseen["constant_answer"]:.2f}'
+        )
 
 
 def facts(report: dict) -> list[str]:
     """What was evaluated, and when, in lines."""
-    network, training = report["network"], report["training"] or {}
+    network, training = report["network"], report["training"] or {"options": {}}
+    title = f"{report['checkpoint']}: {report['data']}, split {report['split']} (seen-unseen)"
+    given = "ImageNet" if training["options"].get("pretrained") else training["options"].get("weights")
+    if given:
+        title += f", trained on from the weights of {given}"
     text = network["backbone"] + (f", width {network['width']}" if "width" in network else "")
     text += f", {network['parameters'] / 1e6:.2f} M parameters, images of {network['size']} x {network['size']} pixels"
     if training.get("seconds") is not None:
         minutes = training["seconds"] / 60
         text += f"; trained for {training['step']} steps, {training['images']} images, {minutes:.1f} minutes"
-    return [
-        f"{report['checkpoint']}: {report['data']}, split {report['split']} (seen-unseen){start_text(report)}",
-        text + (f"; commit {report['commit']}" if report["commit"] else ""),
-        f"evaluated on {report['date']}",
-        *report["notes"],
-        *([threshold_text(report["threshold"])] if report["threshold"] else []),
-    ]
-
-
-def start_text(report: dict) -> str:
-    """The weights that training started from, as a suffix to a name; empty if there were none or it is unknown."""
-    options = (report["training"] or {}).get("options", {})
-    given = "ImageNet" if options.get("pretrained") else options.get("weights")
-    return f", trained on from the weights of {given}" if given else ""
+    if report["commit"]:
+        text += f"; commit {report['commit']}"
+    threshold = [threshold_text(report["threshold"])] if report["threshold"] else []
+    return [title, text, f"evaluated on {report['date']}", *report["notes"], *threshold]
 
 
 def threshold_text(threshold: dict) -> str:
@@ -311,16 +268,7 @@ def threshold_text(threshold: dict) -> str:
     )
 
 
-def protocol_text(report: dict) -> str:
-    """The published few-shot score, and what a constant answer would get."""
-    return (
-        f"published few-shot protocol (one pair in {len(report['per_class'])} is of one class): "
-        f'{report["unseen"]["published_protocol"]:.2f}; always answering "different": '
-        f"{report['unseen']['constant_answer']:.2f}"
-    )
-
-
-def write(folder: str | os.PathLike, evaluated: list[tuple[dict, dict[str, Side | None], list[str]]]) -> Path:
+def write(folder: str | os.PathLike, evaluated: list[tuple[dict, dict[str, Side], list[str]]]) -> Path:
     """Write pages about reports, each with the sides it was made from and the names of all classes; return the path of
     the page to read first.
 
@@ -333,32 +281,20 @@ def write(folder: str | os.PathLike, evaluated: list[tuple[dict, dict[str, Side 
     for number, (report, sides, names) in enumerate(evaluated, 1):
         place = folder / str(number) if len(evaluated) > 1 else folder
         place.mkdir(parents=True, exist_ok=True)
-        sides = {name: side for name, side in sides.items() if side is not None}
         drawn = figures.of_report(report, sides, names) if sides else {}
         for name, picture in drawn.items():
             for theme, file in picture.files.items():
-                with cli.writing(place / (f"{name}.png" if theme == "light" else f"{name}-{theme}.png")) as path:
+                with cli.writing(place / f"{name}{theme}.png") as path:
                     path.write_bytes(file)
-        pages[place] = page(report, drawn)
+        shown = [table.html() for table in tables(report)] + [picture.html(name) for name, picture in drawn.items()]
+        title, about = f"{report['data']}, split {report['split']}", [paragraphs(facts(report)), cards(report)]
+        pages[place] = document(title, *about, "<main>", *shown, "</main>")
     if len(evaluated) > 1:
         pages[folder] = overview([report for report, _, _ in evaluated])
     for place, text in pages.items():
         with cli.writing(place / "index.html") as path:
             path.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may hold any bytes
     return folder / "index.html"
-
-
-def page(report: dict, drawn: "dict[str, figures.Picture]") -> str:
-    """The HTML page, with its style and pictures inside."""
-    return document(
-        f"{report['data']}, split {report['split']}",
-        paragraphs(facts(report)),
-        cards(report),
-        "<main>",
-        *(table.html() for table in tables(report)),
-        *(picture.html(name) for name, picture in drawn.items()),
-        "</main>",
-    )
 
 
 def overview(reports: list[dict]) -> str:
@@ -373,13 +309,7 @@ def overview(reports: list[dict]) -> str:
 
 
 def document(title: str, *parts: str) -> str:
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{html.escape(title)}</title><link rel="icon" href="data:,">'
-        f"<style>{STYLE.read_text(encoding='utf-8')}</style>"
-    )
-    body = "\n".join((f"<header><p>One-Shot evaluation</p><h1>{html.escape(title)}</h1></header>", *parts))
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(title=html.escape(title), body="\n".join(parts))
 
 
 def paragraphs(lines: list[str]) -> str:
@@ -388,23 +318,19 @@ def paragraphs(lines: list[str]) -> str:
 
 def cards(report: dict) -> str:
     """The figures one looks for first."""
-    side_name = "seen" if report["unseen"] is None else "unseen"
-    side = report[side_name]
+    name = "seen" if report["unseen"] is None else "unseen"
+    side, found = report[name], []
     if side is None:
         return ""
-    found = [
-        (f"pairs, {side_name}", side["pair_accuracy"], span(side["ci95"]["pair_accuracy"])),
-        (f"triplets, {side_name}", side["triplet_accuracy"], span(side["ci95"]["triplet_accuracy"])),
-        (f"AUC, {side_name}", side["auc"], f"EER {side['eer']:.1f} %"),
-    ]
-    for name in side.get("few_shot", {}):
-        setting, accuracy, interval, chance = few_shot_row(report, name)
-        if accuracy is not None and name != "all1s":
+    for figure in ("pair", "triplet"):
+        interval = side["ci95"][f"{figure}_accuracy"]
+        note = "" if interval is None else "95 %: {:.1f} to {:.1f}".format(*interval)
+        found.append((f"{figure}s, {name}", side[f"{figure}_accuracy"], note))
+    found.append((f"AUC, {name}", side["auc"], f"EER {side['eer']:.1f} %"))
+    for each in side.get("few_shot", {}):
+        setting, accuracy, interval, chance = few_shot_row(report, each)
+        if accuracy is not None and each != "all1s":
             episodes = f"{interval} over episodes, " if interval else ""
             found.append((setting, accuracy, f"{episodes}chance {chance:.0f} %"))
-    items = (f"<li><span>{name}</span><b>{value:.1f}<i> %</i></b><small>{note}</small>" for name, value, note in found)
+    items = (f"<li><span>{text}</span><b>{value:.1f}<i> %</i></b><small>{note}</small>" for text, value, note in found)
     return f"<ul class=cards>{''.join(items)}</ul>"
-
-
-def span(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f"95 %: {interval[0]:.1f} to {interval[1]:.1f}"

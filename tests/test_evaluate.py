@@ -397,6 +397,9 @@ def test_published_figures_stand_beside_cifar100_only(folder, tmp_path, capsys):
         assert (report["unseen"]["published_protocol"] is not None) == published
     assert found[0]["unseen"]["constant_answer"] == pytest.approx(200 / 3)
     assert capsys.readouterr().out.count("always answering") == 1
+    evaluated(tmp_path, folder / "run" / "best.pt", "--data", path, "--split", "90-10")  # fewer classes than CIFAR-100
+    words = " ".join(capsys.readouterr().out.split())
+    assert "published, Reptile 73.4 67.6 80.0 68.80*" in words and "10 class 10" in words
 
 
 def test_one_test_image_a_class(folder, tmp_path, capsys):
