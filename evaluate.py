@@ -158,7 +158,8 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         loaded = data.Data(loaded.name, loaded.train.of([]), loaded.train + loaded.test, names)
     kept, held_back = data.hold_back(loaded.train.of(seen))
     net = load_network(path, state, saved, backbone, options, (kept if seen else loaded.test).images)
-    as_trained = [net.size, net.mirror, net.turned] == [own.get("size"), own.get("mirror", False), own.get("turned", 0.0)]
+    views = own.get("mirror", False), own.get("turned", 0.0)
+    as_trained = (net.mirror, net.turned) == views and net.size == own.get("size")
     shared = {*facts["classes"]} & {*names}
     missing = [name for name in facts["classes"] if shared and name not in shared]
     new = [names[label] for label in seen if ours and names[label] not in learned]
@@ -401,9 +402,11 @@ def check(options: Options) -> None:
         raise ValueError("give at least one checkpoint")
     cli.check_criterion(options.criterion)
     cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
-    for name, least in {"adapt_lr": None, "adapt_steps": 1, "image_size": 8, "turned": 0}.items():
+    for name, least in {"adapt_lr": None, "adapt_steps": 1, "image_size": 8}.items():
         if getattr(options, name) is not None:
             cli.require(options, name, least=least)
+    if options.turned is not None:
+        cli.require(options, "turned", least=0, most=1)
     if options.threshold != "auto":
         cli.check_threshold(options.threshold)
         if options.store:
