@@ -187,15 +187,16 @@ def test_a_threshold_goes_with_the_size_of_the_pictures(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_averaging_over_mirror_images_can_be_left_out(folder, tmp_path):
+def test_other_views_than_in_training_can_be_evaluated(folder, tmp_path):
     """Another network, in effect: the stored threshold, which goes with the other, is not used."""
     reports = []
-    for name, more in (("a", []), ("b", ["--mirror", "yes"]), ("c", ["--mirror", "no"])):
-        tiny.run(evaluate, folder / "run" / "best.pt", *more, "--json", tmp_path / name)
-        reports.append(json.loads((tmp_path / name).read_text()))
+    for name, more in enumerate(([], ["--mirror", "yes", "--turned", "0"], ["--mirror", "no"], ["--turned", "0.5"])):
+        tiny.run(evaluate, folder / "run" / "best.pt", *more, "--json", tmp_path / f"{name}.json")
+        reports.append(json.loads((tmp_path / f"{name}.json").read_text()))
     assert reports[0] == reports[1]
-    assert reports[0]["seen"] != reports[2]["seen"] and reports[0]["threshold"] != reports[2]["threshold"]
-    assert reports[2]["threshold"]["calibrated_on"] == reports[0]["threshold"]["calibrated_on"]
+    for other in reports[2:]:
+        assert reports[0]["seen"] != other["seen"] and reports[0]["threshold"] != other["threshold"]
+        assert other["threshold"]["calibrated_on"] == reports[0]["threshold"]["calibrated_on"]
 
 
 def test_thresholds_side_by_side(folder, tmp_path):
