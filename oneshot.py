@@ -38,6 +38,7 @@ else:
 BATCH = 250  # pictures that are read and embedded at once
 STRANGERS = 1.7  # C classes name strangers as often as 1.7 C classes would name held-back images of other seen classes
 CELLS = 20_000_000  # similarities that are held at once
+Network = Callable[[np.ndarray], np.ndarray]  # (N, 3, size, size) uint8 -> (N, D) float32 of length 1
 
 
 # ------------------------------------------------------------------------------------------------------- the recogniser
@@ -57,7 +58,7 @@ class Comparison:
 class Recogniser:
     """A trained network with its calibration. `load` makes it."""
 
-    network: Callable[[np.ndarray], np.ndarray]  # (N, 3, size, size) uint8 -> (N, D) float32 of length 1
+    network: Network
     size: int  # side of the network's images in pixels
     threshold: dict  # as a checkpoint stores it: "value", "logistic", "strangers", ...
     trained: frozenset[str]  # names of the classes it was trained on
@@ -126,62 +127,56 @@ def load(path: str | os.PathLike, device: str = "auto") -> Recogniser:
 
     `device` is for checkpoints: "auto" (a GPU, if there is one), "cpu", "cuda", ... Raises ValueError or OSError.
     """
-    path = Path(path)
+    if Path(path).suffix in (".onnx", ".pt2"):
+        network, facts = load_exported(Path(path))
+    else:
+        if __package__:
+            from . import model
+        else:
+            import model
+        net, saved = model.load(path)
+        net.to(model.pick_device(device))
+        facts = model.recogniser_facts(net, saved)
+
+        def network(pixels: np.ndarray) -> np.ndarray:
+            return normalised(model.embed(net, model.torch.from_numpy(pixels)).numpy())
+
+    return Recogniser(network, facts["size"], facts["threshold"], frozenset(facts["trained"]), facts["fingerprint"])
+
+
+def load_exported(path: Path) -> tuple[Network, dict]:
+    """The function that an .onnx or .pt2 file computes, on the CPU, and what `Recogniser` needs beside it. Raises
+    ValueError or OSError."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    if path.suffix in (".onnx", ".pt2"):
-        run, metadata = load_onnx(path) if path.suffix == ".onnx" else load_pt2(path)
-        if "recogniser" not in metadata:
-            raise ValueError(f"{path} lacks what recognition needs; export it again")
-        facts = json.loads(metadata["recogniser"])
-        return Recogniser(run, facts["size"], facts["threshold"], frozenset(facts["trained"]), facts["fingerprint"])
-    if __package__:
-        from . import model
-    else:
-        import model
-    net, saved = model.load(path)
-    net.to(model.pick_device(device))
-    facts = model.recogniser_facts(net, saved)
-
-    def run(pixels: np.ndarray) -> np.ndarray:
-        return normalised(model.embed(net, model.torch.from_numpy(pixels)).numpy())
-
-    return Recogniser(run, net.size, facts["threshold"], frozenset(facts["trained"]), facts["fingerprint"])
-
-
-def load_onnx(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict]:
-    """The function an .onnx file computes, by ONNX Runtime, and its metadata. Raises ValueError."""
     try:
-        import onnxruntime
+        if path.suffix == ".onnx":
+            import onnxruntime
+
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            metadata = session.get_modelmeta().custom_metadata_map
+        else:
+            import torch
+
+            extra = {"metadata.json": ""}
+            module = torch.export.load(path, extra_files=extra).module()
+            metadata = json.loads(extra["metadata.json"])
     except ImportError as error:
-        raise ValueError(f"{path} needs ONNX Runtime: pip install onnxruntime") from error
-    try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        raise ValueError(f"{path} needs a package: pip install {error.name}") from error
     except Exception as error:
-        raise ValueError(f"{path} cannot be read by ONNX Runtime: {str(error).splitlines()[0]}") from error
-    given = session.get_inputs()[0]
-    kind = np.uint8 if "uint8" in given.type else np.float32
-    metadata = session.get_modelmeta().custom_metadata_map
-    return lambda pixels: session.run(None, {given.name: np.ascontiguousarray(pixels, kind)})[0], metadata
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if "recogniser" not in metadata:
+        raise ValueError(f"{path} lacks what recognition needs; export it again")
+    kind = metadata["input"].split()[0]  # uint8 or float32
 
-
-def load_pt2(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict]:
-    """The function a .pt2 file computes, by PyTorch on the CPU, and its metadata. Raises ValueError."""
-    import torch
-
-    extra = {"metadata.json": ""}
-    try:
-        program = torch.export.load(path, extra_files=extra)
-        metadata = json.loads(extra["metadata.json"])
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read by torch.export.load: {str(error).splitlines()[0]}") from error
-    kind, module = getattr(torch, metadata["input"].split()[0]), program.module()
-
-    def run(pixels: np.ndarray) -> np.ndarray:
+    def network(pixels: np.ndarray) -> np.ndarray:
+        pixels = np.ascontiguousarray(pixels, kind)
+        if path.suffix == ".onnx":
+            return session.run(None, {"images": pixels})[0]
         with torch.inference_mode():
-            return module(torch.from_numpy(pixels).to(kind).contiguous()).numpy()
+            return module(torch.from_numpy(pixels)).numpy()
 
-    return run, metadata
+    return network, json.loads(metadata["recogniser"])
 
 
 def normalised(rows: np.ndarray) -> np.ndarray:
