@@ -41,8 +41,9 @@ if __name__ == "__main__":
 import csv
 import sys
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 import oneshot
 from pictures import listed, open_folder
@@ -97,16 +98,15 @@ def enrol(gallery: oneshot.Gallery, folder: str) -> list[str]:
 
 def recognise(gallery: oneshot.Gallery, options: Options, threshold: float) -> tuple[list[dict], list[dict]]:
     """An answer for each readable query, and an error message for each other one. Raises ValueError or OSError."""
-    queries, answers, errors = query_pictures(options.query), [], []
-    names = iter(queries)
-    for _, z, problems in gallery.recogniser.batches(queries):
-        found = iter(gallery.answer(z, max(2, options.top), threshold))
-        for path, problem in zip(islice(names, len(problems)), problems, strict=True):
-            if problem:
-                errors.append({"picture": str(path), "error": problem})
-            else:
-                answers.append(as_row(str(path), next(found), options.top))
-    return answers, errors
+    queries, embedded, errors = query_pictures(options.query), [], []
+    for path, (_, z, error) in zip(queries, gallery.recogniser.embed_each(queries), strict=True):
+        if error:
+            errors.append({"picture": str(path), "error": error})
+        else:
+            embedded.append((str(path), z))
+    answers = gallery.answer(np.array([z for _, z in embedded]), max(2, options.top), threshold)
+    rows = [as_row(path, answer, options.top) for (path, _), answer in zip(embedded, answers, strict=True)]
+    return rows, errors
 
 
 def as_row(picture: str, answer: oneshot.Answer, top: int) -> dict:
