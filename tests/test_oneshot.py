@@ -180,7 +180,8 @@ def test_a_gallery_that_cannot_be_written_can_be_read(recogniser, mode, folder_m
                 os.seteuid(65534)
             with oneshot.Gallery(path, recogniser) as gallery:
                 assert gallery.recognise(picture, threshold=0.9)[0].name == "a"
-                for change, *given in ((gallery.enrol, "b", 255 - picture), (gallery.remove, "a"), (gallery.calibrate,)):
+                enrol = (gallery.enrol, "b", 255 - picture)
+                for change, *given in (enrol, (gallery.remove, "a"), (gallery.calibrate,)):
                     with pytest.raises(OSError, match=r"cannot write to the gallery .*a\.gallery: .*readonly"):
                         change(*given)
                 assert gallery.names() == {"a": 1}
