@@ -74,16 +74,10 @@ def to_onnx(program: torch.export.ExportedProgram, metadata: dict[str, str]) -> 
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError(f"ONNX needs more packages ({error.name}): pip install -e '.[onnx]'") from error
-    names = {"input_names": ["images"], "output_names": ["embeddings"]}
-    proto = torch.onnx.export(program, **names, dynamo=True, verbose=False).model_proto
-    symbol = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
-        for size in value.type.tensor_type.shape.dim:
-            if size.dim_param == symbol:
-                size.dim_param = "batch"
-    for key, value in metadata.items():
-        proto.metadata_props.add(key=key, value=value)
-    file = proto.SerializeToString()
+    names = {"input_names": ["images"], "output_names": ["embeddings"], "dynamic_shapes": ({0: "batch"},)}
+    exported = torch.onnx.export(program, **names, dynamo=True, verbose=False)
+    exported.model.metadata_props.update(metadata)
+    file = exported.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     return file, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
@@ -98,12 +92,9 @@ def random_images(count: int, side: int) -> Tensor:
 
 def largest_difference(exported: Embed, net: PixelEmbedder, images: Tensor) -> float:
     """Between the embeddings of batches of `images` (N, 3, size, size), exported and by PyTorch."""
-    worst = 0.0
-    for size in BATCHES:
-        batch = images[:size].contiguous()
-        difference = (exported(batch) - net(batch)).abs().max()
-        worst = max(worst, float(difference.nan_to_num(nan=torch.inf)))
-    return worst
+    batches = [images[:size].contiguous() for size in BATCHES]
+    differences = torch.cat([exported(batch) - net(batch) for batch in batches]).abs()
+    return float(differences.nan_to_num(nan=torch.inf).max())
 
 
 def describe(net: Embedder, saved: dict, pixels: str) -> dict[str, str]:

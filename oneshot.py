@@ -20,7 +20,7 @@ import os
 import sqlite3
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ else:
 BATCH = 250  # pictures that are read and embedded at once
 STRANGERS = 1.7  # C classes name strangers as often as 1.7 C classes would name held-back images of other seen classes
 CELLS = 20_000_000  # similarities that are held at once
+Network = Callable[[np.ndarray], np.ndarray]  # (N, 3, size, size) uint8 -> (N, D) float32 of length 1
 
 
 # ------------------------------------------------------------------------------------------------------- the recogniser
@@ -57,37 +58,38 @@ class Comparison:
 class Recogniser:
     """A trained network with its calibration. `load` makes it."""
 
-    network: Callable[[np.ndarray], np.ndarray]  # (N, 3, size, size) uint8 -> (N, D) float32 of length 1
+    network: Network
     size: int  # side of the network's images in pixels
     threshold: dict  # as a checkpoint stores it: "value", "logistic", "strangers", ...
     trained: frozenset[str]  # names of the classes it was trained on
     fingerprint: str  # of the network: embeddings are comparable where it is equal
 
-    def batches(self, some: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
-        """Pictures in batches: pixels (B, 3, size, size) uint8 and embeddings (B, D) of those that can be read, and an
-        error message for each of the batch, "" where there is none."""
+    def embed_each(self, some: Sequence[Any]) -> Iterator[tuple[np.ndarray | None, np.ndarray | None, str]]:
+        """Of each picture its pixels (3, size, size) uint8, its embedding (D,) float32 and "", or None, None and an
+        error message if it cannot be read."""
 
-        def read(picture: Any) -> tuple[np.ndarray | None, str]:
+        def read(picture: Any) -> np.ndarray | str:
             try:
-                return pictures.read(picture, self.size), ""
+                return pictures.read(picture, self.size)
             except ValueError as error:
-                return None, str(error)
+                return str(error)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders release the GIL
             for start in tqdm(range(0, len(some), BATCH), "embedding", delay=2, leave=False):
-                images, errors = zip(*pool.map(read, some[start : start + BATCH]), strict=True)
-                good = [image for image in images if image is not None]
-                pixels = np.stack(good) if good else np.empty((0, 3, self.size, self.size), np.uint8)
-                yield pixels, self.network(pixels) if good else np.empty((0, 1), np.float32), list(errors)
+                found = list(pool.map(read, some[start : start + BATCH]))
+                good = [pixels for pixels in found if not isinstance(pixels, str)]
+                z = iter(self.network(np.stack(good)) if good else ())
+                for each in found:
+                    yield (None, None, each) if isinstance(each, str) else (each, next(z), "")
 
     def embed(self, some: Any) -> np.ndarray:
         """Embeddings (N, D) float32, of length 1, of a picture or several. Raises ValueError if one cannot be read."""
-        parts = []
-        for _, z, errors in self.batches(as_list(some)):
-            if any(errors):
-                raise ValueError(next(filter(None, errors)))
-            parts.append(z)
-        return np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
+        rows = []
+        for _, z, error in self.embed_each(as_list(some)):
+            if error:
+                raise ValueError(error)
+            rows.append(z)
+        return np.stack(rows) if rows else np.empty((0, 1), np.float32)
 
     def compare(self, a: Any, b: Any) -> Comparison:
         """Are two pictures of one class? Raises ValueError."""
@@ -126,62 +128,56 @@ def load(path: str | os.PathLike, device: str = "auto") -> Recogniser:
 
     `device` is for checkpoints: "auto" (a GPU, if there is one), "cpu", "cuda", ... Raises ValueError or OSError.
     """
-    path = Path(path)
+    if Path(path).suffix in (".onnx", ".pt2"):
+        network, facts = load_exported(Path(path))
+    else:
+        if __package__:
+            from . import model
+        else:
+            import model
+        net, saved = model.load(path)
+        net.to(model.pick_device(device))
+        facts = model.recogniser_facts(net, saved)
+
+        def network(pixels: np.ndarray) -> np.ndarray:
+            return normalised(model.embed(net, model.torch.from_numpy(pixels)).numpy())
+
+    return Recogniser(network, facts["size"], facts["threshold"], frozenset(facts["trained"]), facts["fingerprint"])
+
+
+def load_exported(path: Path) -> tuple[Network, dict]:
+    """The function that an .onnx or .pt2 file computes, on the CPU, and what `Recogniser` needs beside it. Raises
+    ValueError or OSError."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    if path.suffix in (".onnx", ".pt2"):
-        run, metadata = load_onnx(path) if path.suffix == ".onnx" else load_pt2(path)
-        if "recogniser" not in metadata:
-            raise ValueError(f"{path} lacks what recognition needs; export it again")
-        facts = json.loads(metadata["recogniser"])
-        return Recogniser(run, facts["size"], facts["threshold"], frozenset(facts["trained"]), facts["fingerprint"])
-    if __package__:
-        from . import model
-    else:
-        import model
-    net, saved = model.load(path)
-    net.to(model.pick_device(device))
-    facts = model.recogniser_facts(net, saved)
-
-    def run(pixels: np.ndarray) -> np.ndarray:
-        return normalised(model.embed(net, model.torch.from_numpy(pixels)).numpy())
-
-    return Recogniser(run, net.size, facts["threshold"], frozenset(facts["trained"]), facts["fingerprint"])
-
-
-def load_onnx(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict]:
-    """The function an .onnx file computes, by ONNX Runtime, and its metadata. Raises ValueError."""
     try:
-        import onnxruntime
+        if path.suffix == ".onnx":
+            import onnxruntime
+
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            metadata = session.get_modelmeta().custom_metadata_map
+        else:
+            import torch
+
+            extra = {"metadata.json": ""}
+            module = torch.export.load(path, extra_files=extra).module()
+            metadata = json.loads(extra["metadata.json"])
     except ImportError as error:
-        raise ValueError(f"{path} needs ONNX Runtime: pip install onnxruntime") from error
-    try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        raise ValueError(f"{path} needs a package: pip install {error.name}") from error
     except Exception as error:
-        raise ValueError(f"{path} cannot be read by ONNX Runtime: {str(error).splitlines()[0]}") from error
-    given = session.get_inputs()[0]
-    kind = np.uint8 if "uint8" in given.type else np.float32
-    metadata = session.get_modelmeta().custom_metadata_map
-    return lambda pixels: session.run(None, {given.name: np.ascontiguousarray(pixels, kind)})[0], metadata
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    if "recogniser" not in metadata:
+        raise ValueError(f"{path} lacks what recognition needs; export it again")
+    kind = metadata["input"].split()[0]  # uint8 or float32
 
-
-def load_pt2(path: Path) -> tuple[Callable[[np.ndarray], np.ndarray], dict]:
-    """The function a .pt2 file computes, by PyTorch on the CPU, and its metadata. Raises ValueError."""
-    import torch
-
-    extra = {"metadata.json": ""}
-    try:
-        program = torch.export.load(path, extra_files=extra)
-        metadata = json.loads(extra["metadata.json"])
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read by torch.export.load: {str(error).splitlines()[0]}") from error
-    kind, module = getattr(torch, metadata["input"].split()[0]), program.module()
-
-    def run(pixels: np.ndarray) -> np.ndarray:
+    def network(pixels: np.ndarray) -> np.ndarray:
+        pixels = np.ascontiguousarray(pixels, kind)
+        if path.suffix == ".onnx":
+            return session.run(None, {"images": pixels})[0]
         with torch.inference_mode():
-            return module(torch.from_numpy(pixels).to(kind).contiguous()).numpy()
+            return module(torch.from_numpy(pixels)).numpy()
 
-    return run, metadata
+    return network, json.loads(metadata["recogniser"])
 
 
 def normalised(rows: np.ndarray) -> np.ndarray:
@@ -246,6 +242,7 @@ SCHEMA = {
     "sha256 BLOB NOT NULL, enrolled REAL NOT NULL, embedding BLOB NOT NULL, UNIQUE (class, sha256))",
     "thumbnails": "CREATE TABLE thumbnails (picture INTEGER PRIMARY KEY, jpeg BLOB NOT NULL)",
 }
+ENROLLED = "FROM pictures JOIN classes ON class = classes.id"
 
 
 @dataclass(frozen=True)
@@ -278,12 +275,12 @@ class Changes:
     empty: list[str]
 
 
-class Gallery:
+class Gallery(contextlib.AbstractContextManager):
     """Enrolled classes in one file, an SQLite database: pictures' embeddings, names, sources, hashes and times.
 
     `path` is opened, or made; ":memory:" keeps the gallery in memory. Each change is one transaction: after a crash the
     file is as before or as after it, and several processes may read and write. Raises ValueError for a file that is not
-    a gallery or belongs to another network, OSError for one that cannot be opened.
+    a gallery or belongs to another network, OSError for one that cannot be opened, or changed.
     """
 
     def __init__(self, path: str | os.PathLike, recogniser: Recogniser):
@@ -292,84 +289,74 @@ class Gallery:
             self.database = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
             self.database.execute("PRAGMA trusted_schema = OFF")
             self.database.text_factory = os.fsdecode  # names of folders that are not UTF-8 keep their bytes
-            with self.transaction():
-                if not self.database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                    self.make()
-                self.check()
+            self.make_or_check()
         except sqlite3.OperationalError as error:
             raise OSError(f"cannot open the gallery {self.path}: {error}") from error
         except sqlite3.DatabaseError as error:
             raise ValueError(f"{self.path} is not a gallery: {error}") from error
 
-    def make(self) -> None:
-        for statement in SCHEMA.values():
-            self.database.execute(statement)
-        self.database.execute(f"PRAGMA application_id = {FORMAT}")
-        self.set_fact("fingerprint", self.recogniser.fingerprint)
-
-    def check(self) -> None:
-        """Raise ValueError unless the file is a gallery of this network: these tables and nothing that could run."""
+    def make_or_check(self) -> None:
+        """Raise ValueError unless the file is a gallery of this network: these tables and nothing that could run. An
+        empty file is made one; others need not be writable."""
+        if not self.value("SELECT count(*) FROM sqlite_master"):
+            with self.transaction():
+                for statement in SCHEMA.values():  # another process may be first
+                    self.database.execute(statement.replace("TABLE", "TABLE IF NOT EXISTS"))
+                self.database.execute(f"PRAGMA application_id = {FORMAT}")
+                query = "INSERT OR IGNORE INTO facts VALUES ('fingerprint', ?)"
+                self.database.execute(query, (self.recogniser.fingerprint,))
         found = dict(self.database.execute("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"))
-        if self.database.execute("PRAGMA application_id").fetchone()[0] != FORMAT or found != SCHEMA:
+        if self.value("PRAGMA application_id") != FORMAT or found != SCHEMA:
             raise ValueError(f"{self.path} is not a gallery")
         if self.fact("fingerprint") != self.recogniser.fingerprint:
             raise ValueError(f"the gallery {self.path} was made with another network; enrol its pictures again")
 
-    @contextlib.contextmanager
-    def transaction(self):
-        try:
-            self.database.execute("BEGIN IMMEDIATE")
-            yield
-            self.database.execute("COMMIT")
-        except BaseException as error:
-            if self.database.in_transaction:
-                self.database.execute("ROLLBACK")
-            if isinstance(error, sqlite3.OperationalError):  # locked, read-only, a full disk
-                raise OSError(f"cannot write to the gallery {self.path}: {error}") from error
-            raise
-
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         self.database.close()
 
-    def __enter__(self) -> "Gallery":
-        return self
+    __exit__ = close
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes in the block or none. Raises OSError if they cannot be written."""
+        try:
+            self.database.execute("BEGIN IMMEDIATE")
+            with self.database:  # commits, or rolls back
+                yield
+        except sqlite3.OperationalError as error:  # locked, read-only, a full disk
+            raise OSError(f"cannot write to the gallery {self.path}: {error}") from error
+
+    def value(self, query: str, *given: object) -> Any:
+        """The first value that a query finds, or None."""
+        row = self.database.execute(query, given).fetchone()
+        return row and row[0]
 
     def __len__(self) -> int:
         """The number of pictures."""
-        return self.database.execute("SELECT count(*) FROM pictures").fetchone()[0]
+        return self.value("SELECT count(*) FROM pictures")
 
     def fact(self, name: str) -> str | None:
-        row = self.database.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return row and row[0]
-
-    def set_fact(self, name: str, value: object) -> None:
-        self.database.execute("INSERT OR REPLACE INTO facts VALUES (?, ?)", (name, str(value)))
+        return self.value("SELECT value FROM facts WHERE name = ?", name)
 
     def names(self) -> dict[str, int]:
         """The enrolled classes, in alphabetical order, and how many pictures each has."""
-        query = "SELECT name, count(*) FROM classes JOIN pictures ON class = classes.id GROUP BY name ORDER BY name"
-        return dict(self.database.execute(query))
+        return dict(self.database.execute(f"SELECT name, count(*) {ENROLLED} GROUP BY name ORDER BY name"))
 
     def numbers_of(self, name: str) -> list[int]:
         """The numbers of a class's pictures; [] if it is not enrolled."""
-        query = "SELECT pictures.id FROM pictures JOIN classes ON class = classes.id WHERE name = CAST(? AS TEXT)"
-        return [row[0] for row in self.database.execute(query + " ORDER BY pictures.id", (os.fsencode(name),))]
+        query = f"SELECT pictures.id {ENROLLED} WHERE name = CAST(? AS TEXT) ORDER BY pictures.id"
+        return [row[0] for row in self.database.execute(query, (os.fsencode(name),))]
 
     def thumbnail(self, number: int) -> bytes | None:
         """An enrolled picture as the network sees it, a JPEG file; None if there is no such picture."""
-        query = "SELECT CAST(jpeg AS BLOB) FROM thumbnails WHERE picture = ?"
-        row = self.database.execute(query, (number,)).fetchone()
-        return row and row[0]
+        return self.value("SELECT CAST(jpeg AS BLOB) FROM thumbnails WHERE picture = ?", number)
 
     # ------------------------------------------------------------------------------------------------------ changes
 
     def enrol(self, name: str, some: Any) -> int:
         """Add pictures to a class; those it has already are skipped. Returns how many are new. Raises ValueError, and
         adds none, if one cannot be read."""
-        rows, errors = self.new_rows([(name, picture) for picture in as_list(some)])
+        rows, errors = self.new_rows({(name, *identity(picture)): picture for picture in as_list(some)})
         if errors:
             raise ValueError(errors[0])
         with self.transaction():
@@ -386,42 +373,35 @@ class Gallery:
     def synchronise(self, folder: str | os.PathLike) -> Changes:
         """Make the gallery hold what a folder with a folder for each class holds: new and changed pictures are added,
         those that came from the folder and are gone are removed. Others stay. Raises ValueError or OSError."""
-        root, classes = os.path.realpath(folder), pictures.find_classes({"": pictures.open_folder(Path(folder))})[""]
-        found = {(name, os.path.realpath(str(file))): file for name, files in classes.items() for file in files}
-        hashes = {source: file_hash(file) for (_, source), file in found.items()}
-        query = "SELECT pictures.id, name, source, sha256 FROM pictures JOIN classes ON class = classes.id"
-        ours = [row for row in self.database.execute(query) if row[2].startswith(os.path.join(root, ""))]
-        kept = {(name, source) for _, name, source, sha in ours if hashes.get(source) == sha} & found.keys()
-        gone = [number for number, name, source, _ in ours if (name, source) not in kept]
-        rows, errors = self.new_rows([(place[0], file) for place, file in found.items() if place not in kept], gone)
+        root = os.path.join(os.path.realpath(folder), "")
+        classes = pictures.find_classes({"": pictures.open_folder(Path(folder))})[""]
+        found = {(name, *identity(file)): file for name, files in classes.items() for file in files}
+        query = f"SELECT name, source, sha256, pictures.id {ENROLLED}"
+        ours = {tuple(key): number for *key, number in self.database.execute(query) if key[1].startswith(root)}
+        gone = {number for key, number in ours.items() if key not in found}
+        rows, errors = self.new_rows({key: file for key, file in found.items() if key not in ours}, gone)
         with self.transaction():
             removed, added = self.delete(gone), self.insert(rows)
-        return Changes(added, removed, len(kept), errors, sorted(classes.keys() - self.names().keys()))
+        return Changes(added, removed, len(ours) - removed, errors, sorted(classes.keys() - self.names().keys()))
 
-    def new_rows(self, pairs: list[tuple[str, Any]], gone: Sequence[int] = ()) -> tuple[list[tuple], list[str]]:
-        """What `insert` takes, of (class, picture) pairs that are not enrolled yet, or only by the pictures `gone`, and
-        errors of those that cannot be read. Raises ValueError for a name that no class can have."""
-        for name in {name for name, _ in pairs}:
+    def new_rows(self, found: dict[tuple, Any], gone: Collection[int] = ()) -> tuple[list[tuple], list[str]]:
+        """What `insert` takes, of pictures `found` by class, source and SHA-256 that are not enrolled, or only as the
+        numbers `gone`, and errors of those that cannot be read. Raises ValueError for a name that no class can have."""
+        query = f"SELECT name, sha256, pictures.id {ENROLLED}"
+        known = {(name, sha) for name, sha, number in self.database.execute(query) if number not in gone}
+        new = {}
+        for (name, source, sha), picture in found.items():
             if not isinstance(name, str) or not name.strip() or name == "unknown":
                 raise ValueError(f"a class cannot be called {name!r}; rename it")
-        query, gone = "SELECT pictures.id, name, sha256 FROM pictures JOIN classes ON class = classes.id", {*gone}
-        known = {(name, sha) for number, name, sha in self.database.execute(query) if number not in gone}
-        rows, errors, new = [], [], []
-        for name, picture in pairs:
-            is_file = isinstance(picture, (str, os.PathLike, zipfile.Path))
-            if is_file:
-                sha = file_hash(picture)
-            else:
-                sha = hashlib.sha256(picture if isinstance(picture, bytes) else np.asarray(picture).tobytes()).digest()
             if (name, sha) not in known:
-                new.append((name, os.path.realpath(str(picture)) if is_file else "", sha, picture))
                 known.add((name, sha))
-        facts = iter(new)
-        for pixels, z, problems in self.recogniser.batches([row[-1] for row in new]):
-            part = [row[:-1] for row, problem in zip(facts, problems, strict=False) if not problem]
-            images = (jpeg(image) for image in pixels)
-            rows += [(*row, z.astype("<f4").tobytes(), image) for row, z, image in zip(part, z, images, strict=True)]
-            errors += filter(None, problems)
+                new[name, source, sha] = picture
+        rows, errors = [], []
+        for row, (pixels, z, error) in zip(new, self.recogniser.embed_each([*new.values()]), strict=True):
+            if error:
+                errors.append(error)
+            else:
+                rows.append((*row, z.astype("<f4").tobytes(), jpeg(pixels)))
         return rows, errors
 
     def insert(self, rows: list[tuple]) -> int:
@@ -429,70 +409,64 @@ class Gallery:
         query = "INSERT OR IGNORE INTO pictures (class, source, sha256, enrolled, embedding) "
         query += "SELECT id, CAST(? AS TEXT), ?, ?, ? FROM classes WHERE name = CAST(? AS TEXT)"
         for name, source, sha, z, thumbnail in rows:
-            name, source = os.fsencode(name), os.fsencode(source)
+            name = os.fsencode(name)
             self.database.execute("INSERT OR IGNORE INTO classes (name) VALUES (CAST(? AS TEXT))", (name,))
-            done = self.database.execute(query, (source, sha, now, z, name))
+            done = self.database.execute(query, (os.fsencode(source), sha, now, z, name))
             if done.rowcount:
                 self.database.execute("INSERT INTO thumbnails VALUES (?, ?)", (done.lastrowid, thumbnail))
                 added += 1
         self.version = None
         return added
 
-    def delete(self, numbers: list[int]) -> int:
-        for table, column in (("pictures", "id"), ("thumbnails", "picture")):
-            query = f"DELETE FROM {table} WHERE {column} = ?"
-            self.database.executemany(query, [(number,) for number in numbers])
+    def delete(self, numbers: Collection[int]) -> int:
+        rows = [(number,) for number in numbers]
+        self.database.executemany("DELETE FROM pictures WHERE id = ?", rows)
+        self.database.executemany("DELETE FROM thumbnails WHERE picture = ?", rows)
         self.database.execute("DELETE FROM classes WHERE id NOT IN (SELECT class FROM pictures)")
         self.version = None
-        return len(numbers)
+        return len(rows)
 
     # -------------------------------------------------------------------------------------------------- recognition
 
     def load(self) -> None:
-        """Read names, embeddings and class means, unless they are as the file has them."""
-        version = self.database.execute("PRAGMA data_version").fetchone()[0]  # another connection's changes
+        """Read names, embeddings and class means, unless they are as the file has them. Raises ValueError."""
+        version = self.value("PRAGMA data_version")  # another connection's changes
         if version == self.version:
             return
-        query = "SELECT class, pictures.id, embedding, name FROM pictures JOIN classes ON class = classes.id "
-        rows = self.database.execute(query + "ORDER BY class, pictures.id").fetchall()
-        classes, self.numbers, blobs, names = zip(*rows, strict=True) if rows else ((), (), (), ())
-        try:
-            self.rows = np.frombuffer(b"".join(blobs), "<f4").reshape(len(rows), -1 if rows else 1)
-        except ValueError:
-            self.rows = np.array([[np.nan]])
-        if not np.isfinite(self.rows).all():
+        query = f"SELECT class, pictures.id, embedding, name {ENROLLED} ORDER BY class, pictures.id"
+        rows = self.database.execute(query).fetchall()
+        if not rows:
+            raise ValueError(f"the gallery {self.path} is empty")
+        classes, self.numbers, blobs, names = zip(*rows, strict=True)
+        data = b"".join(blobs)
+        if len(data) % (4 * len(rows)) or not np.isfinite(np.frombuffer(data, "<f4")).all():
             raise ValueError(f"{self.path} is damaged: its embeddings are not what they were")
-        starts = np.flatnonzero(np.diff(classes, prepend=-1))
-        self.counts = np.diff(starts, append=len(rows))
-        self.of = np.repeat(np.arange(len(starts)), self.counts)
+        self.rows = np.frombuffer(data, "<f4").reshape(len(rows), -1)
+        _, starts, self.of, self.counts = np.unique(classes, return_index=True, return_inverse=True, return_counts=True)
         self.classes = [names[start] for start in starts]
-        self.sums = np.add.reduceat(self.rows, starts) if rows else self.rows
+        self.sums = np.add.reduceat(self.rows, starts)
         self.means = normalised(self.sums)
         self.version = version
 
-    def strangers(self) -> tuple[Strangers, float, float] | None:
-        """The calibration, and what it is asked about: how many classes these count for, and pictures of each."""
-        if not self.classes:
-            raise ValueError(f"the gallery {self.path} is empty")
-        if "strangers" not in self.recogniser.threshold:  # an older checkpoint
-            return None
-        factor = float(self.fact("strangers") or STRANGERS)
-        return Strangers(self.recogniser.threshold["strangers"]), factor * len(self.classes), self.counts.mean()
+    def strangers(self) -> tuple[Strangers | None, float, float]:
+        """The calibration, None of older checkpoints, and what it is asked about: how many classes the enrolled ones
+        count for, and how many pictures each has."""
+        self.load()
+        stored, shots = self.recogniser.threshold.get("strangers"), self.counts.mean()
+        if stored is None:
+            return None, len(self.classes), shots
+        return Strangers(stored), float(self.fact("strangers") or STRANGERS) * len(self.classes), shots
 
     def threshold(self, false_accept: float = 0.1) -> float:
-        """The similarity above which a picture gets a name, so that this share (0..1) of strangers does.
-
-        Strangers are pictures of no enrolled class. Without a calibration, it is the threshold of one pair.
-        """
-        self.load()
-        found = self.strangers()
-        return found[0].threshold(false_accept, *found[1:]) if found else self.recogniser.threshold["value"]
+        """The similarity above which a picture gets a name, so that this share (0..1) of strangers, pictures of no
+        enrolled class, does. Without a calibration, it is the threshold of one pair."""
+        table, *asked = self.strangers()
+        return table.threshold(false_accept, *asked) if table else self.recogniser.threshold["value"]
 
     def false_accept(self, threshold: float) -> float | None:
         """The share (0..1) of strangers that is expected to get a name at a threshold; None without a calibration."""
-        self.load()
-        found = self.strangers()
-        return found and found[0].rate(threshold, *found[1:])
+        table, *asked = self.strangers()
+        return table and table.rate(threshold, *asked)
 
     def recognise(
         self, some: Any, top: int = 5, false_accept: float = 0.1, threshold: float | None = None
@@ -504,40 +478,38 @@ class Gallery:
 
     def answer(self, z: np.ndarray, top: int, threshold: float) -> list[Answer]:
         """As `recognise`, of embeddings (N, D)."""
-        self.load()
-        calibration, logistic = self.strangers(), self.recogniser.threshold["logistic"]
-        tried = calibration[1] if calibration else len(self.classes)
+        _, tried, _ = self.strangers()
         answers: list[Answer] = []
-        for part in np.array_split(z, math.ceil(len(z) * len(self.classes) / CELLS) or 1):
-            if not len(part):
-                continue
-            similarity = part @ self.means.T
-            probability, places = probabilities(similarity, logistic, tried), highest(similarity, top)
-            for row, chances, best in zip(similarity, probability, places, strict=True):
+        for _, similarity in self.similarities(z):
+            probability = probabilities(similarity, self.recogniser.threshold["logistic"], tried)
+            for row, chances, best in zip(similarity, probability, highest(similarity, top), strict=True):
                 found = tuple(Candidate(self.classes[k], float(row[k]), float(chances[k])) for k in best)
                 answers.append(Answer(found[0].name if found[0].similarity > threshold else None, found))
         return answers
+
+    def similarities(self, z: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """Blocks of embeddings (N, D): where they are, and their similarities (B, C) to the means of all classes."""
+        size = max(1, CELLS // len(self.classes))
+        for start in range(0, len(z), size):
+            yield slice(start, start + size), z[start : start + size] @ self.means.T
 
     def nearest(self, z: np.ndarray, top: int = 5) -> list[tuple[str, int, float]]:
         """The enrolled pictures most similar to an embedding (D,): class, number of the picture, cosine similarity."""
         self.load()
         similarity = self.rows @ z
-        places = highest(similarity[None], top)[0] if len(self.rows) else ()
+        places = highest(similarity[None], top)[0]
         return [(self.classes[self.of[place]], self.numbers[place], float(similarity[place])) for place in places]
 
-    def left_out(self, most: int = 2000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of enrolled pictures, spread over all: their classes (M,), the similarity to the mean of their class's other
-        pictures, NaN if there are none, and the highest to another class, as if theirs were not enrolled."""
-        chosen = np.unique(np.linspace(0, len(self.rows) - 1, most).astype(int))
-        own, other = np.full((2, len(chosen)), np.nan)
-        for part in np.array_split(np.arange(len(chosen)), math.ceil(len(chosen) * len(self.classes) / CELLS) or 1):
-            z, of = self.rows[chosen[part]], self.of[chosen[part]]
-            rest = np.einsum("nd,nd->n", z, normalised(self.sums[of] - z))
-            own[part] = np.where(self.counts[of] > 1, rest, np.nan)
-            similarity = z @ self.means.T
-            similarity[np.arange(len(part)), of] = -1
+    def left_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (M,) of enrolled pictures, spread over all, and their highest similarities (M,) to another class, as if
+        theirs were not enrolled."""
+        self.load()
+        chosen = np.unique(np.linspace(0, len(self.rows) - 1, 2000).astype(int))
+        of, other = self.of[chosen], np.empty(len(chosen))
+        for part, similarity in self.similarities(self.rows[chosen]):
+            similarity[np.arange(len(similarity)), of[part]] = -1
             other[part] = similarity.max(1)
-        return self.of[chosen], own, other
+        return chosen, other
 
     def calibrate(self) -> float:
         """Adapt the calibration of strangers to the enrolled pictures, and keep it in the file.
@@ -546,23 +518,26 @@ class Gallery:
         than the stored table expects says how many more, or fewer, classes they count for. Classes that the network was
         trained on say nothing of strangers. Returns the factor.
         """
-        self.load()
-        found, factor = self.strangers() if self.classes else None, STRANGERS
-        if found and len(self.classes) > 1:
-            of, _, other = self.left_out()
+        table, _, shots = self.strangers() if len(self) else (None, 0, 0)
+        factor = STRANGERS
+        if table and len(self.classes) > 1:
+            chosen, other = self.left_out()
+            of = self.of[chosen]
             new = np.array([name not in self.recogniser.trained for name in self.classes])[of]
-            factor = found[0].factor(other[new], of[new], len(self.classes) - 1, self.counts.mean())
+            factor = table.factor(other[new], of[new], len(self.classes) - 1, shots)
         with self.transaction():
-            self.set_fact("strangers", factor)
+            self.database.execute("INSERT OR REPLACE INTO facts VALUES ('strangers', ?)", (str(factor),))
         return factor
 
     def recognised(self, threshold: float) -> tuple[float, int] | None:
         """The share (0..1) of enrolled pictures that are given their class when they are left out of it, and how many
         pictures that is of; None if no class has two."""
-        self.load()
-        _, own, other = self.left_out() if len(self.rows) else (None, np.empty(0), np.empty(0))
-        own, other = own[~np.isnan(own)], other[~np.isnan(own)]
-        return (float(((own > other) & (own > threshold)).mean()), len(own)) if len(own) else None
+        chosen, other = self.left_out()
+        several = self.counts[self.of[chosen]] > 1
+        z, sums = self.rows[chosen[several]], self.sums[self.of[chosen[several]]]
+        own = np.einsum("nd,nd->n", z, normalised(sums - z))
+        right = own > np.maximum(other[several], threshold)
+        return (float(right.mean()), len(right)) if len(right) else None
 
 
 def highest(rows: np.ndarray, top: int) -> np.ndarray:
@@ -578,12 +553,13 @@ def highest(rows: np.ndarray, top: int) -> np.ndarray:
     return np.take_along_axis(places, np.argsort(-values, kind="stable")[:, : min(top, len(columns))], 1)
 
 
-def file_hash(file: str | os.PathLike | zipfile.Path) -> bytes:
-    """SHA-256 of a file; of nothing, if it cannot be read, which reading it as a picture will tell."""
-    try:
-        return hashlib.sha256(pictures.content(file if isinstance(file, zipfile.Path) else Path(file))).digest()
-    except OSError:
-        return hashlib.sha256().digest()
+def identity(picture: Any) -> tuple[str, bytes]:
+    """Where a picture comes from, "" if it is no file, and its SHA-256."""
+    is_file, content = isinstance(picture, (str, os.PathLike, zipfile.Path)), b""
+    with contextlib.suppress(OSError):  # reading it as a picture will tell
+        content = pictures.content(picture) if is_file else picture
+    content = content if isinstance(content, bytes) else np.asarray(content).tobytes()
+    return os.path.realpath(str(picture)) if is_file else "", hashlib.sha256(content).digest()
 
 
 def jpeg(image: np.ndarray) -> bytes:

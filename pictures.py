@@ -36,10 +36,10 @@ LARGE = threading.Lock()
 File = Path | zipfile.Path
 
 
-def content(file: File) -> bytes:
+def content(file: str | os.PathLike | zipfile.Path) -> bytes:
     """Raises OSError."""
-    if isinstance(file, Path):
-        return file.read_bytes()
+    if not isinstance(file, zipfile.Path):
+        return Path(file).read_bytes()
     size = file.root.getinfo(file.at).file_size
     if size > MAX_BYTES:
         raise OSError(f"{file} has {size:,} bytes, more than the {MAX_BYTES:,} allowed")

@@ -41,8 +41,9 @@ if __name__ == "__main__":
 import csv
 import sys
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 import oneshot
 from pictures import listed, open_folder
@@ -88,25 +89,22 @@ def enrol(gallery: oneshot.Gallery, folder: str) -> list[str]:
     if changes.empty:
         raise ValueError(f"no picture can be read of class {listed(changes.empty)}: {changes.errors[-1]}")
     if gallery.path != ":memory:":
-        print(
-            f"{gallery.path}: {changes.added} pictures added, {changes.removed} removed, {changes.kept} kept; "
-            f"{len(gallery.names())} classes"
-        )
+        done = f"{changes.added} pictures added, {changes.removed} removed, {changes.kept} kept"
+        print(f"{gallery.path}: {done}; {len(gallery.names())} classes")
     return changes.errors
 
 
-def recognise(gallery: oneshot.Gallery, options: Options, threshold: float) -> tuple[list[dict], list[dict]]:
-    """An answer for each readable query, and an error message for each other one. Raises ValueError or OSError."""
-    queries, answers, errors = query_pictures(options.query), [], []
-    names = iter(queries)
-    for _, z, problems in gallery.recogniser.batches(queries):
-        found = iter(gallery.answer(z, max(2, options.top), threshold))
-        for path, problem in zip(islice(names, len(problems)), problems, strict=True):
-            if problem:
-                errors.append({"picture": str(path), "error": problem})
-            else:
-                answers.append(as_row(str(path), next(found), options.top))
-    return answers, errors
+def recognise(gallery: oneshot.Gallery, queries: list[Path], top: int, threshold: float) -> tuple[list, list]:
+    """A row of the table for each readable query, and {"picture", "error"} for each other one."""
+    readable, embeddings, errors = [], [], []
+    for path, (_, z, error) in zip(map(str, queries), gallery.recogniser.embed_each(queries), strict=True):
+        if error:
+            errors.append({"picture": path, "error": error})
+        else:
+            readable.append(path)
+            embeddings.append(z)
+    answers = gallery.answer(np.array(embeddings), max(2, top), threshold)
+    return [as_row(path, answer, top) for path, answer in zip(readable, answers, strict=True)], errors
 
 
 def as_row(picture: str, answer: oneshot.Answer, top: int) -> dict:
@@ -114,7 +112,7 @@ def as_row(picture: str, answer: oneshot.Answer, top: int) -> dict:
     best, *others = answer.candidates
     row = {
         "picture": picture,
-        "class": "unknown" if answer.name is None else answer.name,
+        "class": answer.name or "unknown",
         "nearest": best.name,
         "similarity": best.similarity,
         "probability": best.probability,
@@ -125,30 +123,19 @@ def as_row(picture: str, answer: oneshot.Answer, top: int) -> dict:
     return row
 
 
-def compare(recogniser: oneshot.Recogniser, pair: tuple[str, str], threshold: float) -> dict:
-    """Are two pictures of one class? Raises ValueError."""
-    found = recogniser.compare(*pair)
+def compare(recogniser: oneshot.Recogniser, options: Options, threshold: float | None) -> None:
+    """Are two pictures of one class? The threshold is the checkpoint's unless one is given. Raises ValueError."""
+    stored, (a, b) = recogniser.threshold, options.compare
+    threshold = stored["value"] if threshold is None else threshold
+    found = recogniser.compare(a, b)
     answer = "same" if found.similarity > threshold else "different"
-    numbers = {"similarity": found.similarity, "probability_same": found.probability}
-    return {"a": pair[0], "b": pair[1], "answer": answer, **numbers}
-
-
-def show(answers: list[dict]) -> None:
-    if answers:
-        header = [name.replace("_", " ") for name in answers[0]]
-        print(cli.text_table(header, [list(answer.values()) for answer in answers], decimals=3) + "\n")
-
-
-def pair_text(threshold: float, stored: dict) -> str:
-    """The threshold of --compare, with its expected error rates."""
-    text = f"threshold {threshold:.3f}"
+    row = {"a": a, "b": b, "answer": answer, "similarity": found.similarity, "probability_same": found.probability}
+    text = f"threshold {threshold:.3f}\n"
     if threshold == stored["value"]:
         accepts, refuses = stored["false_accept"], stored["false_reject"]
-        text += (
-            f"\non pairs of {stored['calibrated_on']} it accepts {accepts:.1f} % of different-class pairs\n"
-            f"and refuses {refuses:.1f} % of same-class pairs; expect more errors on other pictures"
-        )
-    return text + "\nprobability: assuming that half of all pairs are of one class"
+        text += f"on pairs of {stored['calibrated_on']} it accepts {accepts:.1f} % of different-class pairs\n"
+        text += f"and refuses {refuses:.1f} % of same-class pairs; expect more errors on other pictures\n"
+    tell([row], [], threshold, text + "probability: assuming that half of all pairs are of one class", options)
 
 
 def gallery_text(gallery: oneshot.Gallery, threshold: float) -> str:
@@ -165,20 +152,26 @@ def gallery_text(gallery: oneshot.Gallery, threshold: float) -> str:
     return text + "\nprobability: assuming that half of all pictures are of an enrolled class"
 
 
-def write(answers: list[dict], errors: list[dict], threshold: float, options: Options) -> None:
+def tell(answers: list[dict], errors: list[dict], threshold: float, text: str, options: Options) -> None:
+    """Print the answers as a table, with a text below, and write them to the files that are asked for."""
+    if answers:
+        header = [name.replace("_", " ") for name in answers[0]]
+        print(cli.text_table(header, [list(answer.values()) for answer in answers], decimals=3) + "\n")
+    print(text)
     if options.json:
         found = {"checkpoint": options.checkpoint, "threshold": threshold, "answers": answers, "errors": errors}
         cli.write_json(options.json, found)
     if options.csv:
-        text = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # names keep their bytes
-        with cli.writing(options.csv) as path, open(path, "w", **text) as file:
+        encoding = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}  # names keep their bytes
+        with cli.writing(options.csv) as path, open(path, "w", **encoding) as file:
             rows = csv.DictWriter(file, answers[0].keys() if answers else [])
             rows.writeheader()
             rows.writerows(answers)
 
 
-def run_gallery(recogniser: oneshot.Recogniser, options: Options) -> list[str]:
-    """Change, list and ask the gallery; returns errors of pictures. Raises ValueError or OSError."""
+def run_gallery(recogniser: oneshot.Recogniser, options: Options, threshold: float | None) -> list[str]:
+    """Change, list and ask the gallery, by default at the threshold of --false-accept; returns errors of pictures.
+    Raises ValueError or OSError."""
     queries = query_pictures(options.query)
     with oneshot.Gallery(options.gallery or ":memory:", recogniser) as gallery:
         folder = options.support or options.add
@@ -188,12 +181,9 @@ def run_gallery(recogniser: oneshot.Recogniser, options: Options) -> list[str]:
         if options.list:
             print(cli.text_table(["class", "pictures"], [list(row) for row in gallery.names().items()]))
         if queries:
-            given = None if options.threshold == "auto" else cli.check_threshold(options.threshold)
-            threshold = gallery.threshold(options.false_accept) if given is None else given
-            answers, errors = recognise(gallery, options, threshold)
-            show(answers)
-            print(gallery_text(gallery, threshold))
-            write(answers, errors, threshold, options)
+            threshold = gallery.threshold(options.false_accept) if threshold is None else threshold
+            answers, errors = recognise(gallery, queries, options.top, threshold)
+            tell(answers, errors, threshold, gallery_text(gallery, threshold), options)
             problems += [error["error"] for error in errors]
     return problems
 
@@ -202,16 +192,11 @@ def main(args: Sequence[str] | None = None) -> None:
     options = cli.parse(Options, __doc__, args)
     with cli.user_errors():
         check(options)
-        recogniser, errors = oneshot.load(options.checkpoint, options.device), []
+        threshold = None if options.threshold == "auto" else cli.check_threshold(options.threshold)
+        recogniser = oneshot.load(options.checkpoint, options.device)
         if options.compare:
-            stored = recogniser.threshold
-            threshold = stored["value"] if options.threshold == "auto" else cli.check_threshold(options.threshold)
-            answers = [compare(recogniser, options.compare, threshold)]
-            show(answers)
-            print(pair_text(threshold, stored))
-            write(answers, [], threshold, options)
-        else:
-            errors = run_gallery(recogniser, options)
+            return compare(recogniser, options, threshold)
+        errors = run_gallery(recogniser, options, threshold)
         for error in errors:
             print(cli.printable(error), file=sys.stderr)
         if errors:

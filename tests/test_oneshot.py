@@ -2,9 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import sqlite3
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -157,9 +159,35 @@ def test_what_cannot_be_written_is_told(folder, recogniser, tmp_path):
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(OSError, match=r"cannot write to the gallery .*a\.gallery: database is locked"):
             gallery.enrol("a", picture)
+        oneshot.Gallery(tmp_path / "a.gallery", recogniser).close()  # reading needs no lock
         other.execute("ROLLBACK")
         assert gallery.enrol("a", picture) == 1 and gallery.recognise([]) == []
         other.close()
+
+
+@pytest.mark.parametrize(("mode", "folder_mode"), [(0o444, 0o755), (0o666, 0o555)])
+def test_a_gallery_that_cannot_be_written_can_be_read(recogniser, mode, folder_mode):
+    """The file is read-only, or its folder, where SQLite keeps the journal of a change."""
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "a.gallery"
+        with oneshot.Gallery(path, recogniser) as gallery:
+            gallery.enrol("a", picture)
+        path.chmod(mode)
+        path.parent.chmod(folder_mode)
+        try:
+            if os.getuid() == 0:  # root may write everywhere
+                os.seteuid(65534)
+            with oneshot.Gallery(path, recogniser) as gallery:
+                assert gallery.recognise(picture, threshold=0.9)[0].name == "a"
+                enrol = (gallery.enrol, "b", 255 - picture)
+                for change, *given in (enrol, (gallery.remove, "a"), (gallery.calibrate,)):
+                    with pytest.raises(OSError, match=r"cannot write to the gallery .*a\.gallery: .*readonly"):
+                        change(*given)
+                assert gallery.names() == {"a": 1}
+        finally:
+            os.seteuid(os.getuid())
+            path.parent.chmod(0o755)
 
 
 def test_a_gallery_belongs_to_one_network(folder, recogniser, tmp_path):
