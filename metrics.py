@@ -70,8 +70,8 @@ class Roc:
             return 100 * (1 - share), 1.0
         return float(accuracy[place]), float(self.thresholds[place])
 
-    def threshold(self, criterion: str) -> tuple[float, float, float]:
-        """(threshold, false accepts, false rejects in percent) by a criterion.
+    def threshold(self, criterion: str) -> dict[str, float]:
+        """The `value` of the threshold by a criterion, its `false_accept` and `false_reject` in percent.
 
         balanced: the least sum of the two error rates. eer: the two rates as close to each other as possible. far:RATE:
         the fewest false rejects among thresholds with at most this rate of false accepts.
@@ -83,11 +83,11 @@ class Roc:
         else:
             too_many = self.false_accept > float(criterion.removeprefix("far:"))
             if too_many.all():
-                return 1.0, 0.0, 100.0  # only accepting none is rare enough
+                return {"value": 1.0, "false_accept": 0.0, "false_reject": 100.0}  # only accepting none is rare enough
             unwanted = self.false_reject + too_many
         place = int(unwanted.argmin())
-        figures = (self.thresholds, 100 * self.false_accept, 100 * self.false_reject)
-        return tuple(float(figure[place]) for figure in figures)
+        accept, reject = 100 * float(self.false_accept[place]), 100 * float(self.false_reject[place])
+        return {"value": float(self.thresholds[place]), "false_accept": accept, "false_reject": reject}
 
 
 def roc(z: Tensor, labels: Tensor) -> Roc | None:
@@ -273,14 +273,12 @@ def calibrate(curve: Roc, z: Tensor, labels: Tensor, criteria: Iterable[str]) ->
     `oneshot.probability_same`, and the table of `strangers`. New classes are harder to tell apart than those of the
     held-back images.
     """
-    logistic, table = fit_logistic(pair_histogram(z, labels)), strangers(z, labels)
-    source = f"{len(labels)} held-back training images of {len(labels.unique())} seen classes"
-    found = {}
-    for criterion in criteria:
-        value, accept, reject = curve.threshold(criterion)
-        found[criterion] = {"mode": "auto", "criterion": criterion, "value": value, "false_accept": accept}
-        found[criterion] |= {"false_reject": reject, "logistic": logistic, "calibrated_on": source, "strangers": table}
-    return found
+    shared = {
+        "logistic": fit_logistic(pair_histogram(z, labels)),
+        "calibrated_on": f"{len(labels)} held-back training images of {len(labels.unique())} seen classes",
+        "strangers": strangers(z, labels),
+    }
+    return {each: {"mode": "auto", "criterion": each, **curve.threshold(each), **shared} for each in criteria}
 
 
 def fit_logistic(histogram: Tensor) -> list[float]:
