@@ -180,12 +180,11 @@ def read_member(archive: zipfile.ZipFile, key: str) -> np.ndarray:
             if file.read(1):
                 raise ValueError("it holds more data than its shape says")
             return array
-    except ValueError as error:
-        if "Object arrays" in str(error):
-            raise ValueError(f"{key} holds pickled objects, which could run programs; save a plain array") from error
-        raise ValueError(f"{key} is damaged or cut short: {error}") from error
     except Exception as error:  # damaged headers and members raise errors of every kind
-        raise ValueError(f"{key} is damaged: {error}") from error
+        why = f"is damaged or cut short: {error}"
+        if "Object arrays" in str(error):
+            why = "holds pickled objects, which could run programs; save a plain array"
+        raise ValueError(f"{key} {why}") from error
 
 
 def from_arrays(name: str, train_images, train_labels, test_images, test_labels, class_names) -> Data:
