@@ -10,11 +10,8 @@ other scripts are out.
 """
 
 import hashlib
-import os
-import tokenize
 import unicodedata
-import zipfile
-import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +24,8 @@ import tyro
 from matplotlib.ft2font import FT2Font
 from torch import Tensor
 from tqdm import tqdm
+
+import cli
 
 SCRIPTS = (
     "EFGMTYciktvwxæ",  # Latin
@@ -100,10 +99,9 @@ def render(fonts: dict[str, FT2Font], char: str) -> Tensor:
     for face, font in fonts.items():
         if covers(face, font, char):
             ink = bitmap(font, char, GLYPH * 100 / max(bitmap(font, char, 100).shape))
-            top, left = (CANVAS - ink.shape[0]) // 2, (CANVAS - ink.shape[1]) // 2
-            masks.append(np.zeros((CANVAS, CANVAS), np.float32))
-            masks[-1][top : top + ink.shape[0], left : left + ink.shape[1]] = ink / 255
-    return torch.from_numpy(np.stack(masks))
+            margins = [((CANVAS - side) // 2, (CANVAS - side + 1) // 2) for side in ink.shape]
+            masks.append(np.pad(ink / 255, margins))
+    return torch.from_numpy(np.stack(masks)).float()
 
 
 # --------------------------------------------------------------------------------------------------------------- images
@@ -206,9 +204,6 @@ def generate(chars: list[str], train: int = TRAIN, test: int = TEST, seed: int =
 # ---------------------------------------------------------------------------------------------------------------- cache
 
 
-DAMAGED = (zipfile.BadZipFile, zlib.error, tokenize.TokenError, KeyError, ValueError, EOFError, RuntimeError)
-
-
 def cache_path(cache_dir: Path) -> Path:
     """Where the set is kept: the name changes with this file and with the fonts."""
     key = hashlib.sha256(Path(__file__).read_bytes() + matplotlib.__version__.encode()).hexdigest()
@@ -218,20 +213,12 @@ def cache_path(cache_dir: Path) -> Path:
 def load(cache_dir: Path) -> Arrays:
     """The data set, from `cache_dir`, or drawn in about 10 seconds and kept there (184 MB)."""
     path = cache_path(Path(cache_dir))
-    try:
-        with np.load(path, allow_pickle=False) as arrays:  # zip members carry a checksum
-            return Arrays(*(arrays[field] for field in Arrays._fields[:-1]), arrays["class_names"].tolist())
-    except (FileNotFoundError, *DAMAGED):
-        pass
+    with suppress(Exception), np.load(path) as arrays:  # not there, or damaged: zip members carry a checksum
+        return Arrays(*(arrays[field] for field in Arrays._fields[:-1]), arrays["class_names"].tolist())
     arrays = generate(classes())
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with partial.open("wb") as file:
-            np.savez(file, **arrays._asdict())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with cli.writing(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays._asdict())
     return arrays
 
 

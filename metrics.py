@@ -70,8 +70,8 @@ class Roc:
             return 100 * (1 - share), 1.0
         return float(accuracy[place]), float(self.thresholds[place])
 
-    def threshold(self, criterion: str) -> tuple[float, float, float]:
-        """(threshold, false accepts, false rejects in percent) by a criterion.
+    def threshold(self, criterion: str) -> dict[str, float]:
+        """The `value` of the threshold by a criterion, its `false_accept` and `false_reject` in percent.
 
         balanced: the least sum of the two error rates. eer: the two rates as close to each other as possible. far:RATE:
         the fewest false rejects among thresholds with at most this rate of false accepts.
@@ -83,11 +83,11 @@ class Roc:
         else:
             too_many = self.false_accept > float(criterion.removeprefix("far:"))
             if too_many.all():
-                return 1.0, 0.0, 100.0  # only accepting none is rare enough
+                return {"value": 1.0, "false_accept": 0.0, "false_reject": 100.0}  # only accepting none is rare enough
             unwanted = self.false_reject + too_many
         place = int(unwanted.argmin())
-        figures = (self.thresholds, 100 * self.false_accept, 100 * self.false_reject)
-        return tuple(float(figure[place]) for figure in figures)
+        accept, reject = 100 * float(self.false_accept[place]), 100 * float(self.false_reject[place])
+        return {"value": float(self.thresholds[place]), "false_accept": accept, "false_reject": reject}
 
 
 def roc(z: Tensor, labels: Tensor) -> Roc | None:
@@ -95,42 +95,41 @@ def roc(z: Tensor, labels: Tensor) -> Roc | None:
 
     With more than SORTED pairs, similarities are rounded to multiples of 1 / GRID.
     """
-    count = count_sorted if len(z) * (len(z) - 1) // 2 <= SORTED else count_on_grid
-    values, counts, below, up_to, beneath, total = count(z, labels)
-    n_same = int(counts.sum())
-    if not n_same or not total:
+    images = labels.unique(return_counts=True)[1]
+    same = int((images * (images - 1)).sum()) // 2
+    different = len(z) * (len(z) - 1) // 2 - same
+    if not same or not different:
         return None
-    rejected = counts.double().cumsum(0) / n_same
-    false_reject, false_accept = rejected - counts.double() / n_same, 1 - below.double() / total
-    auc = float((counts * (below + up_to).double()).sum()) / (2 * n_same * total)
-    accepted = torch.stack((false_accept, 1 - up_to.double() / total), 1)
+    count = count_sorted if same + different <= SORTED else count_on_grid
+    values, counts, below, up_to, beneath = count(z, labels)
+    rejected = counts.double().cumsum(0) / same
+    false_reject, false_accept = rejected - counts.double() / same, 1 - below.double() / different
+    auc = float((counts * (below + up_to).double()).sum()) / (2 * same * different)
+    accepted = torch.stack((false_accept, 1 - up_to.double() / different), 1)
     eer = equal_error(torch.stack((false_reject, rejected), 1).flatten(), accepted.flatten())
     thresholds = (values.double() + beneath.double()) / 2
     return Roc(thresholds, false_reject, false_accept, 100 * auc, 100 * eer)
 
 
-def count_sorted(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+def count_sorted(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The distinct similarities of same-class pairs, rising, (U,); how many such pairs have each; how many
-    different-class pairs lie below it, and up to it; the next lower similarity of any pair; all different-class pairs.
+    different-class pairs lie below it, and up to it; the next lower similarity of any pair.
     """
-    same = torch.cat([inside for inside, _ in pair_blocks(z, labels)] or [z.new_empty(0)])
-    values, counts = same.unique(return_counts=True)
+    values, counts = torch.cat([inside for inside, _ in pair_blocks(z, labels)]).unique(return_counts=True)
     below, up_to = torch.zeros(2, len(values), dtype=torch.int64)
-    beneath = torch.cat((values.new_tensor([LOWEST]), values[:-1])) if len(values) else values
-    total = 0
+    lowest = values.new_tensor([LOWEST])
+    beneath = torch.cat((lowest, values[:-1]))
     for _, across in pair_blocks(z, labels):
-        if not len(across):
-            continue
-        ordered = torch.from_numpy(np.sort(across.numpy()))  # ten times as fast as torch's
-        place = torch.searchsorted(ordered, values)
+        ordered = torch.cat((lowest, across))
+        ordered.numpy().sort()  # ten times as fast as torch's
+        place = torch.searchsorted(ordered, values) - 1  # `lowest` does not count
         below += place
-        up_to += torch.searchsorted(ordered, values, right=True)
-        beneath = torch.maximum(beneath, torch.where(place > 0, ordered[(place - 1).clamp(min=0)], LOWEST))
-        total += len(ordered)
-    return values, counts, below, up_to, beneath, total
+        up_to += torch.searchsorted(ordered, values, right=True) - 1
+        beneath = torch.maximum(beneath, ordered[place])
+    return values, counts, below, up_to, beneath
 
 
-def count_on_grid(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+def count_on_grid(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `count_sorted`, of similarities rounded to multiples of 1 / GRID: the memory does not grow with the pairs."""
     counts = torch.zeros(2, 2 * GRID + 1, dtype=torch.int64)  # different, same
     for inside, across in pair_blocks(z, labels):
@@ -141,9 +140,8 @@ def count_on_grid(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     steps = same.nonzero()[:, 0]
     taken = torch.cat((torch.tensor([-2]), counts.sum(0).nonzero()[:, 0]))  # -2 is the step of LOWEST
     beneath = taken[torch.searchsorted(taken, steps) - 1]
-    values, beneath = steps.double() / GRID - 1, beneath.double() / GRID - 1
     up_to = different.cumsum(0)[steps]
-    return values, same[steps], up_to - different[steps], up_to, beneath, int(different.sum())
+    return steps.double() / GRID - 1, same[steps], up_to - different[steps], up_to, beneath.double() / GRID - 1
 
 
 def equal_error(false_reject: Tensor, false_accept: Tensor) -> float:
@@ -273,14 +271,12 @@ def calibrate(curve: Roc, z: Tensor, labels: Tensor, criteria: Iterable[str]) ->
     `oneshot.probability_same`, and the table of `strangers`. New classes are harder to tell apart than those of the
     held-back images.
     """
-    logistic, table = fit_logistic(pair_histogram(z, labels)), strangers(z, labels)
-    source = f"{len(labels)} held-back training images of {len(labels.unique())} seen classes"
-    found = {}
-    for criterion in criteria:
-        value, accept, reject = curve.threshold(criterion)
-        found[criterion] = {"mode": "auto", "criterion": criterion, "value": value, "false_accept": accept}
-        found[criterion] |= {"false_reject": reject, "logistic": logistic, "calibrated_on": source, "strangers": table}
-    return found
+    shared = {
+        "logistic": fit_logistic(pair_histogram(z, labels)),
+        "calibrated_on": f"{len(labels)} held-back training images of {len(labels.unique())} seen classes",
+        "strangers": strangers(z, labels),
+    }
+    return {each: {"mode": "auto", "criterion": each, **curve.threshold(each), **shared} for each in criteria}
 
 
 def fit_logistic(histogram: Tensor) -> list[float]:
@@ -505,13 +501,13 @@ def measure(
     return Side(images, labels, z, curve, accuracies(z, labels, threshold, resample(labels)), episodes)
 
 
-def measure_runs(images: Tensor, labels: Tensor, z: Tensor, way: int, resamples: int = 2000, seed: int = 0) -> Side:
+def measure_runs(images: Tensor, labels: Tensor, z: Tensor, way: int) -> Side:
     """One-shot classification in runs of `way` classes; a class has two images in a row, the known one and the query.
 
     The error in percent is the mean over runs, whose characters differ in how hard they are: these are resampled.
     """
     found = classify(z, torch.arange(len(z)).view(-1, way, 2), 1)[:, :, 0]
     wrong = 100 * (found != torch.arange(way)).double().mean(1)  # (R,)
-    resamples = resamples if len(wrong) >= LEAST[0] else 0
-    draws = torch.randint(len(wrong), (resamples, len(wrong)), generator=torch.Generator().manual_seed(seed))
+    resamples = 2000 if len(wrong) >= LEAST[0] else 0
+    draws = torch.randint(len(wrong), (resamples, len(wrong)), generator=torch.Generator().manual_seed(0))
     return Side(images, labels, z, None, {"error": Accuracy(float(wrong.mean()), wrong, wrong[draws].mean(1))}, {})

@@ -180,12 +180,11 @@ def read_member(archive: zipfile.ZipFile, key: str) -> np.ndarray:
             if file.read(1):
                 raise ValueError("it holds more data than its shape says")
             return array
-    except ValueError as error:
-        if "Object arrays" in str(error):
-            raise ValueError(f"{key} holds pickled objects, which could run programs; save a plain array") from error
-        raise ValueError(f"{key} is damaged or cut short: {error}") from error
     except Exception as error:  # damaged headers and members raise errors of every kind
-        raise ValueError(f"{key} is damaged: {error}") from error
+        why = f"is damaged or cut short: {error}"
+        if "Object arrays" in str(error):
+            why = "holds pickled objects, which could run programs; save a plain array"
+        raise ValueError(f"{key} {why}") from error
 
 
 def from_arrays(name: str, train_images, train_labels, test_images, test_labels, class_names) -> Data:
@@ -228,13 +227,13 @@ def assemble(name: str, class_names: list[str], parts: dict[str, Images]) -> Dat
     has = {part: set(images.labels.tolist()) for part, images in parts.items()}
     both = has["train"] & has["test"]
     kept = sorted(both or set().union(*has.values()))
-    if len(kept) == len(class_names):
-        return Data(name, **parts, class_names=class_names) if both else few_shot_data(name, class_names, **parts)
     lost = [class_names[label] for label in sorted({*range(len(class_names))} - {*kept})]
-    print(f"{name}: left out, without training or test images: {listed(lost)}", file=sys.stderr)
-    own, place = {part: images.of(kept) for part, images in parts.items()}, torch.tensor(kept, dtype=torch.int64)
-    own = {part: Images(each.images, torch.searchsorted(place, each.labels)) for part, each in own.items()}
-    return assemble(name, [class_names[label] for label in kept], own)
+    if lost:
+        print(f"{name}: left out, without training or test images: {listed(lost)}", file=sys.stderr)
+        class_names, place = [class_names[label] for label in kept], torch.tensor(kept, dtype=torch.int64)
+        parts = {part: images.of(kept) for part, images in parts.items()}
+        parts = {part: Images(own.images, torch.searchsorted(place, own.labels)) for part, own in parts.items()}
+    return Data(name, **parts, class_names=class_names) if both else few_shot_data(name, class_names, **parts)
 
 
 def few_shot_data(name: str, class_names: list[str], train: Images, test: Images, val: Images | None = None) -> Data:
