@@ -188,7 +188,7 @@ def check(embeddings: Tensor, labels: Tensor, others: Others, impl: str) -> bool
                 "the native triplet loss has no torch.func transforms and no forward-mode gradients; use impl='torch'"
             )
         return False
-    return use_native("cpu" if embeddings.is_cpu else embeddings.device.type, impl)
+    return use_native("cpu" if embeddings.is_cpu else str(embeddings.device), impl)
 
 
 def is_transformed(embeddings: Tensor, others: Others) -> bool:
@@ -467,10 +467,10 @@ def native_library() -> str:
 
 
 @functools.cache
-def cuda_library() -> str:
-    """Load the native op's CUDA kernels: "" if the current GPU runs them, else why it does not."""
+def cuda_library(device: int = 0) -> str:
+    """Load the native op's CUDA kernels: "" if the GPU of this index runs them, else why it does not."""
     why = native_library() or load_library("oneshot_C_cuda", "the native op's CUDA library")
-    if not why and not torch.ops.oneshot.cuda_runs():
+    if not why and not torch.ops.oneshot.cuda_runs(device):
         why = "the native op's CUDA kernels are not built for this GPU (TORCH_CUDA_ARCH_LIST names those built for)"
     return why
 
@@ -486,8 +486,9 @@ use_native._dynamo_marked_constant = True  # torch.compiler.assume_constant_resu
 @functools.cache
 def decide_native(device: str, impl: str) -> bool:
     """The same, decided and logged once for each device and `impl`."""
-    libraries = {"cpu": native_library, "cuda": cuda_library}
-    why = libraries[device]() if device in libraries else f"there is no native op for {device} tensors"
+    kind, _, index = device.partition(":")
+    libraries = {"cpu": native_library, "cuda": lambda: cuda_library(int(index or 0))}
+    why = libraries[kind]() if kind in libraries else f"there is no native op for {kind} tensors"
     if not why:
         log.info("triplet loss on %s: the native op", device)
     elif impl == "native":
@@ -538,16 +539,19 @@ class Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx, embeddings, far, labels, far_labels, codes):
         arguments = op_arguments(ctx, embeddings, far, labels, far_labels, codes)
+        ops = torch.ops.oneshot
+        op = ops.triplet_forward_saving if embeddings.is_cuda else ops.triplet_forward
         with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.oneshot.triplet_forward.default(*arguments)
+            output = op.default(*arguments)
         save_for_backward(ctx, arguments, output)
         return output[0]
 
     @staticmethod
     def backward(ctx, grad):
         refuse_second_derivatives()
-        gradient = torch.ops.oneshot.triplet_backward(grad, *ctx.saved_tensors, *ctx.options)
-        return split(gradient, ctx.options[0])
+        ops = torch.ops.oneshot
+        op = ops.triplet_backward_saved if grad.is_cuda else ops.triplet_backward
+        return split(op.default(grad, *ctx.saved_tensors, *ctx.options), ctx.options[0])
 
 
 class NativeAtOnce(torch.autograd.Function):
