@@ -135,8 +135,9 @@ def test_the_library_loads_without_a_gpu():
     """And registers the op for CUDA; without a GPU to run on, it says so, and `auto` takes the torch implementation."""
     why = triplet.cuda_library()
     assert why == "" if torch.cuda.is_available() else "not built for this GPU" in why, why
-    for name in ("oneshot::triplet_forward", "oneshot::triplet_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+    assert "not built for this GPU" in triplet.cuda_library(torch.cuda.device_count())  # asked about each GPU
+    for name in ("forward", "backward", "forward_saving", "backward_saved"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"oneshot::triplet_{name}", "CUDA")
     library = Path(importlib.util.find_spec("oneshot_C_cuda").origin).read_bytes()
     assert b"libtorch_cuda.so" in library and b"libtorch_python" not in library and b"libcudart.so" not in library
 

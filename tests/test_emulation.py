@@ -143,6 +143,16 @@ def test_equal_rows(emulation, kind):
     assert np.allclose(found["losses"], 0.3) and found["grads"].abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("kind", ("cosine", "euclidean"))
+@pytest.mark.parametrize("seed", range(3))
+def test_more_copies_than_are_kept(emulation, kind, seed):
+    """Rounding may put copies in tiles without positives before those, of lower rows, in tiles with some."""
+    x, _, _ = batch(180, width=11, dtype=torch.float32, seed=seed)
+    x[:150] = x[0]
+    case = Case(x, torch.arange(180) // 2, None, kind, processors=SMALL)
+    assert run(emulation, case)["negative"][:150].tolist() == [2, 2] + [0] * 148
+
+
 @pytest.mark.parametrize("kind", DISTANCES)
 def test_a_row_that_many_chose(emulation, kind):
     """As many as a list holds, and more; rows longer than what a warp adds at a time."""
@@ -160,7 +170,7 @@ def test_a_row_that_many_chose(emulation, kind):
 def test_rows_that_a_sample_does_not_prepare_for(emulation, dtype, mining):
     """The rows that set the scale are zeros; the others' squares overflow at that scale."""
     x, labels, _ = batch(100, width=6, dtype=torch.float32)
-    x = (x * 2.0**60).to(dtype)
+    x = (x * 2.0**70).to(dtype)
     sampled = torch.arange(32) * 100 // 32
     x[sampled] = 0
     for kind in ("euclidean", "sqeuclidean"):

@@ -142,25 +142,35 @@ struct Puller {
     return {factor, along, scale_of(y), y};
   }
 
+  // The lane's values of a row from column `begin` on.
+  __device__ void load(int row, T row_scale, int begin, T (&values)[kStrip]) const {
+#pragma unroll
+    for (int c = 0; c < kStrip; ++c) {
+      const int d = begin + c * 32 + lane();
+      values[c] = d < batch.width ? T(widen(batch.row(row)[d])) * row_scale : T(0);
+    }
+  }
+
   // sum += the terms that these lanes have for row x, in their order
   __device__ void add(int x, const Term<T>& own, unsigned lanes, int begin, T (&sum)[kStrip]) const {
     constexpr int kAtOnce = 4;  // rows on their way from memory
-    const T x_scale = scale_of(x);
+    T from[kStrip], to[kAtOnce][kStrip], factor[kAtOnce], along[kAtOnce];
+    load(x, scale_of(x), begin, from);
     while (lanes) {
+      const unsigned all = lanes;
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
-        const int from = lanes ? __ffsll(lanes) - 1 : 0;
-        const T factor = __shfl_sync(kAllLanes, own.factor, from), along = __shfl_sync(kAllLanes, own.along, from);
-        const T y_scale = __shfl_sync(kAllLanes, own.y_scale, from);
-        const In* y = batch.row(__shfl_sync(kAllLanes, own.y, from));
-#pragma unroll
-        for (int c = 0; c < kStrip; ++c) {
-          const int d = begin + c * 32 + lane();
-          if (d >= batch.width) continue;
-          const T step = along * (T(widen(batch.row(x)[d])) * x_scale) - T(widen(y[d])) * y_scale;
-          sum[c] = lanes ? fma(factor, step, sum[c]) : sum[c];
-        }
+        const int source = lanes ? __ffsll(lanes) - 1 : 0;
+        factor[k] = __shfl_sync(kAllLanes, own.factor, source);
+        along[k] = __shfl_sync(kAllLanes, own.along, source);
+        load(__shfl_sync(kAllLanes, own.y, source), __shfl_sync(kAllLanes, own.y_scale, source), begin, to[k]);
         lanes &= lanes - 1;
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (k >= __popc(all)) break;
+#pragma unroll
+        for (int c = 0; c < kStrip; ++c) sum[c] = fma(factor[k], along[k] * from[c] - to[k][c], sum[c]);
       }
     }
   }

@@ -102,7 +102,19 @@ __device__ int prepare_row(const Batch<In>& batch, Distance distance, const Prep
   return !finite ? kNotFinite : norm <= T(1e30) ? 0 : kTooLong;
 }
 
-// One block a group of rows; all of them clear `zeroes` keys from `zeroed` on. `measured`: that is not all.
+// A thread's word of the label filter of rows [begin, end).
+template <typename In>
+__device__ uint32_t filter_word(const Batch<In>& batch, int begin, int end, Shared<int, kGroup>& hashes) {
+  const int t = int(threadIdx.x);
+  if (t < end - begin) hashes.set(t, int(uint64_t(batch.labels[begin + t]) * 0x9e3779b97f4a7c15u >> 51));  // 13 bits
+  __syncthreads();
+  uint32_t word = 0;
+  for (int i = 0; i < end - begin; ++i) word |= hashes.get(i) / 32 == t ? 1u << hashes.get(i) % 32 : 0u;
+  return word;
+}
+
+// One block a group of rows. All blocks clear `zeroes` keys from `zeroed` on, and unless `measured` that is all they
+// do.
 template <typename In, typename T>
 __global__ void __launch_bounds__(kThreads)
     prepare_rows(Batch<In> batch, Distance distance, Prepared<T> prepared, Key* zeroed, int64_t zeroes, bool measured) {
@@ -118,14 +130,7 @@ __global__ void __launch_bounds__(kThreads)
     prepared.shift[d] = 0;
   }
   if (prepared.filters.words) {
-    if (t < kGroup) {  // 13 bits
-      const int64_t label = begin + t < end ? batch.labels[begin + t] : 0;
-      hashes.set(t, begin + t < end ? int(uint64_t(label) * 0x9e3779b97f4a7c15u >> 51) : -1);
-    }
-    __syncthreads();
-    uint32_t word = 0;
-    for (int i = 0; i < kGroup; ++i) word |= hashes.get(i) >> 5 == t ? 1u << (hashes.get(i) & 31) : 0u;
-    prepared.filters.words[int64_t(group) * kThreads + t] = word;
+    prepared.filters.words[int64_t(group) * kThreads + t] = filter_word(batch, begin, end, hashes);
   }
   const T scale = cosine ? T(0) : sample(batch, prepared.shift, sampling);
   int flags = 0;
