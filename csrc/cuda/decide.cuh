@@ -148,9 +148,10 @@ __device__ int choose(const Council<In, T>& council, int anchor, int flags, Cham
   return best.row;
 }
 
-// Semihard mining: the positives, and how far they are. One warp an anchor.
+// Semihard mining: the positives, and how far they are. One warp an anchor. For double a processor holds 2 blocks at
+// least: for more, ptxas spills.
 template <typename In, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 0)
     choose_positives(Batch<In> batch, Distance distance, Prepared<T> prepared, Winners winners, int* positive) {
   __shared__ Chamber chamber;
   const int a = warp_row(), flags = flags_of_all(prepared);

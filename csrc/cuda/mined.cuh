@@ -65,9 +65,11 @@ __device__ T settle(const Batch<In>& batch, const Settings& settings, const T* s
 }
 
 // The mined rows and the exact loss of each anchor, the loss of all, and the pairs. One warp an anchor.
+// Registers as for choose_positives.
 template <typename In, typename T>
-__global__ void __launch_bounds__(kThreads) finish(Batch<In> batch, Settings settings, Prepared<T> prepared,
-                                                   Winners winners, Pairs<T> pairs, Lists lists, Outputs<T> out) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 0)
+    finish(Batch<In> batch, Settings settings, Prepared<T> prepared, Winners winners, Pairs<T> pairs, Lists lists,
+           Outputs<T> out) {
   __shared__ Chamber chamber;
   __shared__ Shared<Total, kThreads> totals;
   const int a = warp_row(), flags = flags_of_all(prepared);
