@@ -120,10 +120,10 @@ def toolkit_to_use(sources: list[str], torch_cuda: str | None) -> Path | None:
 
 def architectures(toolkit: int, gpu: bool) -> str | None:
     """Value for TORCH_CUDA_ARCH_LIST; None leaves it to PyTorch, whose guess needs a GPU. Without one: those that a
-    toolkit of this major version compiles for (13 dropped Volta), and PTX for later GPUs."""
+    toolkit of this major version compiles for (13 dropped Volta), and PTX for 11.0 and later GPUs."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST") or gpu:
         return None
-    return "7.5;8.0;9.0;10.0;12.0+PTX" if toolkit >= 13 else "7.0;7.5;8.0;9.0+PTX"
+    return "7.5;8.0;9.0;10.0+PTX;12.0" if toolkit >= 13 else "7.0;7.5;8.0;9.0+PTX"
 
 
 def sources_of(*suffixes: str) -> list[str]:

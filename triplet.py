@@ -186,7 +186,7 @@ def check(embeddings: Tensor, labels: Tensor, others: Others, impl: str) -> bool
                 "the native triplet loss has no torch.func transforms and no forward-mode gradients; use impl='torch'"
             )
         return False
-    return use_native("cpu" if embeddings.is_cpu else embeddings.device.type, impl)
+    return use_native("cpu" if embeddings.is_cpu else str(embeddings.device), impl)
 
 
 def is_transformed(embeddings: Tensor, others: Others) -> bool:
@@ -463,10 +463,10 @@ def native_library() -> str:
 
 
 @functools.cache
-def cuda_library() -> str:
-    """Load the native op's CUDA kernels: "" if the current GPU runs them, else why it does not."""
+def cuda_library(device: int = 0) -> str:
+    """Load the native op's CUDA kernels: "" if the GPU of this index runs them, else why it does not."""
     why = native_library() or load_library("oneshot_C_cuda", "the native op's CUDA library")
-    if not why and not torch.ops.oneshot.cuda_runs():
+    if not why and not torch.ops.oneshot.cuda_runs(device):
         why = "the native op's CUDA kernels are not built for this GPU (TORCH_CUDA_ARCH_LIST names those built for)"
     return why
 
@@ -482,8 +482,9 @@ use_native._dynamo_marked_constant = True  # torch.compiler.assume_constant_resu
 @functools.cache
 def decide_native(device: str, impl: str) -> bool:
     """The same, decided and logged once for each device and `impl`."""
-    libraries = {"cpu": native_library, "cuda": cuda_library}
-    why = libraries[device]() if device in libraries else f"there is no native op for {device} tensors"
+    kind, _, index = device.partition(":")
+    libraries = {"cpu": native_library, "cuda": lambda: cuda_library(int(index or 0))}
+    why = libraries[kind]() if kind in libraries else f"there is no native op for {kind} tensors"
     if not why:
         log.info("triplet loss on %s: the native op", device)
     elif impl == "native":
@@ -515,7 +516,8 @@ class Native(torch.autograd.Function):
         if at_once:
             loss, ctx.gradient = torch.ops.oneshot.triplet_loss_and_gradient.default(*arguments)
         else:
-            loss, *found = torch.ops.oneshot.triplet_forward.default(*arguments)
+            forward, ctx.op = two_ops(embeddings)
+            loss, *found = forward(*arguments)
             ctx.save_for_backward(*arguments[:2], *found)
         return loss
 
@@ -526,10 +528,18 @@ class Native(torch.autograd.Function):
         if ctx.gradient is not None:
             gradient = ctx.gradient * grad
         else:
-            gradient = torch.ops.oneshot.triplet_backward(grad, *ctx.saved_tensors, *ctx.options)
+            gradient = ctx.op(grad, *ctx.saved_tensors, *ctx.options)
         if not ctx.needs_input_grad[1]:
             return gradient, None, None, None, None, None
         return *gradient.split((ctx.anchors, len(gradient) - ctx.anchors)), None, None, None, None
+
+
+def two_ops(embeddings: Tensor) -> tuple:
+    """Forward and backward op; on CUDA those that pass on all they computed, which torch.compile need not know of."""
+    ops = torch.ops.oneshot
+    if embeddings.is_cuda and not torch.compiler.is_compiling():
+        return ops.triplet_forward_saving.default, ops.triplet_backward_saved.default
+    return ops.triplet_forward.default, ops.triplet_backward.default
 
 
 def op_arguments(embeddings: Tensor, labels: Tensor, others: Others, codes: Codes, for_others: bool = False) -> tuple:

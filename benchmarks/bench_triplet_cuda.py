@@ -1,13 +1,15 @@
 """Speed of the fused triplet op on a GPU, beside what else computes the same loss.
 
-    python benchmarks/bench_triplet_cuda.py                         # the whole table: a few minutes
+    python benchmarks/bench_triplet_cuda.py                         # the whole table: about five minutes
     python benchmarks/bench_triplet_cuda.py --json results/gpu.json
 
-Times are of forward + backward between CUDA events, the median of turns in which every contender runs once. Of calls:
-inputs rotate through more memory than the second-level cache holds, and what the host takes to launch kernels counts.
-Of replays, where a CUDA graph can capture the contender: the kernels alone, on the same input each time. The floor
-beside them is what the flops of the search (B^2 D: every pair once) take at the rate of the device's best float32
-matrix product.
+Times are of forward + backward, the median of turns in which every contender runs once. Calls: 20 in a row between two
+CUDA events, on inputs that rotate through more memory than the second-level cache holds; what the host takes to launch
+kernels counts. Replays of a CUDA graph, where one can capture the contender: the kernels alone, on the same input each
+time. Host: how long a call of the op keeps the host, and the same with the backward pass on the caller's thread.
+
+Rates count B^2 D operations, as the search sees every pair once, and are compared with the best matrix product of the
+same type here, in operations of the same kind.
 """
 
 import itertools
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 import tyro
@@ -33,36 +36,52 @@ from triplet import triplet_loss  # noqa: E402
 
 MARGIN = 0.3
 PER_CLASS = 8  # images a class
+IN_A_ROW = 20  # calls between two events
+
+
+class Case(NamedTuple):
+    rows: int
+    width: int
+    kind: str  # of the embeddings
+    distance: str
+    mining: str
+    data: str = "sorted"  # by class; or "shuffled", or "collapsed": all rows equal
+
+
 CASES = [
-    *((rows, 128, "float32", "euclidean", "hard") for rows in (128, 1024, 4096, 8192, 32768)),
-    *((rows, 128, "bfloat16", "cosine", "hard") for rows in (1024, 4096, 8192, 32768)),
-    (4096, 512, "float32", "cosine", "hard"),
-    *((rows, 128, "float32", "euclidean", "semihard") for rows in (4096, 32768)),
-    *((rows, 128, "float32", "euclidean", "all") for rows in (256, 1024, 4096)),
+    *(Case(rows, 128, "float32", "euclidean", "hard") for rows in (128, 1024, 4096, 8192, 32768)),
+    *(Case(rows, 128, "bfloat16", "cosine", "hard") for rows in (128, 1024, 4096, 8192, 32768)),
+    *(Case(rows, 128, "float32", "euclidean", "hard", "shuffled") for rows in (4096, 32768)),
+    *(Case(4096, 512, "float32", distance, "hard") for distance in ("cosine", "euclidean")),
+    *(Case(rows, 128, "float32", "euclidean", "semihard") for rows in (4096, 32768)),
+    Case(4096, 128, "bfloat16", "cosine", "semihard", "shuffled"),
+    *(Case(4096, 128, "float32", distance, "hard", "collapsed") for distance in ("cosine", "euclidean")),
+    *(Case(rows, 128, "float32", "euclidean", "all") for rows in (256, 1024, 4096)),
 ]
 
 
 @dataclass(frozen=True)
 class Options:
-    seconds: float = 1.0  # time for each contender at each size, at least 5 turns
+    seconds: float = 0.3  # time for each contender in each case, at least 5 turns
     json: str | None = None  # write the figures to this file
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def contenders(rows: int, width: int, kind: str, distance: str, mining: str) -> dict[str, tuple[Loss, bool]]:
+def contenders(case: Case) -> dict[str, tuple[Loss, bool]]:
     """Name to (loss, TF32 allowed) of those that run this case in reasonable time and memory."""
+    rows, distance, mining = case.rows, case.distance, case.mining
 
     def ours(impl: str) -> Loss:
         return lambda x, labels: triplet_loss(x, labels, MARGIN, distance=distance, mining=mining, impl=impl)
 
     found: dict[str, tuple[Loss, bool]] = {"native": (ours("native"), False)}
     free = torch.cuda.mem_get_info()[0]
-    if 10 * 4 * rows**2 > free or (mining == "all" and rows > 1024):
+    if 10 * 4 * rows**2 > free or (mining == "all" and rows > 1024) or case.data != "sorted":
         return found
     found |= {"torch": (ours("torch"), False), "torch TF32": (ours("torch"), True)}
-    if mining != "all":  # compiled, it would hold (B, B, B)
+    if mining != "all" and rows >= 4096:  # all, compiled, would hold (B, B, B); and compiling takes a while
         found["compiled TF32"] = (torch.compile(ours("torch")), True)
     if mining != "semihard":  # its semihard triplets are others
         found["pml"] = (metric_learning(distance, mining), True)
@@ -85,34 +104,78 @@ def metric_learning(distance: str, mining: str) -> Loss:
     return lambda x, labels: loss(x.float(), labels, miner(x.float(), labels))
 
 
-def inputs(rows: int, width: int, kind: str) -> tuple[list[Tensor], Tensor]:
+def inputs(case: Case) -> tuple[list[Tensor], Tensor]:
     """Embeddings of several batches, more than the cache holds, and their labels."""
     generator = torch.Generator("cuda").manual_seed(0)
-    dtype = getattr(torch, kind)
-    size = rows * width * dtype.itemsize
+    dtype = getattr(torch, case.kind)
+    size = case.rows * case.width * dtype.itemsize
     count = min(64, max(2, -(-2 * torch.cuda.get_device_properties(0).L2_cache_size // size)))
-    made = [torch.randn(rows, width, device="cuda", generator=generator).to(dtype) for _ in range(count)]
-    return [x.requires_grad_() for x in made], torch.arange(rows, device="cuda") // PER_CLASS
+    made = [torch.randn(case.rows, case.width, device="cuda", generator=generator).to(dtype) for _ in range(count)]
+    if case.data == "collapsed":
+        made = [x[:1].repeat(case.rows, 1) for x in made]
+    labels = torch.arange(case.rows, device="cuda") // PER_CLASS
+    if case.data == "shuffled":
+        labels = labels[torch.randperm(case.rows, device="cuda", generator=generator)]
+    return [x.requires_grad_() for x in made], labels
+
+
+def between_events(call: Callable[[], object], times: int) -> float:
+    """Milliseconds of one of several calls in a row, on the GPU's clock."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(times):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / times
 
 
 def measure(found: dict[str, tuple[Loss, bool]], batches: list[Tensor], labels: Tensor, seconds: float) -> dict:
     """Median milliseconds of forward + backward by name."""
+    turns = {name: itertools.cycle(batches) for name in found}
 
-    def once(name: str, x: Tensor) -> float:
+    def once(name: str, times: int) -> float:
         loss, tf32 = found[name]
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        torch.autograd.grad(loss(x, labels), x)
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
+
+        def call() -> None:
+            x = next(turns[name])
+            torch.autograd.grad(loss(x, labels), x)
+
+        return between_events(call, times)
 
     for name in found:  # warm-up
-        for x in batches[:3]:
-            once(name, x)
-    turns = {name: itertools.cycle(batches) for name in found}
-    return medians({name: lambda name=name: once(name, next(turns[name])) for name in found}, seconds)
+        once(name, 3)
+    return medians({name: partial(once, name, IN_A_ROW) for name in found}, seconds)
+
+
+def on_the_host(loss: Loss, x: Tensor, labels: Tensor) -> dict[str, float]:
+    """Milliseconds that a call keeps the host: as usual, and with the backward pass on the caller's thread; what
+    launching one small kernel takes there; and the kernels of a call."""
+
+    def time_of(call: Callable[[], object]) -> float:
+        taken = []
+        for _ in range(5):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(IN_A_ROW):
+                call()
+            taken.append(1000 * (time.perf_counter() - begin) / IN_A_ROW)
+        torch.cuda.synchronize()
+        return median(taken)
+
+    def call() -> None:
+        torch.autograd.grad(loss(x, labels), x)
+
+    one = torch.zeros(1, device="cuda")
+    figures = {"call": time_of(call), "small kernel": time_of(one.zero_)}
+    with torch.autograd.set_multithreading_enabled(False):
+        figures["call, one thread"] = time_of(call)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return figures | {"kernels": len(kernels)}
 
 
 def measure_replays(
@@ -128,16 +191,7 @@ def measure_replays(
         with torch.cuda.graph(graphs[name]):
             torch.autograd.grad(loss(x, labels), x)
 
-    def once(graph: torch.cuda.CUDAGraph) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(10):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 10
-
-    return medians({name: partial(once, graph) for name, graph in graphs.items()}, seconds)
+    return medians({name: partial(between_events, graph.replay, 10) for name, graph in graphs.items()}, seconds)
 
 
 def medians(contenders: dict[str, Callable[[], float]], seconds: float) -> dict[str, float]:
@@ -161,19 +215,11 @@ def check(found: dict[str, tuple[Loss, bool]], x: Tensor, labels: Tensor, distan
         assert abs(value - exact) < (2e-2 if tf32 else 1e-4) * max(1.0, exact), (name, value, exact)
 
 
-def product_rate() -> float:
-    """The best rate of a float32 matrix product here, in TFLOP/s."""
+def product_rate(kind: str) -> float:
+    """The best rate of a matrix product of this type here, in TFLOP/s."""
     torch.backends.cuda.matmul.allow_tf32 = False
-    a = torch.randn(8192, 8192, device="cuda")
-    best = 0.0
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        a @ a
-        end.record()
-        end.synchronize()
-        best = max(best, 2 * 8192**3 / begin.elapsed_time(end) / 1e9)
-    return best
+    a = torch.randn(8192, 8192, device="cuda").to(getattr(torch, kind))
+    return max(2 * 8192**3 / between_events(lambda: a @ a, 1) / 1e9 for _ in range(5))
 
 
 def main() -> None:
@@ -182,29 +228,31 @@ def main() -> None:
     if why:
         print(f"error: {why}; this benchmark needs a GPU and the native op's CUDA kernels", file=sys.stderr)
         sys.exit(2)
-    rate = product_rate()
-    report: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "product_tflops": rate}
+    rates = {kind: product_rate(kind) for kind in ("float32", "bfloat16")}
+    report: dict = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "product_tflops": rates}
     print(report, flush=True)
     report["rows"] = []
     for case in CASES:
-        rows, width, kind, distance, mining = case
         torch.compiler.reset()
-        found = contenders(*case)
-        batches, labels = inputs(rows, width, kind)
-        check(found, batches[0], labels, distance, mining)
+        found = contenders(case)
+        batches, labels = inputs(case)
+        check(found, batches[0], labels, case.distance, case.mining)
         times = measure(found, batches, labels, options.seconds)
-        replays = measure_replays(found, batches[0], labels, mining, options.seconds)
-        floor = rows**2 * width / rate / 1e9  # milliseconds
-        report["rows"].append({"case": case, "calls": times, "replays": replays, "floor": floor})  # milliseconds
-        print(f"{rows:6d} x {width:<4d}{kind:9}{distance:10}{mining:9} floor {floor:.3f} ms", end="")
+        replays = measure_replays(found, batches[0], labels, case.mining, options.seconds)
+        host = on_the_host(found["native"][0], batches[0], labels)
+        tflops = case.rows**2 * case.width / replays["native"] / 1e9
+        row = {"case": case, "calls": times, "replays": replays, "host": host, "tflops": tflops}  # milliseconds
+        report["rows"].append(row)
+        print(f"{case.rows:6d} x {case.width:<4d}{case.kind:9}{case.distance:10}{case.mining:9}{case.data:10}", end="")
+        print(f"{tflops:6.1f} TFLOP/s, {100 * tflops / rates[case.kind]:3.0f} % of a product's", end="")
         for what, taken in (("call", times), ("replay", replays)):
             cells = [f"{name} {value / taken['native']:.1f}x" for name, value in taken.items() if name != "native"]
             print(f"   {what} {taken['native']:.3f} ms", *cells, sep="  ", end="")
-        print(flush=True)
+        print("   host", *(f"{name} {value:.3g}" for name, value in host.items()), sep="  ", flush=True)
     if options.json:
-        partial = Path(f"{options.json}.{os.getpid()}")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, options.json)
+        partial_file = Path(f"{options.json}.{os.getpid()}")
+        partial_file.write_text(json.dumps(report, indent=1) + "\n")
+        os.replace(partial_file, options.json)
 
 
 if __name__ == "__main__":

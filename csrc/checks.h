@@ -44,13 +44,19 @@ inline void check_gradient_rows(int64_t gradient_rows, int64_t anchors, const Te
           candidates.size(0), ", got ", gradient_rows);
 }
 
-// What a backward pass gets from the forward pass of the same batch and from upstream.
-inline void check_backward(const Tensor& grad, const Tensor& candidates, const Tensor& count, const Tensor& positive,
-                           const Tensor& negative, int64_t anchors, Reduction reduction) {
+inline void check_gradient_of_loss(const Tensor& grad, const Tensor& candidates, int64_t anchors, Reduction reduction) {
   const bool each = reduction == Reduction::none;
   require(grad.scalar_type() == loss_type(candidates) && grad.dim() == (each ? 1 : 0) &&
               grad.numel() == (each ? anchors : 1),
           "the gradient must have the shape and type of the loss");
+  require(grad.is_cuda() == candidates.is_cuda() && grad.get_device_index() == candidates.get_device_index(),
+          "the gradient must be on the device of candidates");
+}
+
+// What a backward pass gets from the forward pass of the same batch and from upstream.
+inline void check_backward(const Tensor& grad, const Tensor& candidates, const Tensor& count, const Tensor& positive,
+                           const Tensor& negative, int64_t anchors, Reduction reduction) {
+  check_gradient_of_loss(grad, candidates, anchors, reduction);
   require(count.scalar_type() == ScalarType::Long && count.numel() == 1, "count must be one int64");
   check_integers("positive", positive, anchors, candidates);
   check_integers("negative", negative, anchors, candidates);

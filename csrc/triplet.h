@@ -14,6 +14,12 @@
 #define TRIPLET_HD
 #endif
 
+// arguments in the schemas of the ops
+#define TRIPLET_BATCH "Tensor candidates, Tensor labels, "
+#define TRIPLET_OPTIONS                                                                                           \
+  "int anchors, int gradient_rows, int distance, int mining, bool soft_margin, float margin, float temperature, " \
+  "int reduction) -> "
+
 namespace triplet {
 
 // the position of a name in DISTANCES, MININGS and REDUCTIONS of triplet.py

@@ -86,20 +86,27 @@ def guarded(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return bits(held)[:n], labels.numpy()[:n]
 
 
+def arguments_of(case: Case) -> tuple:
+    """What the kernels take of a case, but for the device."""
+    kind = str(case.x.dtype).removeprefix("torch.")
+    return kind, *guarded(case), len(case.x), case.x.shape[1] % 4 == 0, triplet.codes_of(case.settings())
+
+
 def run(module, case: Case, weights: torch.Tensor | None = None, gradient_rows: int | None = None) -> dict:
     """Loss, count, mined rows and, for these weights of the anchors' losses, gradients of the first `gradient_rows`
-    candidates, by default of all (B + M, D)."""
-    kind = str(case.x.dtype).removeprefix("torch.")
-    codes = triplet.codes_of(case.settings())
-    arguments = (kind, *guarded(case), len(case.x), case.x.shape[1] % 4 == 0, codes)
-    loss, losses, count, positive, negative = module.forward(*arguments, case.processors, case.tensor_cores, case.seed)
+    candidates, by default of all (B + M, D), and how many kernels they took."""
+    device = case.processors, case.tensor_cores, case.seed
+    loss, losses, count, positive, negative = module.forward(*arguments_of(case), *device)
     found = dict(loss=loss[0], losses=losses, count=int(count[0]), positive=positive, negative=negative)
     assert max(positive.max(), negative.max()) < len(case.rows())
     if weights is not None:
         grad = weights.to(torch.float64 if case.x.dtype == torch.float64 else torch.float32).numpy()
         wanted = len(case.rows()) if gradient_rows is None else gradient_rows
-        grads = module.backward(*arguments, wanted, case.seed, grad, count, positive, negative)
+        again, grads, found["launches"] = module.both(*arguments_of(case), *device, grad, wanted)
+        assert np.array_equal(again, losses if case.reduction == "none" else loss, equal_nan=True)
         found["grads"] = torch.from_numpy(grads).view(case.x.dtype)
+        alone = module.backward(*arguments_of(case), case.seed, grad, wanted, count, positive, negative)
+        assert np.array_equal(alone.view(np.uint8), grads.view(np.uint8))
     return found
 
 

@@ -1,5 +1,9 @@
 """The triplet op on a GPU, beyond what tests/test_triplet.py checks on every device: size, streams, graphs, devices."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,7 +20,8 @@ def on(device, made):
 
 
 def test_the_native_op_runs():
-    assert triplet.cuda_library() == "" and triplet.use_native("cuda", "native")
+    for device in range(torch.cuda.device_count()):
+        assert triplet.cuda_library(device) == "" and triplet.use_native(f"cuda:{device}", "native")
 
 
 @pytest.mark.parametrize("kind", DISTANCES)
@@ -95,6 +100,58 @@ def test_forward_and_backward_are_captured_in_a_graph(mining):
     graph.replay()
     for got, fresh in zip(captured, step(), strict=True):
         assert torch.equal(got, fresh)
+
+
+@pytest.mark.parametrize(("mining", "kernels", "tensors"), [("hard", 4, 3), ("semihard", 6, 3), ("all", 5, 4)])
+def test_kernels_and_tensors_of_a_training_call(mining, kernels, tensors):
+    x, labels, _ = on("cuda", batch(200, width=32, dtype=torch.float32))
+    leaf, grad = x.requires_grad_(), torch.ones((), device="cuda")
+
+    def step():
+        torch.autograd.grad(triplet_loss(leaf, labels, mining=mining, impl="native"), leaf, grad)
+
+    step()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    step()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] - before == tensors
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    ran = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(ran) == kernels, ran
+
+
+def test_wrong_arguments_of_the_ops_for_training_are_refused():
+    x, labels, _ = on("cuda", batch(9, dtype=torch.float32))
+    op, codes, grad = torch.ops.oneshot, (0, 0, False, 0.3, 1.0, 1), torch.ones((), device="cuda")
+    _, saved = op.triplet_forward_saving(x, labels, 9, 9, *codes)
+    for upstream, kept, message in (
+        (grad, saved[:-1], "saved must be what the forward pass"),
+        (grad, saved.cpu(), "saved must be on the device of candidates"),
+        (grad.cpu(), saved, "the gradient must be on the device of candidates"),
+        (grad.repeat(9), saved, "the gradient must have the shape and type of the loss"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            op.triplet_backward_saved(upstream, x, labels, kept, 9, 9, *codes)
+
+
+def test_kernels_that_have_not_run_are_captured_in_a_graph():
+    code = (
+        "import torch, triplet\n"
+        "x = torch.randn(3000, 64, device='cuda', requires_grad=True)\n"
+        "labels = torch.arange(3000, device='cuda') // 4\n"
+        "triplet.cuda_library()\n"
+        "step = lambda: torch.autograd.grad(triplet.triplet_loss(x, labels, impl='native'), x)[0]\n"
+        "graph = torch.cuda.CUDAGraph()\n"
+        "with torch.cuda.graph(graph):\n"
+        "    captured = step()\n"
+        "graph.replay()\n"
+        "assert torch.equal(captured, step())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(triplet.__file__).parent
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_square_matrix_is_held():

@@ -143,6 +143,51 @@ def test_equal_rows(emulation, kind):
     assert np.allclose(found["losses"], 0.3) and found["grads"].abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("kind", ("cosine", "euclidean"))
+@pytest.mark.parametrize("seed", range(3))
+def test_more_copies_than_are_kept(emulation, kind, seed):
+    """Rounding may put copies in tiles without positives before those, of lower rows, in tiles with some."""
+    x, _, _ = batch(180, width=11, dtype=torch.float32, seed=seed)
+    x[:150] = x[0]
+    case = Case(x, torch.arange(180) // 2, None, kind, processors=SMALL)
+    assert run(emulation, case)["negative"][:150].tolist() == [2, 2] + [0] * 148
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_a_row_that_many_chose(emulation, kind):
+    """As many as a list holds, and more; rows longer than what a warp adds at a time."""
+    x = 1 + batch(140, width=150, dtype=torch.float32)[0] / 2
+    x[2] = 1  # in the middle: nearest to all but its own copy
+    for rows, chosen_by in ((18, 16), (20, 18), (100, 98)):
+        labels = torch.where(torch.arange(140) < rows, torch.arange(140) // 2, -1)
+        case = Case(x[:rows], labels[:rows], (x[rows:], labels[rows:]), kind)
+        assert (run(emulation, case)["negative"] == 2).sum() == chosen_by
+        hold_against_torch(emulation, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("mining", ("hard", "semihard"))
+def test_rows_that_a_sample_does_not_prepare_for(emulation, dtype, mining):
+    """The rows that set the scale are zeros; the others' squares overflow at that scale."""
+    x, labels, _ = batch(100, width=6, dtype=torch.float32)
+    x = (x * 2.0**70).to(dtype)
+    sampled = torch.arange(32) * 100 // 32
+    x[sampled] = 0
+    for kind in ("euclidean", "sqeuclidean"):
+        found = run(emulation, Case(x, labels, None, kind, mining), torch.ones(100))
+        plain = triplet.mine(x, labels, distance=kind, mining=mining, impl="torch")
+        assert found["positive"].tolist() == plain.positive.tolist() and (plain.positive >= 0).any()
+        assert found["negative"].tolist() == plain.negative.tolist()
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_launches(emulation, kind):
+    """Kernels of a training call, forward and backward."""
+    for mining, launches in (("hard", 4), ("semihard", 6), ("all", 5)):
+        case = Case(*batch(70, width=9, dtype=torch.float32), kind, mining, reduction="mean")
+        assert run(emulation, case, torch.tensor(1.0))["launches"] == launches
+
+
 @pytest.mark.parametrize("mining", ("hard", "semihard"))
 @pytest.mark.parametrize("kind", ("euclidean", "sqeuclidean"))
 def test_rows_far_from_the_origin(emulation, kind, mining):

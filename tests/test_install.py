@@ -88,6 +88,7 @@ def test_architectures_without_a_gpu(monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     assert build.architectures(13, gpu=True) is None
     assert "7.0" not in build.architectures(13, gpu=False) and "9.0" in build.architectures(13, gpu=False)
+    assert "10.0+PTX" in build.architectures(13, gpu=False)  # the PTX of 12.0 would leave out 11.0
     assert "10.0" not in build.architectures(12, gpu=False) and build.architectures(12, gpu=False).endswith("+PTX")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
     assert build.architectures(13, gpu=False) is None

@@ -96,10 +96,14 @@ __global__ void __launch_bounds__(kThreads)
   };
   walk(batch, settings.distance, static_cast<const T*>(prepared.scale), anchor, circle, visit, [](int) {});
   total = total_of_block(total, totals);
-  if (threadIdx.x) return;
-  out.losses[anchor] = *prepared.unsound ? T(NAN) : T(total.sum);
-  out.counts[anchor] = total.count;
-  out.positive[anchor] = out.negative[anchor] = -1;
+  const bool finite = !(flags_of_all(prepared) & kNotFinite);
+  if (threadIdx.x == 0) {
+    if (!finite) total.sum = NAN;
+    if (out.losses) out.losses[anchor] = T(total.sum);
+    if (out.positive) out.positive[anchor] = -1;
+    if (out.negative) out.negative[anchor] = -1;
+  }
+  reduce(total, settings.reduction, finite, out, totals);
 }
 
 // ------------------------------------------------------------------------------------------------------------

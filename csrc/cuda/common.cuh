@@ -43,6 +43,8 @@ __device__ inline void narrow(float x, Bfloat16& out) {  // to nearest even
   out.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+constexpr int kGroup = 64;  // rows that share a label filter: of the anchors and of the others, in order
+
 // (candidates, width) rows, contiguous; the first of them are the anchors.
 template <typename In>
 struct Batch {
@@ -52,9 +54,9 @@ struct Batch {
   bool vectors;  // rows can be read four values at a time
 
   __device__ const In* row(int j) const { return x + int64_t(j) * width; }
+  __host__ __device__ int own_groups() const { return (anchors + kGroup - 1) / kGroup; }
+  __host__ __device__ int groups() const { return own_groups() + (candidates - anchors + kGroup - 1) / kGroup; }
 };
-
-constexpr int kGroup = 64;  // rows that share a label filter: of the anchors and of the others, in order
 
 // Which labels a group of rows may have, as bits of a hash: (groups, kThreads). Tiles of two groups without a bit in
 // common have no positives.
@@ -62,9 +64,8 @@ struct Filters {
   uint32_t* words;
 
   template <typename In>
-  __device__ uint32_t* of(const Batch<In>& batch, int row) const {
-    const int own = (batch.anchors + kGroup - 1) / kGroup;
-    const int group = row < batch.anchors ? row / kGroup : own + (row - batch.anchors) / kGroup;
+  __device__ const uint32_t* of(const Batch<In>& batch, int row) const {
+    const int group = row < batch.anchors ? row / kGroup : batch.own_groups() + (row - batch.anchors) / kGroup;
     return words + int64_t(group) * kThreads;
   }
 };
@@ -83,25 +84,43 @@ template <typename T>
 struct Prepared {
   T *scale, *norms;  // (candidates,); norms: squared length of what the search sees, 1 for cosine
   T* shift;          // (width,), and zeros up to a multiple of four
-  Key* extreme;      // bits of the largest |x| of all, a double
-  Key* unsound;      // 1: something is not finite
-  Filters filters;   // null: not wanted
+  int* flags;        // (groups,) what is wrong with rows of a group, below
+  int groups;
+  Filters filters;  // null: nothing will be searched
 };
 
-// What the forward pass gives for each anchor, (anchors,) each.
+constexpr int kTooLong = 1, kNotFinite = 2;  // for the search's arithmetic; for any
+
+// What is wrong with any row. Every thread of the block must call.
+template <typename T>
+__device__ int flags_of_all(const Prepared<T>& prepared) {
+  int flags = 0;
+  for (int g = int(threadIdx.x); g < prepared.groups; g += kThreads) flags |= prepared.flags[g];
+  const int too_long = __syncthreads_or(flags & kTooLong), not_finite = __syncthreads_or(flags & kNotFinite);
+  return (too_long ? kTooLong : 0) | (not_finite ? kNotFinite : 0);
+}
+
+struct Total {
+  double sum;
+  int64_t count;
+};
+
+// What the forward pass gives. Null: not wanted.
 template <typename T>
 struct Outputs {
-  T* losses;
-  int64_t *positive, *negative;  // rows; -1: takes no part; mining "all": -1
-  int64_t* counts;               // how many a mean is taken over
+  T *losses, *loss;              // (anchors,); their sum or mean
+  int64_t* count;                // what a mean is taken over; -1: something is not finite
+  int64_t *positive, *negative;  // (anchors,) rows; -1: takes no part; mining "all": -1
+  Total* totals;                 // (blocks,) of the anchors of each block
+  int* done;                     // from 0: blocks that have added theirs
 };
 
-// The upstream gradient and what the forward pass left.
+// The upstream gradient, and what the loss is a mean over.
 template <typename T>
 struct Upstream {
   const T* grad;  // () or, for Reduction::none, (anchors,) of this stride
   int64_t stride;
-  const int64_t *count, *positive, *negative;
+  const int64_t* count;
 
   // what an anchor's loss weighs
   __device__ T weight(int anchor, Reduction reduction) const {
@@ -148,6 +167,13 @@ template <typename T>
 __device__ inline T sum_of_warp(T x) {  // the same bits in every lane
 #pragma unroll
   for (int lanes = 16; lanes; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+
+template <typename T>
+__device__ inline T sum_of_octet(T x) {  // of the eight lanes of an octet
+#pragma unroll
+  for (int lanes = 4; lanes; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
   return x;
 }
 
@@ -216,11 +242,6 @@ __device__ void sum_row(int width, Shared<T, kWarps * kStripWidth>& parts, Add a
   }
 }
 
-struct Total {
-  double sum;
-  int64_t count;
-};
-
 // The total over a block, in thread 0; added in a fixed order.
 __device__ inline Total total_of_block(Total mine, Shared<Total, kThreads>& totals) {
   const int t = int(threadIdx.x);
@@ -235,21 +256,30 @@ __device__ inline Total total_of_block(Total mine, Shared<Total, kThreads>& tota
   return totals.get(t);
 }
 
-// Loss of all anchors, their sum or mean unless `loss` is null, and what the mean is taken over (-1: something is not
-// finite). One block.
+// The loss and its count from the totals of all blocks, by the last one that comes here. `own`: this block's, in thread
+// 0. Every thread must call.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    reduce(Outputs<T> each, int anchors, Reduction reduction, const Key* unsound, T* loss, int64_t* count) {
-  __shared__ Shared<Total, kThreads> totals;
+__device__ void reduce(Total own, Reduction reduction, bool finite, const Outputs<T>& out,
+                       Shared<Total, kThreads>& totals) {
+  const int t = int(threadIdx.x), blocks = int(gridDim.x);
+  int last = 0;
+  if (t == 0) {
+    out.totals[blockIdx.x] = own;
+    __threadfence();
+    last = atomicAdd(out.done, 1) == blocks - 1;
+    __threadfence();
+  }
+  if (!__syncthreads_or(last)) return;
   Total total{0, 0};
-  for (int a = int(threadIdx.x); a < anchors; a += kThreads) {
-    total.sum += double(each.losses[a]);
-    total.count += each.counts[a];
+  for (int b = t; b < blocks; b += kThreads) {
+    total.sum += out.totals[b].sum;
+    total.count += out.totals[b].count;
   }
   total = total_of_block(total, totals);
-  if (threadIdx.x) return;
-  *count = *unsound ? -1 : total.count;
-  if (loss) *loss = T(reduction == Reduction::mean && total.count ? total.sum / double(total.count) : total.sum);
+  if (t) return;
+  *out.count = finite ? total.count : -1;
+  const bool mean = reduction == Reduction::mean && total.count;
+  if (out.loss) *out.loss = T(mean ? total.sum / double(total.count) : total.sum);
 }
 
 }  // namespace triplet::gpu

@@ -14,13 +14,6 @@ __device__ inline double unit_of(double scale) {
   return power > 0 ? power : 2.2250738585072014e-308;  // the smallest that is not denormal
 }
 
-// Sum over the eight lanes of an octet, in their fixed order.
-__device__ inline double sum_of_octet(double x) {
-#pragma unroll
-  for (int lanes = 4; lanes; lanes /= 2) x = __dadd_rn(x, __shfl_xor_sync(kAllLanes, x, lanes));
-  return x;
-}
-
 // What orders the candidates b of an anchor a, the nearest first: |a - b|^2 or, for cosine, -cos |cos| |a|^2. An octet
 // of lanes takes a pair: column k belongs to sum k % 8. Every lane of a warp must call.
 template <typename In, typename T>
@@ -92,12 +85,12 @@ struct Council {
     return {farthest ? value : -value, may ? j : -1};
   }
 
-  // One warp an anchor: the best of those kept. `sure`: it is better than what was not kept.
-  __device__ Choice of_kept(int a, bool& sure) const {
+  // One warp an anchor: the best of those kept. Only candidates below `end` may be better still.
+  __device__ Choice of_kept(int a, int& end) const {
     const unsigned bound = *winners.bound(slot, a);
     const Key key = lane() < kKept ? winners.of(slot, a)[lane()] : 0;
     const int n = __popc(__ballot_sync(kAllLanes, value_of(key) >= floor_of(bound)));  // the first n
-    sure = n < kKept;
+    end = n < kKept ? 0 : batch.candidates;
     if (n == 1 && bound) return {0, __shfl_sync(kAllLanes, row_of(key), 0)};
     Choice best{0, -1};
     for (int first = 0; first < n; first += 4) {
@@ -108,18 +101,19 @@ struct Council {
     const float last = __shfl_sync(kAllLanes, value_of(key), kKept - 1);
     if (n == kKept && best.row >= 0) {
       const double squared = squared_of(distance, farthest ? best.value : -best.value, prepared.scale[a]);
-      sure = (farthest ? squared : -squared) > last + winners.rounding.of_anchor(float(prepared.norms[a]));
+      if ((farthest ? squared : -squared) > last + winners.rounding.of_anchor(float(prepared.norms[a]))) end = 0;
+      if (distance != Distance::cosine && !farthest && best.value == 0) end = best.row;  // nothing is nearer
     }
     return best;
   }
 
-  // A share of all candidates of an anchor, by one warp of a block.
-  __device__ Choice of_all(int a) const {
+  // A share of the candidates below `end`, by one warp of a block.
+  __device__ Choice of_all(int a, int end) const {
     const int64_t label = batch.labels[a];
     Choice best{0, -1};
-    for (int first = int(threadIdx.x) / 32 * 4; first < batch.candidates; first += kWarps * 4) {
+    for (int first = int(threadIdx.x) / 32 * 4; first < end; first += kWarps * 4) {
       const int j = first + lane() / 8;
-      const bool may = j < batch.candidates && j != a && (batch.labels[j] == label) == (slot == 0);
+      const bool may = j < end && j != a && (batch.labels[j] == label) == (slot == 0);
       if (__any_sync(kAllLanes, may)) best = better(best, weigh(a, j, may));
     }
     return best_of_octets(best);
@@ -127,45 +121,43 @@ struct Council {
 };
 
 struct Chamber {
-  Shared<int, kWarps> open;
+  Shared<int, kWarps> ends;
   Shared<Choice, kWarps> shares;
 };
 
-// The row of each warp's anchor, -1: none; anchor -1: the warp has none. Where too few candidates were kept to tell,
-// the warps of the block share all of them. Every thread of the block must call.
+// The row of each warp's anchor, -1: none; anchor -1: the warp has none. Where too few candidates were kept to tell, or
+// the search could not do its work (`flags`), the warps of the block share all of them. Every thread of the block must
+// call.
 template <typename In, typename T>
-__device__ int choose(const Council<In, T>& council, int anchor, Chamber& chamber) {
-  const int warp = int(threadIdx.x) / 32;
-  bool sure = true;
-  int row = anchor < 0 ? -1 : council.of_kept(anchor, sure).row;
-  if (lane() == 0) chamber.open.set(warp, sure ? -1 : anchor);
+__device__ int choose(const Council<In, T>& council, int anchor, int flags, Chamber& chamber) {
+  const int warp = int(threadIdx.x) / 32, first = int(blockIdx.x) * kWarps;
+  Choice best{0, -1};
+  int end = anchor < 0 || flags & kNotFinite ? 0 : council.batch.candidates;
+  if (end && !(flags & kTooLong)) best = council.of_kept(anchor, end);
+  if (lane() == 0) chamber.ends.set(warp, end);
   __syncthreads();
   for (int w = 0; w < kWarps; ++w) {
-    const int open = chamber.open.get(w);
-    if (open < 0) continue;
-    const Choice share = council.of_all(open);
+    if (chamber.ends.get(w) == 0) continue;
+    const Choice share = council.of_all(first + w, chamber.ends.get(w));
     if (lane() == 0) chamber.shares.set(warp, share);
     __syncthreads();
-    if (warp == w) {
-      Choice best{0, -1};
-      for (int other = 0; other < kWarps; ++other) best = better(best, chamber.shares.get(other));
-      row = best.row;
-    }
+    for (int other = 0; warp == w && other < kWarps; ++other) best = better(best, chamber.shares.get(other));
     __syncthreads();
   }
   __syncthreads();
-  return row;
+  return best.row;
 }
 
-// Semihard mining: the positives, and how far they are. One warp an anchor.
+// Semihard mining: the positives, and how far they are. One warp an anchor. For double a processor holds 2 blocks at
+// least: for more, ptxas spills.
 template <typename In, typename T>
-__global__ void __launch_bounds__(kThreads)
-    choose_positives(Batch<In> batch, Distance distance, Prepared<T> prepared, Winners winners, int64_t* positive) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 0)
+    choose_positives(Batch<In> batch, Distance distance, Prepared<T> prepared, Winners winners, int* positive) {
   __shared__ Chamber chamber;
-  const int a = warp_row();
-  const bool inside = a < batch.anchors, sound = *prepared.unsound == 0;
+  const int a = warp_row(), flags = flags_of_all(prepared);
+  const bool inside = a < batch.anchors;
   const Council<In, T> council{batch, distance, prepared, winners, 0, true};
-  const int row = choose(council, inside && sound ? a : -1, chamber);
+  const int row = choose(council, inside ? a : -1, flags, chamber);
   if (!inside) return;
   const double value = row < 0 ? INFINITY : decisive(batch, distance, prepared.scale, a, row);
   if (lane() == 0) {

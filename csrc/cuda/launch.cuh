@@ -27,65 +27,48 @@ struct Arena {
 
 inline int slots_of(Mining mining) { return mining == Mining::all ? 0 : mining == Mining::hard ? 2 : kSlots; }
 
-// What both passes keep of a batch, and the forward pass of the search.
+// What an op keeps of a batch. `slots` winners of each anchor are searched for; gradients of the first `gradient_rows`
+// candidates are made of mined pairs. 0: none.
 template <typename T>
 struct Workspace {
   Prepared<T> prepared;
   Winners winners;
-  double* sums;     // (stripes, width)
-  int64_t* counts;  // (anchors,)
-  Key* zeroed;      // the first `zeroes` keys of the allocation start as 0
-  int64_t zeroes;
-  int stripes;
-
-  // Arrays for `slots` winners of each anchor; 0: nothing will be searched.
-  template <typename In>
-  Workspace(const Batch<In>& batch, int slots, Arena& arena) {
-    zeroed = arena.take<Key>(2);
-    prepared.extreme = zeroed;
-    prepared.unsound = zeroed + 1;
-    winners.anchors = batch.anchors;
-    winners.kept = arena.take<Key>(int64_t(slots) * batch.anchors * kKept);
-    winners.bounds = arena.take<uint32_t>(int64_t(slots) * batch.anchors);
-    const int64_t groups = parts_of(batch.anchors, kGroup) + parts_of(batch.candidates - batch.anchors, kGroup);
-    prepared.filters.words = slots ? arena.take<uint32_t>(groups * kThreads) : nullptr;
-    prepared.shift = arena.take<T>(parts_of(batch.width, 4) * 4);
-    zeroes = arena.used / int64_t(sizeof(Key));
-    winners.limits = arena.take<float>(batch.anchors);
-    winners.decisive_limits = arena.take<double>(batch.anchors);
-    stripes = int(parts_of(batch.candidates, 512) < 128 ? parts_of(batch.candidates, 512) : 128);
-    sums = arena.take<double>(int64_t(stripes) * batch.width);
-    counts = arena.take<int64_t>(batch.anchors);
-    prepared.scale = arena.take<T>(batch.candidates);
-    prepared.norms = arena.take<T>(batch.candidates);
-  }
-};
-
-// What the backward pass of mined rows keeps beside it.
-template <typename T>
-struct MinedWorkspace {
   Pairs<T> pairs;
   Lists lists;
-  Key* zeroed;
+  Total* totals;
+  int* done;
+  int64_t* count;
+  Key* zeroed;  // the first `zeroes` keys of the allocation start as 0
   int64_t zeroes;
 
   template <typename In>
-  MinedWorkspace(const Batch<In>& batch, Arena& arena) {
-    const int64_t pair_count = 2 * int64_t(batch.anchors), before = arena.used;
-    lists.chosen_by = arena.take<int>(batch.candidates);
-    lists.placed = arena.take<int>(batch.candidates);
-    lists.used = arena.take<int>(1);
-    zeroed = reinterpret_cast<Key*>(lists.chosen_by);
-    zeroes = (arena.used - before) / int64_t(sizeof(Key));
-    lists.starts = arena.take<int>(batch.candidates);
-    lists.unsorted = arena.take<int>(pair_count);
-    lists.listed = arena.take<int>(pair_count);
-    pairs.chosen = arena.take<int>(pair_count);
+  Workspace(const Batch<In>& batch, int slots, int gradient_rows, Arena& arena) {
+    const int64_t anchors = batch.anchors, pair_count = slots || gradient_rows ? 2 * anchors : 0;
+    zeroed = arena.take<Key>(0);
+    done = arena.take<int>(1);
+    lists.chosen_by = arena.take<int>(gradient_rows);
+    winners.kept = arena.take<Key>(slots * anchors * kKept);
+    winners.bounds = arena.take<uint32_t>(slots * anchors);
+    zeroes = arena.used / int64_t(sizeof(Key));
+    winners.anchors = batch.anchors;
+    winners.limits = arena.take<float>(slots == kSlots ? anchors : 0);
+    winners.decisive_limits = arena.take<double>(slots == kSlots ? anchors : 0);
+    prepared.filters.words = slots ? arena.take<uint32_t>(int64_t(batch.groups()) * kThreads) : nullptr;
+    prepared.flags = arena.take<int>(batch.groups());
+    prepared.groups = batch.groups();
+    prepared.shift = arena.take<T>(parts_of(batch.width, 4) * 4);
+    prepared.scale = arena.take<T>(batch.candidates);
+    prepared.norms = arena.take<T>(batch.candidates);
     pairs.pulls = arena.take<Pull<T>>(pair_count);
+    pairs.chosen = arena.take<int>(pair_count);
+    lists.pairs = arena.take<int>(int64_t(gradient_rows) * kListed);
+    lists.rows = gradient_rows;
+    totals = arena.take<Total>(slots ? parts_of(anchors, kWarps) : anchors);
+    count = arena.take<int64_t>(1);
   }
 };
 
-// And that of all triplets.
+// What the gradients of all triplets take beside it.
 template <typename T>
 struct AllWorkspace {
   T *factors, *sums;  // (anchors, candidates), (gradient_rows, width)
@@ -99,23 +82,11 @@ struct AllWorkspace {
   }
 };
 
-// Bytes of the allocation that `forward` or `backward` needs.
-template <typename T, typename In>
-int64_t forward_bytes(const Batch<In>& batch, Mining mining) {
+// The bytes that a workspace takes.
+template <typename Space, typename... Arguments>
+int64_t bytes_of(Arguments... arguments) {
   Arena arena{nullptr};
-  Workspace<T>(batch, slots_of(mining), arena);
-  return arena.used;
-}
-
-template <typename T, typename In>
-int64_t backward_bytes(const Batch<In>& batch, Mining mining, int gradient_rows) {
-  Arena arena{nullptr};
-  Workspace<T>(batch, 0, arena);
-  if (mining == Mining::all) {
-    AllWorkspace<T>(batch, gradient_rows, arena);
-  } else {
-    MinedWorkspace<T>(batch, arena);
-  }
+  Space(arguments..., arena);
   return arena.used;
 }
 
@@ -125,22 +96,8 @@ struct Machine {
   bool tensor_cores;  // mma m16n8k16 of halves: compute capability 8.0 and above
 };
 
-// One thread for each of `count`, or one warp.
-inline dim3 threads_for(int64_t count) { return dim3(unsigned(parts_of(count, kThreads))); }
+// One warp for each of `count`.
 inline dim3 warps_for(int64_t count) { return dim3(unsigned(parts_of(count, kWarps))); }
-
-// `searched`: the prepared rows will be searched, rather than measured pair by pair.
-template <typename Launch, typename In, typename T>
-void prepare(Launch& launch, const Batch<In>& batch, Distance distance, const Workspace<T>& work, bool searched) {
-  launch(&clear, threads_for(work.zeroes), work.zeroed, work.zeroes);
-  launch(&measure<In, T>, warps_for(batch.candidates), batch, distance, work.prepared);
-  if (distance == Distance::cosine || !searched) return;
-  launch(&column_sums<In, T>, dim3(unsigned(parts_of(batch.width, 32)), unsigned(work.stripes)), batch, work.prepared,
-         work.sums);
-  launch(&column_means<T>, threads_for(batch.width), work.sums, work.stripes, batch.candidates, batch.width,
-         work.prepared.shift);
-  launch(&centred_norms<In, T>, warps_for(batch.candidates), batch, work.prepared);
-}
 
 template <typename In>
 dim3 tiles_of(const Batch<In>& batch, int64_t size) {
@@ -178,61 +135,90 @@ void search(Launch& launch, const Machine& machine, const Batch<In>& batch, Dist
   run(&search_pairs<In, T, 4, kBeyond>, tiles_of(batch, 64));
 }
 
-// `each` except its counts, and `loss` unless it is null.
+// The loss into `out`; and into `work` what the gradients need of it.
 template <typename T, typename Launch, typename In>
-void forward(Launch& launch, const Machine& machine, const Batch<In>& batch, const Settings& settings, char* memory,
-             Outputs<T> each, T* loss, int64_t* count) {
-  Arena arena{memory};
-  Workspace<T> work(batch, slots_of(settings.mining), arena);
-  const bool all = settings.mining == Mining::all, semihard = settings.mining == Mining::semihard;
+void forward(Launch& launch, const Machine& machine, const Batch<In>& batch, const Settings& settings,
+             Workspace<T>& work, Outputs<T> out) {
+  const bool semihard = settings.mining == Mining::semihard;
   const Distance distance = settings.distance;
   work.winners.rounding =
       rounding_of<T>(distance, batch.width, sizeof(In) == 2 && machine.tensor_cores && distance == Distance::cosine);
-  each.counts = work.counts;
-  prepare(launch, batch, distance, work, !all);
-  if (!all) search<false>(launch, machine, batch, distance, work, {!semihard});
-  if (semihard) {
-    launch(&choose_positives<In, T>, warps_for(batch.anchors), batch, distance, work.prepared, work.winners,
-           each.positive);
-    search<true>(launch, machine, batch, distance, work, {true});
-  }
-  if (all) {
-    launch(&sum_triplets<In, T>, dim3(unsigned(batch.anchors)), batch, settings, work.prepared, each);
-  } else {
-    launch(&finish<In, T>, warps_for(batch.anchors), batch, settings, work.prepared, work.winners, each);
-  }
-  launch(&reduce<T>, dim3(1), each, batch.anchors, settings.reduction, work.prepared.unsound, loss, count);
-}
-
-// The gradients (gradient_rows, width) of the first candidates.
-template <typename T, typename Launch, typename In>
-void backward(Launch& launch, const Batch<In>& batch, const Settings& settings, char* memory, const Upstream<T>& up,
-              In* gradient, int gradient_rows) {
-  Arena arena{memory};
-  const Workspace<T> work(batch, 0, arena);
-  const Distance distance = settings.distance;
-  const T* scale = work.prepared.scale;
-  const dim3 a_block_each(unsigned(gradient_rows), 1, 1);
-  if (distance == Distance::cosine) prepare(launch, batch, distance, work, false);
+  out.totals = work.totals;
+  out.done = work.done;
+  launch(&prepare_rows<In, T>, dim3(unsigned(batch.groups())), batch, distance, work.prepared, work.zeroed, work.zeroes,
+         true);
   if (settings.mining == Mining::all) {
-    const AllWorkspace<T> space(batch, gradient_rows, arena);
-    for (int first = 0; first < batch.anchors; first += space.anchors) {
-      const int anchors = batch.anchors - first < space.anchors ? batch.anchors - first : space.anchors;
-      launch(&weigh_triplets<In, T>, dim3(unsigned(anchors)), batch, settings, scale, up, first, space.factors);
-      launch(&pull_rows<In, T>, a_block_each, batch, distance, scale, space.factors, first, anchors, space.sums);
-    }
-    launch(&finish_gradient<In, T>, warps_for(gradient_rows), batch, distance, scale, up.count, space.sums, gradient,
-           gradient_rows);
+    launch(&sum_triplets<In, T>, dim3(unsigned(batch.anchors)), batch, settings, work.prepared, out);
     return;
   }
-  const MinedWorkspace<T> space(batch, arena);
-  const int pairs = 2 * batch.anchors;
-  launch(&clear, threads_for(space.zeroes), space.zeroed, space.zeroes);
-  launch(&weigh_pairs<In, T>, warps_for(batch.anchors), batch, settings, scale, up, space.pairs, space.lists);
-  launch(&allot, threads_for(batch.candidates), space.lists, batch.candidates);
-  launch(&place_pairs, threads_for(pairs), space.pairs.chosen, pairs, space.lists);
-  launch(&sort_pairs, threads_for(pairs), space.pairs.chosen, pairs, space.lists);
-  launch(&row_gradient<In, T>, a_block_each, batch, distance, scale, up.count, space.pairs, space.lists, gradient);
+  search<false>(launch, machine, batch, distance, work, {!semihard});
+  if (semihard) {
+    launch(&choose_positives<In, T>, warps_for(batch.anchors), batch, distance, work.prepared, work.winners,
+           work.pairs.chosen);
+    search<true>(launch, machine, batch, distance, work, {true});
+  }
+  launch(&finish<In, T>, warps_for(batch.anchors), batch, settings, work.prepared, work.winners, work.pairs, work.lists,
+         out);
+}
+
+// Into `work` what the gradients need, after a forward pass whose workspace is gone.
+template <typename T, typename Launch, typename In>
+void recompute(Launch& launch, const Batch<In>& batch, const Settings& settings, const Workspace<T>& work,
+               const int64_t* positive, const int64_t* negative) {
+  const bool cosine = settings.distance == Distance::cosine, all = settings.mining == Mining::all;
+  if (cosine || !all) {
+    launch(&prepare_rows<In, T>, dim3(unsigned(batch.groups())), batch, settings.distance, work.prepared, work.zeroed,
+           work.zeroes, cosine);
+  }
+  if (all) return;
+  launch(&weigh_pairs<In, T>, warps_for(batch.anchors), batch, settings, work.prepared.scale, positive, negative,
+         work.pairs, work.lists);
+}
+
+// The gradients (gradient_rows, width) of the first candidates. `space`: for mining "all".
+template <typename T, typename Launch, typename In>
+void backward(Launch& launch, const Batch<In>& batch, const Settings& settings, const Workspace<T>& work,
+              const AllWorkspace<T>& space, const Upstream<T>& up, In* gradient, int gradient_rows) {
+  const Distance distance = settings.distance;
+  const T* scale = work.prepared.scale;
+  if (settings.mining != Mining::all) {
+    launch(&row_gradient<In, T>, warps_for(gradient_rows), batch, settings, scale, up, work.pairs, work.lists,
+           gradient);
+    return;
+  }
+  for (int first = 0; first < batch.anchors; first += space.anchors) {
+    const int anchors = batch.anchors - first < space.anchors ? batch.anchors - first : space.anchors;
+    launch(&weigh_triplets<In, T>, dim3(unsigned(anchors)), batch, settings, scale, up, first, space.factors);
+    launch(&pull_rows<In, T>, dim3(unsigned(gradient_rows)), batch, distance, scale, space.factors, first, anchors,
+           space.sums);
+  }
+  launch(&finish_gradient<In, T>, warps_for(gradient_rows), batch, distance, scale, up.count, space.sums, gradient,
+         gradient_rows);
+}
+
+// f(kernel) for all kernels that may be launched for rows of a type.
+template <typename In, typename F>
+void for_each_kernel(F&& f) {
+  using T = decltype(widen(In()));
+  f(&prepare_rows<In, T>);
+  f(&search_pairs<In, T, 4, false>);
+  f(&search_pairs<In, T, 4, true>);
+  if constexpr (sizeof(T) == 4) {
+    f(&search_pairs<In, T, 8, false>);
+    f(&search_pairs<In, T, 8, true>);
+  }
+  if constexpr (sizeof(In) == 2) {
+    f(&search_pairs_mma<In, false>);
+    f(&search_pairs_mma<In, true>);
+  }
+  f(&choose_positives<In, T>);
+  f(&finish<In, T>);
+  f(&weigh_pairs<In, T>);
+  f(&row_gradient<In, T>);
+  f(&sum_triplets<In, T>);
+  f(&weigh_triplets<In, T>);
+  f(&pull_rows<In, T>);
+  f(&finish_gradient<In, T>);
 }
 
 }  // namespace triplet::gpu

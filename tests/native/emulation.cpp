@@ -2,6 +2,8 @@
 // the emulation must find. Arrays are NumPy's, C-contiguous, halves as uint16.
 #include "simt.h"
 
+#include <set>
+
 #include "cuda/launch.cuh"
 
 #include <pybind11/numpy.h>
@@ -14,11 +16,24 @@ using namespace triplet::gpu;
 
 namespace {
 
+// Runs kernels, counts them, and holds them against the list of all.
 struct Emulated {
   unsigned seed;
+  int launches = 0;
+
   template <typename... Parameters, typename... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, Arguments... arguments) {
-    simt::launch(seed++, kernel, grid, kThreads, Parameters(arguments)...);
+    static const std::set<const void*> known = [] {
+      std::set<const void*> found;
+      const auto insert = [&](auto kernel) { found.insert(reinterpret_cast<const void*>(kernel)); };
+      for_each_kernel<float>(insert);
+      for_each_kernel<double>(insert);
+      for_each_kernel<Bfloat16>(insert);
+      for_each_kernel<Float16>(insert);
+      return found;
+    }();
+    if (!known.count(reinterpret_cast<const void*>(kernel))) throw std::runtime_error("for_each_kernel lacks a kernel");
+    simt::launch(seed + unsigned(launches++), kernel, grid, kThreads, Parameters(arguments)...);
   }
 };
 
@@ -59,35 +74,82 @@ Batch<In> make_batch(const py::array& x, const py::array& labels, int anchors, b
           vectors};
 }
 
+// Memory and a workspace in it.
+template <typename T>
+struct Held {
+  Guarded<char> memory;
+  Arena arena;
+  Workspace<T> work;
+
+  template <typename In>
+  Held(const Batch<In>& batch, int slots, int gradient_rows)
+      : memory(bytes_of<Workspace<T>>(batch, slots, gradient_rows)),
+        arena{memory.data()},
+        work(batch, slots, gradient_rows, arena) {}
+};
+
 template <typename In>
 py::tuple run_forward(const Batch<In>& batch, const Settings& settings, Machine machine, unsigned seed) {
   using T = decltype(widen(In()));
   Emulated launch{seed};
   Guarded<T> losses(batch.anchors), loss(1);
   Guarded<int64_t> count(1), positive(batch.anchors), negative(batch.anchors);
-  Guarded<char> memory(forward_bytes<T>(batch, settings.mining));
-  forward<T>(launch, machine, batch, settings, memory.data(),
-             Outputs<T>{losses.data(), positive.data(), negative.data(), nullptr}, loss.data(), count.data());
-  memory.check();
+  Held<T> held(batch, slots_of(settings.mining), 0);
+  forward(launch, machine, batch, settings, held.work,
+          Outputs<T>{losses.data(), loss.data(), count.data(), positive.data(), negative.data()});
+  held.memory.check();
   const py::ssize_t rows = batch.anchors;
   return py::make_tuple(loss.array({1}), losses.array({rows}), count.array({1}), positive.array({rows}),
                         negative.array({rows}));
 }
 
-template <typename In>
-py::array run_backward(const Batch<In>& batch, const Settings& settings, unsigned seed, const py::array& grad,
-                       const py::array_t<int64_t>& count, const py::array_t<int64_t>& positive,
-                       const py::array_t<int64_t>& negative, int gradient_rows) {
-  using T = decltype(widen(In()));
-  Emulated launch{seed};
-  Guarded<char> memory(backward_bytes<T>(batch, settings.mining, gradient_rows));
+template <typename T, typename In>
+py::array run_backward(Emulated& launch, const Batch<In>& batch, const Settings& settings, const Workspace<T>& work,
+                       const py::array& grad, const int64_t* count, int gradient_rows) {
+  Guarded<char> memory(bytes_of<AllWorkspace<T>>(batch, gradient_rows));
+  Arena arena{memory.data()};
+  const AllWorkspace<T> space(batch, gradient_rows, arena);
   Guarded<In> gradient(int64_t(gradient_rows) * batch.width);
   const int64_t stride = settings.reduction == Reduction::none ? grad.strides(0) / int64_t(sizeof(T)) : 0;
-  const Upstream<T> up{static_cast<const T*>(grad.data()), stride, count.data(), positive.data(), negative.data()};
-  backward<T>(launch, batch, settings, memory.data(), up, gradient.data(), gradient_rows);
+  const Upstream<T> up{static_cast<const T*>(grad.data()), stride, count};
+  backward(launch, batch, settings, work, space, up, gradient.data(), gradient_rows);
   memory.check();
   using Bits = std::conditional_t<sizeof(In) == 2, uint16_t, In>;
   return gradient.template array<Bits>({gradient_rows, batch.width});
+}
+
+int listed_rows(const Settings& settings, int gradient_rows) {
+  return settings.mining == Mining::all ? 0 : gradient_rows;
+}
+
+// Loss or losses, gradients, kernels launched: with what the forward pass saved.
+template <typename In>
+py::tuple run_both(const Batch<In>& batch, const Settings& settings, Machine machine, unsigned seed,
+                   const py::array& grad, int gradient_rows) {
+  using T = decltype(widen(In()));
+  Emulated launch{seed};
+  Guarded<T> loss(settings.reduction == Reduction::none ? batch.anchors : 1);
+  Held<T> held(batch, slots_of(settings.mining), listed_rows(settings, gradient_rows));
+  Outputs<T> out{nullptr, nullptr, held.work.count, nullptr, nullptr};
+  (settings.reduction == Reduction::none ? out.losses : out.loss) = loss.data();
+  forward(launch, machine, batch, settings, held.work, out);
+  const auto gradient = run_backward<T>(launch, batch, settings, held.work, grad, held.work.count, gradient_rows);
+  held.memory.check();
+  return py::make_tuple(loss.array({py::ssize_t(loss.count)}), gradient, launch.launches);
+}
+
+// Gradients, without that.
+template <typename In>
+py::array run_backward_alone(const Batch<In>& batch, const Settings& settings, unsigned seed, const py::array& grad,
+                             const py::array_t<int64_t>& count, const py::array_t<int64_t>& positive,
+                             const py::array_t<int64_t>& negative, int gradient_rows) {
+  using T = decltype(widen(In()));
+  Emulated launch{seed};
+  Held<T> held(batch, 0, listed_rows(settings, gradient_rows));
+  recompute(launch, batch, settings, held.work, positive.data(), negative.data());
+  const auto gradient = run_backward<T>(launch, batch, settings, held.work, grad, count.data(), gradient_rows);
+  held.memory.check();
+  return gradient;
 }
 
 __global__ void note_mixed(Batch<float> batch, Filters filters, int* mixed) {
@@ -99,13 +161,13 @@ __global__ void note_mixed(Batch<float> batch, Filters filters, int* mixed) {
 std::vector<int> mixed_tiles(const py::array_t<int64_t>& labels, int anchors) {
   const std::vector<float> x(labels.size());
   const Batch<float> batch{x.data(), labels.data(), anchors, int(labels.size()), 1, false};
-  std::vector<char> memory(forward_bytes<float>(batch, Mining::hard));
-  Arena arena{memory.data()};
-  const Workspace<float> work(batch, slots_of(Mining::hard), arena);
+  Held<float> held(batch, slots_of(Mining::hard), 0);
+  const Workspace<float>& work = held.work;
   Emulated launch{0};
-  prepare(launch, batch, Distance::cosine, work, true);
+  launch(&prepare_rows<float, float>, dim3(unsigned(batch.groups())), batch, Distance::cosine, work.prepared,
+         work.zeroed, work.zeroes, true);
   std::vector<int> mixed(tiles_of(batch, kGroup).x);
-  launch(&note_mixed, tiles_of(batch, kGroup), batch, work.prepared.filters, mixed.data());
+  simt::launch(1, &note_mixed, tiles_of(batch, kGroup), kThreads, batch, work.prepared.filters, mixed.data());
   return mixed;
 }
 
@@ -137,7 +199,7 @@ void toy(int* out) {
 py::list run_toy(int fault, unsigned seed) {
   std::vector<int> out(kThreads, -1);
   void (*const kernels[])(int*) = {toy<0>, toy<1>, toy<2>, toy<3>, toy<4>, toy<5>, toy<6>};
-  Emulated{seed}(kernels[fault], dim3(1), out.data());
+  simt::launch(seed, kernels[fault], dim3(1), kThreads, out.data());
   return py::cast(out);
 }
 
@@ -154,12 +216,19 @@ PYBIND11_MODULE(emulation, m) {
       return run_forward(batch, settings_of(codes), {processors, tensor_cores}, seed);
     });
   });
+  m.def("both", [](const std::string& type, py::array x, py::array labels, int anchors, bool vectors, Codes codes,
+                   int processors, bool tensor_cores, unsigned seed, py::array grad, int gradient_rows) {
+    return by_type(type, [&](auto in) {
+      const auto batch = make_batch<decltype(in)>(x, labels, anchors, vectors);
+      return run_both(batch, settings_of(codes), {processors, tensor_cores}, seed, grad, gradient_rows);
+    });
+  });
   m.def("backward", [](const std::string& type, py::array x, py::array labels, int anchors, bool vectors, Codes codes,
-                       int gradient_rows, unsigned seed, py::array grad, py::array_t<int64_t> count,
+                       unsigned seed, py::array grad, int gradient_rows, py::array_t<int64_t> count,
                        py::array_t<int64_t> positive, py::array_t<int64_t> negative) {
     return by_type(type, [&](auto in) {
       const auto batch = make_batch<decltype(in)>(x, labels, anchors, vectors);
-      return run_backward(batch, settings_of(codes), seed, grad, count, positive, negative, gradient_rows);
+      return run_backward_alone(batch, settings_of(codes), seed, grad, count, positive, negative, gradient_rows);
     });
   });
   m.def("mixed_tiles", mixed_tiles);

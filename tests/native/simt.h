@@ -227,6 +227,8 @@ inline int __ffsll(int64_t bits) { return __builtin_ffsll(bits); }
 inline double __dmul_rn(double x, double y) { return x * y; }
 inline double __dadd_rn(double x, double y) { return x + y; }
 
+inline void __threadfence() {}
+
 // fibers do not interrupt each other, so plain code is atomic
 template <typename T>
 T atomicMax(T* at, T value) {
