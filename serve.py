@@ -217,6 +217,8 @@ class Handler(BaseHTTPRequestHandler):
             found = self.answer()
         except ValueError as error:
             self.send_error(*(error.args if len(error.args) == 2 else (400, str(error))))
+        except OSError as error:  # the gallery cannot be written
+            self.send_error(503, str(error))
         except Exception as error:
             print(f"error: {cli.printable(f'{self.path[:100]}: {error!r}')}", file=sys.stderr)
             self.send_error(500, "the server failed; its terminal says how")

@@ -5,6 +5,7 @@ import io
 import json
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -81,6 +82,16 @@ def raw(server, sent, wait=30):
 
 def pictures(folder, name="class 9", part="support"):
     return sorted((folder / part / name).iterdir())
+
+
+def test_a_gallery_that_cannot_be_written_is_told(folder, server):
+    server.enrolled.database.execute("PRAGMA busy_timeout = 50")
+    other = sqlite3.connect(server.enrolled.path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    status, found, _ = call(server, "POST", "/enrol?name=a", pictures(folder)[0].read_bytes())
+    assert status == 503 and "cannot write to the gallery" in found["error"]
+    other.close()
+    assert call(server, "POST", "/enrol?name=a", pictures(folder)[0].read_bytes())[0] == 200
 
 
 def test_endpoints(folder, recogniser, server):
