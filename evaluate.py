@@ -19,8 +19,8 @@ import cli
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    checkpoints: tyro.conf.Positional[cli.Checkpoints]  # files of train_*.py, or state dicts of CIFAR ResNets
-    backbone: cli.Backbone | None = None  # network of a bare state dict
+    checkpoints: tyro.conf.Positional[cli.Checkpoints]  # files of train_*.py, or state dicts
+    backbone: cli.OptionalBackbone = None  # network of a bare state dict
     width: int | None = None  # width of a bare state dict's network, 16 by default
     pixel_mean: cli.PixelStatistics = None  # channel means (0..1) that a state dict was trained with
     pixel_std: cli.PixelStatistics = None  # its standard deviations; default: those of the training data
@@ -131,9 +131,12 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         raise ValueError(f"{path} is a bare state dict: give --backbone and --data (and --split) with it")
     if ours and options.pixel_mean is not None:
         raise ValueError(f"{path} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
+    if options.adapt_steps is not None and ":" in backbone:
+        raise ValueError(f"--adapt-steps trains the last block of a CIFAR ResNet; {path} is of {backbone}")
     if not (options.runs or options.data) and source not in NAMED and not Path(source).exists():
         raise ValueError(f"{path} was trained on {source}, which is not found from {Path.cwd()}; give --data PATH")
-    size = options.image_size or (model.settings_of(saved) if ours else {}).get("size", 32)
+    own = model.settings_of(saved) if ours else {"size": model.made_for(backbone).get("input_size", 32)}
+    size = options.image_size or own.get("size", 32)
     loaded = load_runs(Path(source), size) if options.runs else load_data(source, options.data_root, size)
     names, learned = loaded.class_names, model.trained_classes(facts)
     asked = "0-100" if options.runs else options.split
@@ -195,13 +198,15 @@ def load_network(saved: dict, path: str, backbone: str, options: Options, kept: 
     own = model.settings_of(saved) if model.is_ours(saved) else {}
     settings = dict(own)
     if "backbone" not in own or options.backbone is not None or options.width is not None:
-        settings = model.fit(backbone, options.width or saved.get("options", {}).get("width", 16), size, state)
+        width = options.width or saved.get("options", {}).get("width", 16)
+        settings = {"backbone": backbone, "width": width, "input_size": own.get("input_size", options.image_size)}
     if own:
         mean, std = own["mean"], own["std"]
     elif options.pixel_mean is not None:
         mean, std = options.pixel_mean, options.pixel_std
     else:
-        mean, std = model.IMAGENET if backbone == "resnet18" else data.channel_statistics(kept)
+        made = model.made_for(backbone)
+        mean, std = (made["mean"], made["std"]) if made else data.channel_statistics(kept)
     trained = settings.get("mirror", False)
     mirror = trained if options.mirror == "auto" else options.mirror == "yes"
     settings |= {"mirror": mirror, "size": size, "mean": mean, "std": std}
