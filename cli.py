@@ -41,8 +41,7 @@ DataSource, OptionalDataSource = (shown_as("cifar100|omniglot|glyphs|FILE|FOLDER
 Split, OptionalSplit = shown_as("SPLIT"), shown_as("SPLIT", str | None)
 Backbone, OptionalBackbone = (shown_as("resnetN|torchvision:NAME|timm:NAME", kind) for kind in (str, str | None))
 Device, Threshold, Criterion = map(shown_as, ("auto|cpu|cuda|cuda:N|mps", "auto|NUMBER", "balanced|eer|far:RATE"))
-Rate = shown_as("FLOAT", float | None)
-Size = Stages = shown_as("INT", int | None)
+Rate, Number = shown_as("FLOAT", float | None), shown_as("INT", int | None)
 PixelStatistics = shown_as("R G B", tuple[float, float, float] | None)
 
 
@@ -53,7 +52,7 @@ PixelStatistics = shown_as("R G B", tuple[float, float, float] | None)
 class DataOptions:
     data: DataSource = "cifar100"  # downloaded, drawn here, an .npz file, or a folder or .zip with a folder a class
     data_root: Folder = "data"  # folder for downloads and caches
-    image_size: Size = None  # side in pixels to which images are scaled; default: 32, of torchvision and timm their own
+    image_size: Number = None  # side to which pictures are scaled; default: 32 pixels, or what the network was made for
     split: Split = "90-10"  # seen and unseen shares of the classes, or cifar-fs, cifar-fs+val, fc100, fc100+val
     split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
     withhold: float = 0.0  # fraction of the seen classes (the last ones) kept for validation, to compare recipes
@@ -69,7 +68,7 @@ class NetworkOptions:
     width: int = 32  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
     weights: OptionalFile = None  # start from the weights in this file: a state dict, or a checkpoint of a run
     pretrained: bool = False  # start from the weights that torchvision or timm has for the backbone (downloaded)
-    freeze: Stages = None  # first stages left as given: 1 is the first convolution, each more a layer; with --weights 3
+    freeze: Number = None  # first stages left as given: 1 is the first convolution, each more a layer; with --weights 3
     pixel_mean: PixelStatistics = None  # channel means (0..1) that a state dict was trained with
     pixel_std: PixelStatistics = None  # its standard deviations; default: those of the training data
     mirror: bool = True  # outside training, average the embeddings of an image and its mirror image: twice the time
@@ -132,15 +131,16 @@ def parse(options: type[T], description: str, args: Sequence[str] | None = None)
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Around set-up: a mistake the user can fix (ValueError, OSError) ends the program with its message, status 2."""
+    """Around set-up: a mistake the user can fix or a missing package ends the program with one message, status 2."""
     try:
         yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one of several processes reports it
-            print(f"error: {printable(str(error))}", file=sys.stderr)
+            remedy = f"; pip install {error.name.split('.')[0]}" if isinstance(error, ModuleNotFoundError) else ""
+            print(f"error: {printable(str(error))}{remedy}", file=sys.stderr)
         sys.exit(2)
 
 

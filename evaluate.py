@@ -205,8 +205,7 @@ def load_network(saved: dict, path: str, backbone: str, options: Options, kept: 
     elif options.pixel_mean is not None:
         mean, std = options.pixel_mean, options.pixel_std
     else:
-        made = model.made_for(backbone)
-        mean, std = (made["mean"], made["std"]) if made else data.channel_statistics(kept)
+        mean, std = model.made_for(backbone).get("pixels") or data.channel_statistics(kept)
     trained = settings.get("mirror", False)
     mirror = trained if options.mirror == "auto" else options.mirror == "yes"
     settings |= {"mirror": mirror, "size": size, "mean": mean, "std": std}

@@ -9,7 +9,6 @@ normalised with.
 
 import difflib
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -17,14 +16,13 @@ import textwrap
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}  # blocks in each of the three stages
-CENTRE_IMAGES = 5000  # enough for the mean embedding
+CENTRE_IMAGES = 2000  # enough for the mean embedding
 OPTIONAL = ("num_batches_tracked", "mean_embedding")  # what a state dict may lack
 UNLIKE = ("googlenet", "inception_v3", "vit_h_14")  # torchvision builds these otherwise for their weights
 
@@ -52,7 +50,7 @@ class Block(nn.Module):
 class Embedder(nn.Module):
     """A network that maps images to embeddings."""
 
-    classifier: tuple[str, ...] = ("linear", "fc")  # names of layers that given weights may have and the network lacks
+    classifier: Sequence[str] = ("linear", "fc")  # names of layers that given weights may have and the network lacks
     dimension: int  # of the embedding
     settings: dict  # the arguments with which `build` makes it again
     size: int  # side of its images in pixels
@@ -79,29 +77,19 @@ class Embedder(nn.Module):
             return (self.embed(x) + self.embed(x.flip(3))) / 2
         return self.embed(x)
 
-    def parts(self) -> list[nn.Module]:
-        """The modules that images pass one after the other: the network's children, but in place of a child with more
-        than half of all parameters (tensors, not numbers) its own children, and so on."""
-        parts, half = [self], len(list(self.parameters())) / 2
-        while large := [part for part in parts if len(list(part.parameters())) > half and list(part.children())]:
-            place = parts.index(large[0])
-            parts[place : place + 1] = large[0].children()
-        return [part for part in parts if list(part.parameters())]
-
     def freeze(self, stages: int) -> None:
         """Never train the first `stages` stages again; their batch norm keeps its statistics. Raises ValueError.
 
         A stage is one of the `parts`, with the normalisation after it: conv1 and bn1 are a CIFAR ResNet's first.
         """
-        parts = self.parts()
-        starts = [place for place, part in enumerate(parts) if any(each.ndim > 1 for each in part.parameters())]
+        found = parts(self, len(list(self.parameters())) // 2)
+        starts = [place for place, part in enumerate(found) if any(each.ndim > 1 for each in part.parameters())]
         if not 0 <= stages < len(starts):
             raise ValueError(f"--freeze must be in 0..{len(starts) - 1} for this network, got {stages}")
-        self.frozen = parts[: starts[stages]] if stages else ()
-        if stages:
-            self.requires_grad_(False)
-            for part in parts[starts[stages] :]:
-                part.requires_grad_(True)
+        self.frozen = found[: starts[stages]] if stages else ()
+        self.requires_grad_(not stages)
+        for part in found[starts[stages] :]:
+            part.requires_grad_(True)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Embedder":
@@ -109,6 +97,14 @@ class Embedder(nn.Module):
         for module in self.frozen:
             module.eval()
         return self
+
+
+def parts(module: nn.Module, most: int) -> list[nn.Module]:
+    """The modules inside that images pass one after the other, as large as they come with at most `most` parameters."""
+    count, children = len(list(module.parameters())), list(module.children())
+    if count > most and children:
+        return [part for child in children for part in parts(child, most)]
+    return [module] if count else []
 
 
 class ResNet(Embedder):
@@ -142,39 +138,24 @@ class LibraryNetwork(Embedder):
     Images of any size are scaled to `input_size` x `input_size` pixels, by the interpolation the network was made for.
     """
 
-    def __init__(self, backbone: str, input_size: int | None = None):
-        """By default the input size is the one that the network was made for. Raises ValueError."""
+    def __init__(self, backbone: str, input_size: int):
         super().__init__()
-        made, (library, name) = made_for(backbone), backbone.split(":")
-        self.input_size, self.interpolation = input_size or made["input_size"], made["interpolation"]
+        self.input_size, self.interpolation = input_size, made_for(backbone)["interpolation"]
         with torch.device("cpu"):  # not all of them can be made on the meta device
-            if library == "timm":
-                import timm
-
-                self.body = timm.create_model(name, num_classes=0)
-                heads = self.body.pretrained_cfg["classifier"]
-                self.classifier = (heads,) if isinstance(heads, str) else heads or ()
-            else:
-                from torchvision import models
-
-                self.body = models.get_model(name)
-                layers = [name for name, each in self.body.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)]
-                self.classifier = (layers[-1],)
-                self.body.set_submodule(layers[-1], nn.Identity())
+            self.body, self.classifier = library_network(backbone)
             try:
                 with torch.no_grad():
-                    features = self.body.eval()(torch.zeros(1, 3, self.input_size, self.input_size))
+                    features = self.body.eval()(torch.zeros(1, 3, input_size, input_size))
             except (AssertionError, RuntimeError, ValueError) as error:
-                why = f"{self.input_size} pixels ({textwrap.shorten(str(error), 100)})"
-                raise ValueError(f"{backbone} cannot take {why}; give --image-size {made['input_size']}") from error
+                remedy = f"give --image-size {made_for(backbone)['input_size']}"
+                raise ValueError(f"{backbone} cannot take {input_size} pixels ({error}); {remedy}") from error
             self.register_buffer("mean_embedding", torch.zeros_like(features[0]))
         self.dimension = features.shape[1]
         self.body.train()
 
     def embed(self, x: Tensor) -> Tensor:
         if x.shape[3] != self.input_size:
-            size = (self.input_size, self.input_size)
-            x = F.interpolate(x, size, mode=self.interpolation, antialias=True)
+            x = F.interpolate(x, (self.input_size,) * 2, mode=self.interpolation, antialias=True)
         return F.normalize(self.body(x)) - self.mean_embedding
 
     def centre(self, images: Tensor) -> None:
@@ -188,23 +169,22 @@ class LibraryNetwork(Embedder):
 
 
 def made_for(backbone: str) -> dict:
-    """What a network of torchvision or timm was made for: "input_size" in pixels, "interpolation" of images to that
-    size, "mean" and "std" of their pixels; and the "url" of its weights. {} for a CIFAR ResNet. Raises ValueError."""
-    library, _, name = backbone.rpartition(":")
+    """What a network of torchvision or timm was made for: "input_size" in pixels, "interpolation" to it, "pixels", their
+    mean and standard deviation; and the "url" of its weights. {} for a CIFAR ResNet. Raises ValueError."""
+    library, _, name = backbone.partition(":")
     if backbone in DEPTHS:
         return {}
     if library == "timm":
-        timm = optional("timm", f"--backbone {backbone}")
-        known = {each: f"timm:{each}" for each in timm.list_models() + timm.list_pretrained()}
+        import timm
+
+        known = [f"timm:{each}" for each in timm.list_models() + timm.list_pretrained()]
     else:
         from torchvision import models  # takes a second or two
 
-        known = {each: f"torchvision:{each}" for each in models.list_models(models, exclude=UNLIKE)}
-        known |= {each: each for each in DEPTHS}
-    if known.get(name) != backbone:
-        near = [known[each] for each in difflib.get_close_matches(name, known)]
-        choices = ", ".join(near or [*DEPTHS, "torchvision:NAME", "timm:NAME"])
-        raise ValueError(f"unknown backbone {backbone!r}; {'near ones' if near else 'choose from'}: {choices}")
+        known = [*DEPTHS, *(f"torchvision:{each}" for each in models.list_models(models, exclude=UNLIKE))]
+    if backbone not in known:
+        near = difflib.get_close_matches(backbone, known, 5, 0.5) or [*DEPTHS, "torchvision:NAME", "timm:NAME"]
+        raise ValueError(f"unknown backbone {backbone!r}; near ones: {', '.join(near)}")
     if library == "timm":
         made = timm.get_pretrained_cfg(name)
         found = {"input_size": made.input_size[1], "interpolation": made.interpolation}
@@ -213,16 +193,35 @@ def made_for(backbone: str) -> dict:
         weights = models.get_model_weights(name).DEFAULT
         made = weights.transforms()
         found = {"input_size": made.crop_size[0], "interpolation": made.interpolation.value, "url": weights.url}
-    return found | {"mean": list(made.mean), "std": list(made.std)}
+    return found | {"pixels": (list(made.mean), list(made.std))}
 
 
-def optional(package: str, user: object) -> ModuleType:
-    """A package that only some uses need. Raises ValueError without it."""
+def library_network(backbone: str, pretrained: bool = False) -> tuple[nn.Module, Sequence[str]]:
+    """A network of torchvision or timm without its classifier, and the names of the layers left out."""
+    library, name = backbone.split(":")
+    if library == "timm":
+        import timm
+
+        net = timm.create_model(name, pretrained, num_classes=0)
+        layers = net.pretrained_cfg["classifier"] or ()
+        return net, [layers] if isinstance(layers, str) else layers
+    from torchvision import models
+
+    net = models.get_model(name, weights="DEFAULT" if pretrained else None)
+    layers = [name for name, each in net.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)]
+    net.set_submodule(layers[-1], nn.Identity())
+    return net, layers[-1:]
+
+
+def pretrained_weights(backbone: str) -> dict[str, Tensor]:
+    """The weights that torchvision or timm has, downloaded once into its cache. Raises ValueError where that fails."""
     try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        name = package.partition(".")[0]
-        raise ValueError(f"{user} needs {name}: pip install {name}") from error
+        return library_network(backbone, pretrained=True)[0].state_dict()
+    except Exception as error:  # each library has errors of its own for a network that fails
+        raise ValueError(
+            f"cannot download the weights of {backbone}: {error}\nWithout a network, fetch {made_for(backbone)['url']} "
+            "elsewhere and give --weights FILE instead of --pretrained."
+        ) from error
 
 
 def build(
@@ -244,32 +243,13 @@ def build(
     if backbone in DEPTHS:
         net, own = ResNet(DEPTHS[backbone], width), {"width": width}
     else:
-        net = LibraryNetwork(backbone, input_size)
-        own = {"input_size": net.input_size}
+        input_size = input_size or made_for(backbone)["input_size"]
+        net, own = LibraryNetwork(backbone, input_size), {"input_size": input_size}
     net.mirror, net.size = mirror, size
     net.set_pixel_statistics(mean, std)
     pixels = {"mirror": mirror, "size": size, "mean": list(mean), "std": list(std)}
     net.settings = {"backbone": backbone} | own | pixels
     return net.to(memory_format=torch.channels_last)
-
-
-def pretrained_weights(backbone: str) -> dict[str, Tensor]:
-    """The weights that torchvision or timm has for a network, downloaded once into its cache. Raises ValueError where
-    that fails."""
-    made, (library, name) = made_for(backbone), backbone.split(":")
-    try:
-        if library == "timm":
-            import timm
-
-            return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-        from torchvision import models
-
-        return models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
-    except Exception as error:  # each library has errors of its own for a network that fails
-        raise ValueError(
-            f"cannot download the weights of {backbone}: {error}\n"
-            f"Without a network, fetch {made['url']} elsewhere and give --weights FILE instead of --pretrained."
-        ) from error
 
 
 def bare_state(saved: dict, name: str) -> dict[str, Tensor]:
@@ -292,8 +272,7 @@ def build_with_weights(settings: dict, state: dict[str, Tensor]) -> tuple[Embedd
 
 
 def load_weights(net: Embedder, state: dict[str, Tensor]) -> list[str]:
-    """Load a state dict of ours, of the CIFAR ResNet family or of the network's library into `net`; return the names
-    left out.
+    """Load a state dict of ours, of the CIFAR ResNet family or of a library into `net`; return the names left out.
 
     A "module." prefix (DataParallel) is dropped and a classifier left out. Raises ValueError if anything else is
     missing, left over or of another shape, or if a weight is not finite.
@@ -306,19 +285,16 @@ def load_weights(net: Embedder, state: dict[str, Tensor]) -> list[str]:
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"the weights are of no use: {broken[0]} holds NaN or infinity")
+    ours, theirs = ({name: [*tensor.shape] for name, tensor in each.items()} for each in (own, state))
     wrong = {
-        "missing": [name for name in own if name not in state and name.rpartition(".")[2] not in OPTIONAL],
-        "left over": [name for name in state if name not in own],
-        "of another shape": [
-            f"{name} {[*state[name].shape]} for {[*own[name].shape]}"
-            for name in own
-            if name in state and state[name].shape != own[name].shape
-        ],
+        "missing": [name for name in ours if name not in theirs and not name.endswith(OPTIONAL)],
+        "left over": [name for name in theirs if name not in ours],
+        "of another shape": [f"{n} {theirs[n]} for {s}" for n, s in ours.items() if theirs.get(n, s) != s],
     }
     if any(wrong.values()):
-        told = [f"{len(names)} {kind} ({', '.join(names[:2])})" for kind, names in wrong.items() if names]
-        why = f"the weights do not fit this network (wrong --backbone or --width?): {'; '.join(told)}"
-        raise ValueError(textwrap.shorten(why.replace("body.", ""), 500))
+        why = "; ".join(f"{len(each)} {kind} ({', '.join(each[:2])})" for kind, each in wrong.items() if each)
+        why = f"(wrong --backbone or --width?): {why.replace('body.', '')}"
+        raise ValueError(f"the weights do not fit this network {textwrap.shorten(why, 400)}")
     net.load_state_dict(state, strict=False, assign=next(net.parameters()).is_meta)  # which cannot be copied to
     return ignored
 
@@ -351,17 +327,17 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     OSError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    safe = optional("safetensors.torch", path) if Path(path).suffix == ".safetensors" else None
+    safe = Path(path).suffix == ".safetensors"
+    if safe:
+        from safetensors.torch import load_file
     try:
-        if safe is not None:
-            return safe.load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 # PyTorch reads no bytes of a member that is said to be a folder
                 folders = any(info.external_attr & 0x10 for info in archive.infolist())
                 if folders or archive.testzip() is not None:
                     raise zipfile.BadZipFile("a checksum or an attribute is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise errors of every kind
         raise ValueError(f"{path} is not a checkpoint that can be read: {what_it_is(path, error)}") from error
     if not isinstance(checkpoint, dict):

@@ -151,8 +151,7 @@ def main(args: Sequence[str] | None = None) -> None:
         batch = min(options.batch_classes, len(seen)) * options.images_per_class
         steps_per_epoch = len(train.kept) / batch
         total = max(1, round(options.epochs * steps_per_epoch)) if options.epochs else 0
-        if not total:
-            train.facts["trained"] = False
+        train.facts["trained"] = total > 0
         validate_every = max(1, round(options.validate_every * steps_per_epoch))
         run = training.Run(options, train, net, total, validate_every, head=head, **optimizers)
     for progress in run.steps():

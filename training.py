@@ -53,8 +53,7 @@ def check(options: cli.RunOptions) -> None:
 
 
 def with_defaults(options: Options, **usual: float) -> Options:
-    """The options with what was not given of `image_size`, `freeze` and the learning rates, whose `usual` values these
-    are. Raises ValueError for an unknown backbone.
+    """The options with what was not given of `image_size`, `freeze` and the learning rates, of which `usual` has these.
 
     Given weights move at a tenth of the rates, and the first three stages of --weights not at all: else a few pictures
     make a network forget what it knew of other classes.
@@ -130,8 +129,7 @@ def make_network(options: cli.NetworkOptions, train: data.TrainingData) -> model
 
 def given_weights(options: cli.NetworkOptions, train: data.TrainingData) -> tuple[dict | None, tuple]:
     """A state dict to start from, if one is given, and the mean and standard deviation of the network's pixels."""
-    made = model.made_for(options.backbone)
-    usual = (made["mean"], made["std"]) if made else train.pixel_statistics
+    usual = model.made_for(options.backbone).get("pixels", train.pixel_statistics)
     if options.pretrained:
         return model.pretrained_weights(options.backbone), usual
     if options.weights is None:

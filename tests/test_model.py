@@ -1,7 +1,5 @@
 """model.py: the networks' shape, size, names and arithmetic, frozen stages, published weights, embedding."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -263,9 +261,9 @@ def test_a_mirror_averages_both_views_when_not_training():
     ("backbone", "settings", "message"),
     [
         ("resnet20", {"width": 0}, "width must be at least 1"),
-        ("nothing", {}, "unknown backbone 'nothing'; choose from: resnet20, .*torchvision:NAME, timm:NAME"),
-        ("resnet18", {}, "unknown backbone 'resnet18'; near ones: torchvision:resnet18,"),
-        ("torchvision:resnet20", {}, "near ones: resnet20,"),
+        ("nothing", {}, "unknown backbone 'nothing'; near ones: resnet20, .*torchvision:NAME, timm:NAME"),
+        ("resnet18", {}, "unknown backbone 'resnet18'; near ones: .*torchvision:resnet18"),
+        ("torchvision:resnet20", {}, "near ones: torchvision:resnet"),
         ("torchvision:googlenet", {}, "unknown backbone"),
         ("torchvision:vit_b_32", {"input_size": 128}, r"cannot take 128 pixels \(.*\); give --image-size 224"),
         ("torchvision:vgg11", {"input_size": 8}, r"cannot take 8 pixels \(.*\); give --image-size 224"),
@@ -279,13 +277,3 @@ def test_wrong_networks_are_refused(backbone, settings, message):
         pytest.importorskip("timm")
     with pytest.raises(ValueError, match=message):
         model.build(backbone, **settings)
-
-
-def test_a_missing_package_is_named(monkeypatch, tmp_path):
-    for package in ("timm", "safetensors.torch"):
-        monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match="--backbone timm:resnet18 needs timm: pip install timm"):
-        model.build("timm:resnet18")
-    (tmp_path / "a.safetensors").write_bytes(bytes(8))
-    with pytest.raises(ValueError, match="a.safetensors needs safetensors: pip install safetensors"):
-        model.load_checkpoint(tmp_path / "a.safetensors")

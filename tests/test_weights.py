@@ -4,6 +4,7 @@ import csv
 import http.server
 import json
 import runpy
+import sys
 import threading
 import urllib.request
 from pathlib import Path
@@ -199,6 +200,15 @@ def test_wrong_weights_give_one_message(arguments, npz, published, tmp_path, ref
     assert message in errors and len(errors) < 600
 
 
+def test_a_missing_package_is_named(arguments, monkeypatch, tmp_path, refusal):
+    (tmp_path / "a.safetensors").write_bytes(bytes(8))
+    for package, more in (("timm", ["--backbone", "timm:resnet18"]), ("safetensors", ["--weights", "{file}"])):
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.setitem(sys.modules, f"{package}.torch", None)
+        given = [argument.format(file=tmp_path / "a.safetensors") for argument in more]
+        assert f"; pip install {package}\n" in refusal(train_classic, *arguments(train_classic, *given))
+
+
 def test_frozen_batch_norm_keeps_its_statistics(npz):
     options = train_reptile.Options(data=npz, split="75-25", width=4)
     train = data.load_for_training(options, 0, torch.device("cpu"))
@@ -326,6 +336,7 @@ def test_real_weights_know_a_palace_and_a_daisy():
     made = model.made_for("timm:tf_efficientnet_lite0")
     images = [pictures.read(image, made["input_size"]) for image in sklearn.datasets.load_sample_images().images]
     pixels = torch.tensor(np.stack(images)) / 255
+    mean, std = torch.tensor(made["pixels"])[..., None, None]
     with torch.no_grad():
-        scores = net((pixels - torch.tensor(made["mean"])[:, None, None]) / torch.tensor(made["std"])[:, None, None])
+        scores = net((pixels - mean) / std)
     assert scores.argmax(1).tolist() == [698, 985]
