@@ -39,10 +39,10 @@ Folder, OptionalFolder = shown_as("FOLDER"), shown_as("FOLDER", str | None)
 OptionalFile = shown_as("FILE", str | None)
 DataSource, OptionalDataSource = (shown_as("cifar100|omniglot|glyphs|FILE|FOLDER", kind) for kind in (str, str | None))
 Split, OptionalSplit = shown_as("SPLIT"), shown_as("SPLIT", str | None)
+Backbone, OptionalBackbone = (shown_as("resnetN|torchvision:NAME|timm:NAME", kind) for kind in (str, str | None))
 Device, Threshold, Criterion = map(shown_as, ("auto|cpu|cuda|cuda:N|mps", "auto|NUMBER", "balanced|eer|far:RATE"))
-Rate, Stages = shown_as("FLOAT", float | None), shown_as("INT", int | None)
+Rate, Number = shown_as("FLOAT", float | None), shown_as("INT", int | None)
 PixelStatistics = shown_as("R G B", tuple[float, float, float] | None)
-Backbone = Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet18"]
 
 
 # ------------------------------------------------------------------------------------------- options of both trainings
@@ -52,7 +52,7 @@ Backbone = Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet18"]
 class DataOptions:
     data: DataSource = "cifar100"  # downloaded, drawn here, an .npz file, or a folder or .zip with a folder a class
     data_root: Folder = "data"  # folder for downloads and caches
-    image_size: int = 32  # side in pixels to which picture files are scaled
+    image_size: Number = None  # side to which pictures are scaled; default: 32 pixels, or what the network was made for
     split: Split = "90-10"  # seen and unseen shares of the classes, or cifar-fs, cifar-fs+val, fc100, fc100+val
     split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
     withhold: float = 0.0  # fraction of the seen classes (the last ones) kept for validation, to compare recipes
@@ -64,15 +64,13 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    backbone: Backbone = "resnet20"  # which network to train
+    backbone: Backbone = "resnet20"  # resnet20, 32, 44 or 56, for small images; any of torchvision or timm, for photos
     width: int = 32  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
     weights: OptionalFile = None  # start from the weights in this file: a state dict, or a checkpoint of a run
-    pretrained: bool = False  # start resnet18 from torchvision's ImageNet weights (downloaded)
-    freeze: Stages = None  # first stages left as given: 1 is the first convolution, each more a layer; with --weights 3
+    pretrained: bool = False  # start from the weights that torchvision or timm has for the backbone (downloaded)
+    freeze: Number = None  # first stages left as given: 1 is the first convolution, each more a layer; with --weights 3
     pixel_mean: PixelStatistics = None  # channel means (0..1) that a state dict was trained with
     pixel_std: PixelStatistics = None  # its standard deviations; default: those of the training data
-    stem: Literal["auto", "small", "full"] = "auto"  # first layer of resnet18: small is 3x3, full is 7x7 and pooling
-    enlarge: int = 0  # enlarge images for resnet18 by this factor; 0: to about 128 pixels for the full stem
     mirror: bool = True  # outside training, average an image's and its mirror image's embedding, unless --no-flip
     turned: float = 0.0  # outside training, append the embeddings of turned (and mirrored) views, times this: slower
 
@@ -134,15 +132,16 @@ def parse(options: type[T], description: str, args: Sequence[str] | None = None)
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Around set-up: a mistake the user can fix (ValueError, OSError) ends the program with its message, status 2."""
+    """Around set-up: a mistake the user can fix or a missing package ends the program with one message, status 2."""
     try:
         yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one of several processes reports it
-            print(f"error: {printable(str(error))}", file=sys.stderr)
+            remedy = f"; pip install {error.name.split('.')[0]}" if isinstance(error, ModuleNotFoundError) else ""
+            print(f"error: {printable(str(error))}{remedy}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -19,8 +19,8 @@ import cli
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    checkpoints: tyro.conf.Positional[cli.Checkpoints]  # files of train_*.py, or state dicts of CIFAR ResNets
-    backbone: cli.Backbone | None = None  # network of a bare state dict
+    checkpoints: tyro.conf.Positional[cli.Checkpoints]  # files of train_*.py, or state dicts
+    backbone: cli.OptionalBackbone = None  # network of a bare state dict
     width: int | None = None  # width of a bare state dict's network, 16 by default
     pixel_mean: cli.PixelStatistics = None  # channel means (0..1) that a state dict was trained with
     pixel_std: cli.PixelStatistics = None  # its standard deviations; default: those of the training data
@@ -135,9 +135,11 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         raise ValueError(f"{path} is a bare state dict: --store needs a checkpoint of the training scripts")
     if ours and options.pixel_mean is not None:
         raise ValueError(f"{path} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
+    if options.adapt_steps is not None and ":" in backbone:
+        raise ValueError(f"--adapt-steps trains the last block of a CIFAR ResNet; {path} is of {backbone}")
     if not (options.runs or options.data) and source not in NAMED and not Path(source).exists():
         raise ValueError(f"{path} was trained on {source}, which is not found from {Path.cwd()}; give --data PATH")
-    size = options.image_size or own.get("size", 32)
+    size = options.image_size or own.get("size") or model.made_for(backbone).get("input_size", 32)
     loaded = load_runs(Path(source), size) if options.runs else load_data(source, options.data_root, size)
     names, learned = loaded.class_names, model.trained_classes(facts)
     asked = "0-100" if options.runs else options.split
@@ -178,15 +180,16 @@ def load_network(
     `images` (N, 3, H, W) uint8: a bare state dict is normalised by their pixel statistics, unless there are others.
     Raises ValueError.
     """
-    settings = model.settings_of(saved) | {"size": images.shape[2]}
+    settings = model.settings_of(saved)
     if options.pixel_mean is not None:
         settings |= {"mean": options.pixel_mean, "std": options.pixel_std}
     elif "mean" not in settings:
-        mean, std = model.IMAGENET if backbone == "resnet18" else data.channel_statistics(images)
+        mean, std = model.made_for(backbone).get("pixels") or data.channel_statistics(images)
         settings |= {"mean": mean, "std": std}
     if "backbone" not in settings or options.backbone is not None or options.width is not None:
-        width = options.width or saved["options"].get("width", 16)
-        settings |= model.fit(backbone, width, settings["size"], state)
+        width, input_size = options.width or saved["options"].get("width", 16), settings.get("input_size")
+        settings |= {"backbone": backbone, "width": width, "input_size": input_size or options.image_size}
+    settings["size"] = images.shape[2]
     if options.mirror != "auto":
         settings["mirror"] = options.mirror == "yes"
     if options.turned is not None:

@@ -1,12 +1,13 @@
 """The embedding networks, their weights and checkpoints.
 
-CIFAR ResNets (He et al. 2015, arXiv:1512.03385, sec. 4.2) and torchvision's ResNet-18, without a classifier: the
-embedding is the pooled feature vector, 4 * width numbers for a CIFAR ResNet, 512 for ResNet-18. Parameters of CIFAR
+CIFAR ResNets (He et al. 2015, arXiv:1512.03385, sec. 4.2) and the networks of torchvision and timm, without a
+classifier: the embedding is the pooled feature vector, 4 * width numbers for a CIFAR ResNet. Parameters of CIFAR
 ResNets are named as in the widely used CIFAR ResNet code (conv1, bn1, layer1.0.conv1, ...; shortcut option A), those of
-ResNet-18 as in torchvision, so that published weights load. A network owns the statistics that its pixels are
+the others as in their library, so that published weights load. A network owns the statistics that its pixels are
 normalised with.
 """
 
+import difflib
 import hashlib
 import json
 import math
@@ -14,7 +15,6 @@ import os
 import textwrap
 import zipfile
 from collections.abc import Iterable, Sequence
-from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}  # blocks in each of the three stages
-BACKBONES = (*DEPTHS, "resnet18")
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # mean and standard deviation that go with its weights
+CENTRE_IMAGES = 2000  # enough for the mean embedding
+OPTIONAL = ("num_batches_tracked", "mean_embedding")  # what a state dict may lack
+UNLIKE = ("googlenet", "inception_v3", "vit_h_14")  # torchvision builds these otherwise for their weights
 
 
 class Block(nn.Module):
@@ -47,8 +48,9 @@ class Block(nn.Module):
 
 
 class Embedder(nn.Module):
-    """A network of stages, its children: conv1 and bn1 are the first, layer1 is the second, and so on."""
+    """A network that maps images to embeddings."""
 
+    classifier: Sequence[str] = ("linear", "fc")  # names of layers that given weights may have and the network lacks
     dimension: int  # of the embedding
     settings: dict  # the arguments with which `build` makes it again
     size: int  # side of its images in pixels
@@ -89,13 +91,18 @@ class Embedder(nn.Module):
         return torch.cat([first, *(self.turned * z for z in others)], 1)
 
     def freeze(self, stages: int) -> None:
-        """Never train the first `stages` stages again; their batch norm keeps its statistics. Raises ValueError."""
-        children = list(self.children())
-        if not 0 <= stages < len(children) - 1:
-            raise ValueError(f"--freeze must be in 0..{len(children) - 2} for this network, got {stages}")
-        self.frozen = children[: stages + 1] if stages else ()
-        for module in self.frozen:
-            module.requires_grad_(False)
+        """Never train the first `stages` stages again; their batch norm keeps its statistics. Raises ValueError.
+
+        A stage is one of the `parts`, with the normalisation after it: conv1 and bn1 are a CIFAR ResNet's first.
+        """
+        found = parts(self, len(list(self.parameters())) // 2)
+        starts = [place for place, part in enumerate(found) if any(each.ndim > 1 for each in part.parameters())]
+        if not 0 <= stages < len(starts):
+            raise ValueError(f"--freeze must be in 0..{len(starts) - 1} for this network, got {stages}")
+        self.frozen = found[: starts[stages]] if stages else ()
+        self.requires_grad_(not stages)
+        for part in found[starts[stages] :]:
+            part.requires_grad_(True)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "Embedder":
@@ -103,6 +110,14 @@ class Embedder(nn.Module):
         for module in self.frozen:
             module.eval()
         return self
+
+
+def parts(module: nn.Module, most: int) -> list[nn.Module]:
+    """The modules inside that images pass one after the other, as large as they come with at most `most` parameters."""
+    count, children = len(list(module.parameters())), list(module.children())
+    if count > most and children:
+        return [part for child in children for part in parts(child, most)]
+    return [module] if count else []
 
 
 class ResNet(Embedder):
@@ -130,43 +145,102 @@ def stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Seque
     return nn.Sequential(first, *(Block(channels, channels, 1) for _ in range(blocks - 1)))
 
 
-class ResNet18(Embedder):
-    """torchvision's ResNet-18; embeddings of 512 numbers."""
+class LibraryNetwork(Embedder):
+    """A network of torchvision or timm without its classifier: pooled features of length 1, less `mean_embedding`.
 
-    dimension = 512
+    Images of any size are scaled to `input_size` x `input_size` pixels, by the interpolation the network was made for.
+    """
 
-    def __init__(self, stem: str, enlarge: int):
-        """Stem "full" is the published one (7x7, stride 2, pooling), "small" that for small images (3x3, stride 1, no
-        pooling: Chen et al. 2020, arXiv:2002.05709, sec. B.9). Images are first made `enlarge` times as wide and high.
-        """
-        from torchvision.models import resnet18  # takes a second or two
-
+    def __init__(self, backbone: str, input_size: int):
         super().__init__()
-        net = resnet18()
-        self.stem, self.enlarge = stem, enlarge
-        self.conv1, self.bn1 = net.conv1, net.bn1
-        if stem == "small":
-            self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        self.input_size, self.interpolation = input_size, made_for(backbone)["interpolation"]
+        with torch.device("cpu"):  # not all of them can be made on the meta device
+            self.body, self.classifier = library_network(backbone)
+            try:
+                with torch.no_grad():
+                    features = self.body.eval()(torch.zeros(1, 3, input_size, input_size))
+            except (AssertionError, RuntimeError, ValueError) as error:
+                remedy = f"give --image-size {made_for(backbone)['input_size']}"
+                raise ValueError(f"{backbone} cannot take {input_size} pixels ({error}); {remedy}") from error
+            self.register_buffer("mean_embedding", torch.zeros_like(features[0]))
+        self.dimension = features.shape[1]
+        self.body.train()
 
     def embed(self, x: Tensor) -> Tensor:
-        if self.enlarge > 1:
-            x = F.interpolate(x, scale_factor=self.enlarge, mode="bilinear")
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        if self.stem == "full":
-            x = F.max_pool2d(x, 3, stride=2, padding=1)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((2, 3))
+        if x.shape[3] != self.input_size:
+            x = F.interpolate(x, (self.input_size,) * 2, mode=self.interpolation, antialias=True)
+        return F.normalize(self.body(x)) - self.mean_embedding
+
+    def centre(self, images: Tensor) -> None:
+        """From now on subtract the mean embedding of images (N, 3, H, W) uint8, or of CENTRE_IMAGES random ones."""
+        self.mean_embedding.zero_()
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CENTRE_IMAGES]
+        self.mean_embedding.copy_(embed(self, images[chosen.to(images.device)]).mean(0))
 
 
 # -------------------------------------------------------------------------------------------- building, given weights
 
 
+def made_for(backbone: str) -> dict:
+    """What a network of torchvision or timm was made for: "input_size" in pixels, "interpolation" to it, "pixels" (mean
+    and standard deviation), and the "url" of its weights. {} for a CIFAR ResNet. Raises ValueError."""
+    library, _, name = backbone.partition(":")
+    if backbone in DEPTHS:
+        return {}
+    if library == "timm":
+        import timm
+
+        known = [f"timm:{each}" for each in timm.list_models() + timm.list_pretrained()]
+    else:
+        from torchvision import models  # takes a second or two
+
+        known = [*DEPTHS, *(f"torchvision:{each}" for each in models.list_models(models, exclude=UNLIKE))]
+    if backbone not in known:
+        near = difflib.get_close_matches(backbone, known, 5, 0.5) or [*DEPTHS, "torchvision:NAME", "timm:NAME"]
+        raise ValueError(f"unknown backbone {backbone!r}; near ones: {', '.join(near)}")
+    if library == "timm":
+        made = timm.get_pretrained_cfg(name)
+        found = {"input_size": made.input_size[1], "interpolation": made.interpolation}
+        found["url"] = f"https://huggingface.co/{made.hf_hub_id}" if made.hf_hub_id else made.url
+    else:
+        weights = models.get_model_weights(name).DEFAULT
+        made = weights.transforms()
+        found = {"input_size": made.crop_size[0], "interpolation": made.interpolation.value, "url": weights.url}
+    return found | {"pixels": (list(made.mean), list(made.std))}
+
+
+def library_network(backbone: str, pretrained: bool = False) -> tuple[nn.Module, Sequence[str]]:
+    """A network of torchvision or timm without its classifier, and the names of the layers left out."""
+    library, name = backbone.split(":")
+    if library == "timm":
+        import timm
+
+        net = timm.create_model(name, pretrained, num_classes=0)
+        layers = net.pretrained_cfg["classifier"] or ()
+        return net, [layers] if isinstance(layers, str) else layers
+    from torchvision import models
+
+    net = models.get_model(name, weights="DEFAULT" if pretrained else None)
+    layers = [name for name, each in net.named_modules() if isinstance(each, nn.Linear | nn.Conv2d)]
+    net.set_submodule(layers[-1], nn.Identity())
+    return net, layers[-1:]
+
+
+def pretrained_weights(backbone: str) -> dict[str, Tensor]:
+    """The weights that torchvision or timm has, downloaded once into its cache. Raises ValueError where that fails."""
+    try:
+        return library_network(backbone, pretrained=True)[0].state_dict()
+    except Exception as error:  # each library has errors of its own for a network that fails
+        raise ValueError(
+            f"cannot download the weights of {backbone}: {error}\nWithout a network, fetch {made_for(backbone)['url']} "
+            "elsewhere and give --weights FILE instead of --pretrained."
+        ) from error
+
+
 def build(
     backbone: str,
     width: int = 16,
-    stem: str = "small",
-    enlarge: int = 1,
+    input_size: int | None = None,
     mirror: bool = False,
     turned: float = 0.0,
     size: int = 32,
@@ -175,61 +249,21 @@ def build(
 ) -> Embedder:
     """A network by name, randomly initialised and stored channels last. Raises ValueError.
 
-    `width` is for CIFAR ResNets, `stem` and `enlarge` are for resnet18; `mirror`, `turned` and `size` are those of
-    `Embedder`. `mean` and `std` are of the training images' channels, on the scale 0..1.
+    `width` is for CIFAR ResNets, `input_size` for the others; `mirror`, `turned` and `size` are those of `Embedder`.
+    `mean` and `std` are of the training images' channels, on the scale 0..1.
     """
-    if backbone not in BACKBONES:
-        raise ValueError(f"unknown backbone {backbone!r}: choose from {', '.join(BACKBONES)}")
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
-    if backbone == "resnet18":
-        net, own = ResNet18(stem, enlarge), {"stem": stem, "enlarge": enlarge}
-    else:
+    if backbone in DEPTHS:
         net, own = ResNet(DEPTHS[backbone], width), {"width": width}
+    else:
+        input_size = input_size or made_for(backbone)["input_size"]
+        net, own = LibraryNetwork(backbone, input_size), {"input_size": input_size}
     net.mirror, net.turned, net.size = mirror, turned, size
     net.set_pixel_statistics(mean, std)
     views = {"mirror": mirror, "turned": turned}
     net.settings = {"backbone": backbone} | own | views | {"size": size, "mean": list(mean), "std": list(std)}
     return net.to(memory_format=torch.channels_last)
-
-
-def fit(
-    backbone: str,
-    width: int,
-    size: int,
-    state: dict[str, Tensor] | None = None,
-    stem: str = "auto",
-    enlarge: int = 0,
-) -> dict:
-    """The arguments of `build` for images of `size` x `size` pixels and given weights `state`. Raises ValueError.
-
-    Stem "auto" is that of the given weights, else small below 64 pixels. Enlargement 0 makes images below 128 pixels
-    about that large for the full stem, whose published weights know objects at that scale (after Kornblith et al. 2019,
-    arXiv:1805.08974, sec. 3), and leaves them as they are for the small one.
-    """
-    if backbone != "resnet18":
-        if stem != "auto" or enlarge:
-            raise ValueError("--stem and --enlarge are for --backbone resnet18")
-        return {"backbone": backbone, "width": width, "size": size}
-    if stem == "auto":
-        kernel = state["conv1.weight"].shape[-1] if state and "conv1.weight" in state else 3 if size < 64 else 7
-        stem = "small" if kernel == 3 else "full"
-    usual = max(1, round(128 / size)) if stem == "full" else 1
-    return {"backbone": backbone, "stem": stem, "enlarge": enlarge or usual, "size": size}
-
-
-def pretrained_resnet18() -> dict[str, Tensor]:
-    """torchvision's ImageNet weights, downloaded once into PyTorch's cache. Raises ValueError where that fails."""
-    from torchvision.models import ResNet18_Weights
-
-    weights = ResNet18_Weights.IMAGENET1K_V1
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError, HTTPException) as error:  # URLError is an OSError; a wrong checksum a RuntimeError
-        raise ValueError(
-            f"cannot download the ImageNet weights: {error}\n"
-            f"Without a network, fetch {weights.url} elsewhere and give --weights FILE instead of --pretrained."
-        ) from error
 
 
 def bare_state(saved: dict, name: str) -> dict[str, Tensor]:
@@ -251,24 +285,31 @@ def build_with_weights(settings: dict, state: dict[str, Tensor]) -> tuple[Embedd
     return net, load_weights(net, state)
 
 
-def load_weights(net: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """Load a state dict of ours, of the CIFAR ResNet family or of torchvision into `net`; return the names left out.
+def load_weights(net: Embedder, state: dict[str, Tensor]) -> list[str]:
+    """Load a state dict of ours, of the CIFAR ResNet family or of a library into `net`; return the names left out.
 
-    A "module." prefix (DataParallel) is dropped and a classifier (linear.*, fc.*) left out. Raises ValueError if
-    anything else is missing, left over or of another shape, or if a weight is not finite.
+    A "module." prefix (DataParallel) is dropped and a classifier left out. Raises ValueError if anything else is
+    missing, left over or of another shape, or if a weight is not finite.
     """
+    own = net.state_dict()
+    full = {name.removeprefix("body."): name for name in own}  # of a LibraryNetwork
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    ignored = [name for name in state if name.split(".")[0] in ("linear", "fc")]
-    for name in ignored:
-        del state[name]
+    ignored = [name for name in state if name.startswith(tuple(f"{layer}." for layer in net.classifier))]
+    state = {full.get(name, name): tensor for name, tensor in state.items() if name not in ignored}
     broken = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"the weights are of no use: {broken[0]} holds NaN or infinity")
-    try:
-        net.load_state_dict(state, assign=next(net.parameters()).is_meta)  # meta tensors cannot be copied to
-    except RuntimeError as error:
-        why = f"the weights do not fit this network (wrong --backbone or --width?): {error}"
-        raise ValueError(textwrap.shorten(why, 400)) from error
+    ours, theirs = ({name: [*tensor.shape] for name, tensor in each.items()} for each in (own, state))
+    wrong = {
+        "missing": [name for name in ours if name not in theirs and not name.endswith(OPTIONAL)],
+        "left over": [name for name in theirs if name not in ours],
+        "of another shape": [f"{n} {theirs[n]} for {s}" for n, s in ours.items() if theirs.get(n, s) != s],
+    }
+    if any(wrong.values()):
+        why = "; ".join(f"{len(each)} {kind} ({', '.join(each[:2])})" for kind, each in wrong.items() if each)
+        why = f"(wrong --backbone or --width?): {why.replace('body.', '')}"
+        raise ValueError(f"the weights do not fit this network {textwrap.shorten(why, 400)}")
+    net.load_state_dict(state, strict=False, assign=next(net.parameters()).is_meta)  # which cannot be copied to
     return ignored
 
 
@@ -300,6 +341,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     OSError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
+    safe = Path(path).suffix == ".safetensors"
+    if safe:
+        from safetensors.torch import load_file
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -307,7 +351,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
                 folders = any(info.external_attr & 0x10 for info in archive.infolist())
                 if folders or archive.testzip() is not None:
                     raise zipfile.BadZipFile("a checksum or an attribute is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise errors of every kind
         raise ValueError(f"{path} is not a checkpoint that can be read: {what_it_is(path, error)}") from error
     if not isinstance(checkpoint, dict):
@@ -356,9 +400,12 @@ def check_structure(saved: dict, path: str | os.PathLike) -> None:
         wrong.append("network settings")
     elif not wrong:
         settings = {name: data[name] for name in ("size", "mean", "std") if name in data} | network
-        known = {"backbone", "width", "stem", "enlarge", "mirror", "turned", "size", "mean", "std"}
-        sizes = [settings.get(name, 1) for name in ("width", "enlarge", "size")]
-        if not (settings.keys() <= known and all(type(size) is int for size in sizes) and numbers(sizes, 3, 1, 2**16)):
+        if settings.get("backbone") == "resnet18":
+            raise ValueError(f"{path} is of a former backbone, resnet18; train --backbone torchvision:resnet18 anew")
+        known = {"backbone", "width", "input_size", "mirror", "turned", "size", "mean", "std"}
+        sizes = [settings.get(name, 1) for name in ("width", "input_size", "size")]
+        valid = all(type(size) is int for size in sizes) and numbers(sizes, 3, 1, 2**16)
+        if not (valid and settings.keys() <= known and isinstance(settings.get("backbone", ""), str)):
             wrong.append("network settings")
         mean, std = settings.get("mean", [0, 0, 0]), settings.get("std", [1, 1, 1])
         if not (numbers(mean, 3, 0, 1) and numbers(std, 3, 1e-9, 1)):
@@ -401,7 +448,8 @@ def settings_of(saved: dict) -> dict:
 
 def trained_classes(facts: dict) -> set[str]:
     """Names of the classes that a checkpoint with these data `facts`, or weights it started from, was trained on."""
-    return {facts["classes"][label] for label in facts["seen"]} | {*facts.get("learned_before", [])}
+    seen = facts["seen"] if facts.get("trained", True) else []
+    return {facts["classes"][label] for label in seen} | {*facts.get("learned_before", [])}
 
 
 def recogniser_facts(net: Embedder, saved: dict) -> dict:

@@ -25,7 +25,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 def split_for_muon(net: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(weights for Muon, all others) among those to be trained: Muon gets the convolutions except the first."""
     trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
-    hidden = {name: each for name, each in trained.items() if each.ndim == 4 and name != "conv1.weight"}
+    convolutions = [name for name, parameter in net.named_parameters() if parameter.ndim == 4]
+    hidden = {name: trained[name] for name in convolutions[1:] if name in trained}
     return list(hidden.values()), [each for name, each in trained.items() if name not in hidden]
 
 

@@ -2,6 +2,7 @@
 
     python train_classic.py                                 # CIFAR-100, 90 seen and 10 unseen classes
     python train_classic.py --data my.npz --split 80-20 --out runs/mine
+    python train_classic.py --data photos/ --backbone torchvision:resnet18 --pretrained --epochs 0  # no training
 
 Writes best.pt, last.pt and log.csv into --out; `python evaluate.py runs/classic/best.pt --threshold auto` evaluates
 it. Ctrl-C saves; --resume continues.
@@ -15,7 +16,7 @@ import cli
 
 @dataclass(frozen=True)
 class OptimisationOptions:
-    epochs: float = 40.0  # passes over the seen classes' training images, without --minutes
+    epochs: float = 40.0  # passes over the seen classes' training images; 0: measure and calibrate given weights only
     validate_every: float = 5.0  # epochs between validations
     batch_classes: int = 64  # P, classes in a batch, split among the processes
     images_per_class: int = 4  # K, images of each class in a batch
@@ -116,7 +117,10 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 def check(options: Options) -> None:
     """Raise ValueError unless the options make sense."""
-    cli.require(options, "epochs", "validate_every", most=1e6)
+    cli.require(options, "epochs", least=0, most=1e6)
+    cli.require(options, "validate_every", most=1e6)
+    if not options.epochs and (options.minutes or not (options.weights or options.pretrained)):
+        raise ValueError("--epochs 0 takes given weights as they are: give --pretrained or --weights, no --minutes")
     cli.require(options, "lr", "muon_lr", "softmax_scale")
     cli.require(options, "warmup", "triplet_weight", "softmax_weight", "weight_decay", "muon_weight_decay", least=0)
     cli.require(options, "batch_classes", "images_per_class", least=2, most=100_000)
@@ -132,8 +136,8 @@ def check(options: Options) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    options = training.with_defaults(cli.parse(Options, __doc__, args), lr=0.1, muon_lr=0.02)
     with cli.user_errors():
+        options = training.with_defaults(cli.parse(Options, __doc__, args), lr=0.1, muon_lr=0.02)
         check(options)
         device = training.prepare_process(options)
         train = data.load_for_training(options, options.seed, device)
@@ -145,7 +149,8 @@ def main(args: Sequence[str] | None = None) -> None:
         optimizers = make_optimizers(options, net, head)
         batch = min(options.batch_classes, len(seen)) * options.images_per_class
         steps_per_epoch = len(train.kept) / batch
-        total = max(1, round(options.epochs * steps_per_epoch))
+        total = max(1, round(options.epochs * steps_per_epoch)) if options.epochs else 0
+        train.facts["trained"] = total > 0
         validate_every = max(1, round(options.validate_every * steps_per_epoch))
         run = training.Run(options, train, net, total, validate_every, head=head, **optimizers)
     for progress in run.steps():
@@ -168,6 +173,8 @@ def main(args: Sequence[str] | None = None) -> None:
             optimizer.step()
             optimizer.zero_grad()
         run.record(loss, embeddings, len(labels), options.lr * rate)
+    if not total and distributed.rank() == 0:
+        print(f"no training: {options.out}/best.pt has the given weights, calibrated on the held-back images")
 
 
 if __name__ == "__main__":

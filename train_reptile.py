@@ -119,8 +119,8 @@ def check(options: Options) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    options = training.with_defaults(cli.parse(Options, __doc__, args), lr=0.001, muon_lr=0.02)
     with cli.user_errors():
+        options = training.with_defaults(cli.parse(Options, __doc__, args), lr=0.001, muon_lr=0.02)
         check(options)
         device = training.prepare_process(options)
         if options.meta_batch % distributed.world():

@@ -37,14 +37,13 @@ def check(options: cli.RunOptions) -> None:
         cli.require(options, "minutes", most=1e6)
     cli.require(options, "margin", "seed", "withhold", least=0)
     cli.require(options, "distort", "cutout", "rotate", "turned", least=0, most=1)
-    cli.require(options, "enlarge", least=0, most=64)
     cli.require(options, "width", least=1, most=1024)
     cli.require(options, "image_size", least=8, most=4096)
     cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
     if options.seed >= 2**63:
         raise ValueError(f"--seed must be below 2**63, got {options.seed}")
-    if options.pretrained and options.backbone != "resnet18":
-        raise ValueError("--pretrained is for --backbone resnet18")
+    if options.pretrained and ":" not in options.backbone:
+        raise ValueError("--pretrained is for --backbone torchvision:NAME and timm:NAME")
     if options.pretrained and options.weights is not None:
         raise ValueError("give --pretrained or --weights FILE, not both")
     if options.pixel_mean is not None and options.weights is None:
@@ -54,13 +53,14 @@ def check(options: cli.RunOptions) -> None:
 
 
 def with_defaults(options: Options, **usual: float) -> Options:
-    """The options with what was not given of `freeze` and of the learning rates, whose `usual` values these are.
+    """The options with what was not given of `image_size`, `freeze` and the learning rates, of which `usual` has these.
 
     Given weights move at a tenth of the rates, and the first three stages of --weights not at all: else a few pictures
     make a network forget what it knew of other classes.
     """
+    size = model.made_for(options.backbone).get("input_size", 32)
     share, freeze = 0.1 if options.weights or options.pretrained else 1.0, 3 if options.weights else 0
-    found = {"freeze": freeze, **{name: share * rate for name, rate in usual.items()}}
+    found = {"image_size": size, "freeze": freeze, **{name: share * rate for name, rate in usual.items()}}
     return dataclasses.replace(options, **{n: value for n, value in found.items() if getattr(options, n) is None})
 
 
@@ -103,9 +103,9 @@ def make_network(options: cli.NetworkOptions, train: data.TrainingData) -> model
     """The network to be trained, on the data's device, with given weights and frozen stages. Raises ValueError or
     OSError."""
     state, (mean, std) = given_weights(options, train)
-    settings = model.fit(options.backbone, options.width, train.size, state, stem=options.stem, enlarge=options.enlarge)
+    settings = {"backbone": options.backbone, "width": options.width, "input_size": options.image_size}
     mirror = options.mirror and train.options.flip
-    settings |= {"mirror": mirror, "turned": options.turned, "mean": mean, "std": std}
+    settings |= {"mirror": mirror, "turned": options.turned, "size": train.size, "mean": mean, "std": std}
     net = model.build(**settings) if state is None else model.build_with_weights(settings, state)[0]
     net.freeze(options.freeze)
     if state is None and len(train.kept) < FEW:
@@ -126,8 +126,9 @@ def make_network(options: cli.NetworkOptions, train: data.TrainingData) -> model
 
 def given_weights(options: cli.NetworkOptions, train: data.TrainingData) -> tuple[dict | None, tuple]:
     """A state dict to start from, if one is given, and the mean and standard deviation of the network's pixels."""
+    usual = model.made_for(options.backbone).get("pixels", train.pixel_statistics)
     if options.pretrained:
-        return model.pretrained_resnet18(), model.IMAGENET
+        return model.pretrained_weights(options.backbone), usual
     if options.weights is None:
         return None, train.pixel_statistics
     saved = model.load_checkpoint(options.weights)
@@ -143,7 +144,7 @@ def given_weights(options: cli.NetworkOptions, train: data.TrainingData) -> tupl
     elif options.pixel_mean is not None:
         statistics = options.pixel_mean, options.pixel_std
     else:
-        statistics = model.IMAGENET if options.backbone == "resnet18" else train.pixel_statistics
+        statistics = usual
     return model.bare_state(saved, options.weights), statistics
 
 
@@ -257,6 +258,8 @@ class Run:
     @property
     def progress(self) -> float:
         """Fraction of the run that is done, 1 at its end."""
+        if not self.total:
+            return 1.0
         minutes = self.options.minutes
         return min(1.0, self.step / self.total if minutes is None else self.seconds / (60 * minutes))
 
@@ -281,6 +284,8 @@ class Run:
         started, images_before, seconds_before = time.monotonic(), self.images, self.seconds
         try:
             if self.step == 0 and (self.options.weights or self.options.pretrained):
+                if isinstance(self.net, model.LibraryNetwork):
+                    self.net.centre(self.train.kept.images)
                 self.log({"step": 0, "images": 0, "seconds": 0.0}, validate=True)  # given weights can be the best
                 self.save(validated=True)
             while self.progress < 1:

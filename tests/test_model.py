@@ -30,48 +30,90 @@ def test_multiply_adds_are_the_known_ones():
 
 def test_counts_of_resnet18_are_torchvisions():
     meta = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta
-    net = model.build("resnet18", stem="full").train()
-    parameters, multiply_adds = model.count(net, 224)
+    net = model.build("torchvision:resnet18").train()
+    parameters, multiply_adds = model.count(net, 32)  # enlarged to 224
     assert parameters + 513_000 == meta["num_params"]
     assert round((multiply_adds + 512_000) / 1e9, 3) == meta["_ops"]
     assert net.training and not any(module._forward_hooks for module in net.modules())
 
 
-@pytest.mark.parametrize(("stem", "enlarge"), [("full", 1), ("full", 2), ("small", 1)])
-def test_resnet18_agrees_with_torchvision(stem, enlarge):
-    net = model.build("resnet18", stem=stem, enlarge=enlarge).eval()
-    peer = torchvision.models.resnet18()
-    peer.fc = torch.nn.Identity()
-    if stem == "small":
-        peer.conv1, peer.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
-    peer.load_state_dict(net.state_dict())
-    images = torch.randn(2, 3, 32, 32)
-    larger = torch.nn.Upsample(scale_factor=enlarge, mode="bilinear")(images)
+LIBRARIES = ["torchvision:resnet18", "torchvision:squeezenet1_1", "timm:test_vit", "timm:test_efficientnet"]
+SIDES = {"torchvision:squeezenet1_1": 64, "torchvision:resnet18": 48}  # at others, these networks' own
+
+
+def library_network(backbone):
+    """A network of a library, and the same one as the library makes it, with its classifier and other weights."""
+    library, name = backbone.split(":")
+    torch.manual_seed(0)
+    if library == "torchvision":
+        peer = torchvision.models.get_model(name)
+    else:
+        peer = pytest.importorskip("timm").create_model(name)
+    return model.build(backbone, input_size=SIDES.get(backbone), size=32), peer.eval()
+
+
+@pytest.mark.parametrize("backbone", LIBRARIES)
+def test_embeddings_are_what_the_librarys_classifier_gets(backbone):
+    """Its weights are taken over, with the classifier left out; images are scaled to the network's input size."""
+    net, peer = library_network(backbone)
+    state = {f"module.{name}": tensor for name, tensor in peer.state_dict().items()}
+    left_out = model.load_weights(net.eval(), state)
+    layer = left_out[0].rpartition(".")[0]
+    assert {f"{layer}.weight", f"{layer}.bias"} == {*left_out}
+    inputs, images, side = [], torch.randn(2, 3, 32, 32), net.input_size
+    peer.get_submodule(layer).register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    larger = F.interpolate(images, (side, side), mode=model.made_for(backbone)["interpolation"], antialias=True)
     with torch.no_grad():
-        assert torch.allclose(net(images), peer.eval()(larger), atol=1e-4)
-    assert net(images).shape == (2, net.dimension) and model.build(**net.settings).stem == stem
+        peer(larger)
+        features = inputs[0] if inputs[0].ndim == 2 else inputs[0].mean((2, 3))  # SqueezeNet pools its class scores
+        assert torch.allclose(net(images), F.normalize(features), atol=1e-5)
+        assert torch.equal(net(images), net.embed(images))
+    assert net(images).shape == (2, net.dimension) and net.settings["input_size"] == side
+
+
+@pytest.mark.parametrize("backbone", ["torchvision:resnet18", "timm:test_vit"])
+def test_a_network_is_centred_on_images(backbone):
+    """And so it is when it is built again: the mean embedding is in the state dict, and starts as zero."""
+    net, _ = library_network(backbone)
+    net.mirror = True
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    raw = model.embed(net, images)
+    assert torch.allclose(raw.norm(dim=1), torch.ones(6), atol=0.2)  # averages of two of length 1
+    for _ in range(2):  # a second time changes nothing
+        net.centre(images)
+        centred = model.embed(net, images)
+        assert torch.allclose(centred, raw - raw.mean(0), atol=1e-5) and centred.mean(0).norm() < 1e-5
+    again, left_out = model.build_with_weights(net.settings | {"mirror": True}, net.state_dict())
+    assert torch.equal(model.embed(again, images), centred) and not left_out
 
 
 @pytest.mark.parametrize(
-    ("side", "kernel", "options", "expected"),
+    ("backbone", "parts", "first", "last"),
     [
-        (32, None, {}, ("small", 1)),
-        (64, None, {}, ("full", 2)),
-        (224, None, {}, ("full", 1)),
-        (32, 7, {}, ("full", 4)),
-        (128, 3, {}, ("small", 1)),
-        (32, 7, {"enlarge": 2}, ("full", 2)),
-        (32, None, {"stem": "full"}, ("full", 4)),
-        (96, None, {"stem": "small", "enlarge": 3}, ("small", 3)),
+        ("torchvision:resnet18", 5, "conv1 bn1", "layer4"),
+        ("torchvision:mobilenet_v3_small", 14, "features.0", "classifier.0"),
+        ("torchvision:vit_b_32", 13, "conv_proj class_token encoder.pos_embedding", "encoder.layers.encoder_layer_11"),
+        ("timm:test_vit", 7, "patch_embed cls_token pos_embed", "blocks.5"),
+        ("timm:test_efficientnet", 7, "conv_stem bn1", "conv_head"),
     ],
 )
-def test_the_stem_fits_the_images_and_the_weights(side, kernel, options, expected):
-    state = kernel and {"conv1.weight": torch.zeros(64, 3, kernel, kernel)}
-    chosen = model.fit("resnet18", 16, side, state, **options)
-    assert chosen == {"backbone": "resnet18", "stem": expected[0], "enlarge": expected[1], "size": side}
+def test_the_stages_of_any_network(backbone, parts, first, last):
+    """The first can be frozen alone, the last one never is."""
+    if backbone.startswith("timm"):
+        pytest.importorskip("timm")
+    net = model.build(backbone)
+    net.freeze(1)
+    frozen = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
+    names = tuple(f"body.{name}" for name in first.split())
+    assert frozen and frozen == {name for name, _ in net.named_parameters() if name.startswith(names)}
+    net.freeze(parts - 1)
+    trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    assert any(name.startswith(f"body.{last}") for name in trained) and not trained & frozen
+    with pytest.raises(ValueError, match=f"--freeze must be in 0..{parts - 1} for this network, got {parts}"):
+        net.freeze(parts)
 
 
-@pytest.mark.parametrize(("backbone", "stages"), [("resnet20", 2), ("resnet20", 0), ("resnet18", 1)])
+@pytest.mark.parametrize(("backbone", "stages"), [("resnet20", 2), ("resnet20", 0)])
 def test_frozen_stages_stay_as_they_are(backbone, stages):
     net = model.build(backbone, width=4)
     net.freeze(stages)
@@ -86,7 +128,7 @@ def test_frozen_stages_stay_as_they_are(backbone, stages):
 
 
 def test_freezing_everything_is_refused():
-    for backbone, stages in (("resnet20", 4), ("resnet18", 5), ("resnet20", -1)):
+    for backbone, stages in (("resnet20", 4), ("resnet20", -1)):
         with pytest.raises(ValueError, match="--freeze must be in 0"):
             model.build(backbone).freeze(stages)
 
@@ -141,10 +183,13 @@ def test_published_weights_load():
     state |= {"module.linear.weight": torch.zeros(10, 64), "module.linear.bias": torch.zeros(10)}
     assert model.load_weights(net, state) == ["linear.weight", "linear.bias"]
     assert torch.equal(net.layer3[1].conv2.weight, state["module.layer3.1.conv2.weight"])
-    with pytest.raises(ValueError, match="wrong --backbone or --width"):
+    with pytest.raises(ValueError, match=r"wrong --backbone or --width.*60 missing \(layer1.3.conv1.weight"):
         model.load_weights(model.build("resnet32"), state)
-    del state["module.conv1.weight"]
-    with pytest.raises(ValueError, match=r"conv1\.weight"):
+    wide = r"of another shape \(conv1.weight \[16, 3, 3, 3\] for \[8, 3, 3, 3\]"
+    with pytest.raises(ValueError, match=wide):
+        model.load_weights(model.build("resnet20", 8), state)
+    state["module.conv0.weight"] = state.pop("module.conv1.weight")
+    with pytest.raises(ValueError, match=r"1 missing \(conv1.weight\); 1 left over \(conv0.weight\)$"):
         model.load_weights(net, state)
 
 
@@ -187,6 +232,10 @@ def test_an_older_checkpoint_keeps_its_pixel_statistics_with_the_data(tmp_path):
     torch.save(saved | older | {"center": torch.zeros(16)}, tmp_path / "centred.pt")
     with pytest.raises(ValueError, match="subtracts a mean embedding"):
         model.load(tmp_path / "centred.pt")
+    older["network"] = {"backbone": "resnet18", "stem": "full", "enlarge": 4}
+    torch.save(saved | older, tmp_path / "resnet18.pt")
+    with pytest.raises(ValueError, match="of a former backbone, resnet18; train --backbone torchvision:resnet18 anew"):
+        model.load(tmp_path / "resnet18.pt")
 
 
 def test_normalised_softmax_is_cross_entropy_of_scaled_cosines():
@@ -223,7 +272,23 @@ def test_turned_views_are_appended_when_not_training(mirror):
     assert model.build(**net.settings).turned == 0.5
 
 
-@pytest.mark.parametrize(("backbone", "width", "message"), [("vgg", 16, "unknown backbone"), ("resnet20", 0, "width")])
-def test_wrong_networks_are_refused(backbone, width, message):
+@pytest.mark.parametrize(
+    ("backbone", "settings", "message"),
+    [
+        ("resnet20", {"width": 0}, "width must be at least 1"),
+        ("nothing", {}, "unknown backbone 'nothing'; near ones: resnet20, .*torchvision:NAME, timm:NAME"),
+        ("resnet18", {}, "unknown backbone 'resnet18'; near ones: .*torchvision:resnet18"),
+        ("torchvision:resnet20", {}, "near ones: torchvision:resnet"),
+        ("torchvision:googlenet", {}, "unknown backbone"),
+        ("torchvision:vit_b_32", {"input_size": 128}, r"cannot take 128 pixels \(.*\); give --image-size 224"),
+        ("torchvision:vgg11", {"input_size": 8}, r"cannot take 8 pixels \(.*\); give --image-size 224"),
+        ("timm:vit_tiny_patch16", {}, "near ones: .*timm:vit_tiny_patch16_224,"),
+        ("timm:test_vit.nobodys", {}, "near ones: timm:test_vit,"),
+        ("timm:test_vit", {"input_size": 100}, r"cannot take 100 pixels \(.*\); give --image-size 160"),
+    ],
+)
+def test_wrong_networks_are_refused(backbone, settings, message):
+    if backbone.startswith("timm"):
+        pytest.importorskip("timm")
     with pytest.raises(ValueError, match=message):
-        model.build(backbone, width)
+        model.build(backbone, **settings)

@@ -1,15 +1,27 @@
-"""Training from given weights: ResNet-18 from torchvision's, any network from a run's or others' files."""
+"""Given weights: those of torchvision, timm, a run or others, to train from or, frozen, to recognise with."""
 
 import csv
+import http.server
+import json
+import runpy
+import sys
+import threading
 import urllib.request
+from pathlib import Path
 
+import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 import torchvision
 
 import data
 import evaluate
+import export
+import metrics
 import model
+import oneshot
+import pictures
 import tiny
 import train_classic
 import train_reptile
@@ -20,7 +32,7 @@ ONE_STEP = {
     train_reptile: [*SMALL, "--iters", "1", "--inner-steps", "2", "--way", "2", "--images-per-class", "2"],
 }
 CONSTANT = ["--warmup", "0", "--weight-decay", "0"]
-RESNET18 = ["--backbone", "resnet18", "--enlarge", "2"]  # 16 x 16 pixels become 32 x 32
+RESNET18 = ["--backbone", "torchvision:resnet18", "--image-size", "32"]  # 16 x 16 pixels become 32 x 32
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +77,12 @@ def train(arguments, tmp_path):
 def test_resnet18_from_a_file_with_frozen_stages(train, published, script, capsys, tmp_path):
     path, state = published
     saved = train(script, *RESNET18, "--weights", path, "--freeze", "3")
-    mean, std = model.IMAGENET
-    own = {"backbone": "resnet18", "stem": "full", "enlarge": 2}
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # torchvision's
+    own = {"backbone": "torchvision:resnet18", "input_size": 32}
     assert saved["network"] == own | {"mirror": True, "turned": 0.0, "size": 16, "mean": mean, "std": std}
+    assert saved["model"].pop("mean_embedding").norm() > 0.5
     for name, tensor in saved["model"].items():
+        name = name.removeprefix("body.")
         frozen = name.startswith(("conv1.", "bn1.", "layer1.", "layer2."))
         assert torch.equal(tensor, state[name]) == frozen, name
     assert "resnet18: 11.18 M parameters, 10.49 M of them trained" in capsys.readouterr().out
@@ -82,7 +96,7 @@ def test_the_network_can_learn_at_a_rate_of_its_own(train, published):
         train(train_classic, *RESNET18, "--weights", path, "--optimizer", "sgd", *CONSTANT, *more)["model"]
         for more in (["--backbone-lr", "1e-6"], [])
     )
-    moved = [(saved["layer4.1.conv2.weight"] - state["layer4.1.conv2.weight"]).norm() for saved in (slow, fast)]
+    moved = [(saved["body.layer4.1.conv2.weight"] - state["layer4.1.conv2.weight"]).norm() for saved in (slow, fast)]
     assert 0 < 1e4 * moved[0] < moved[1]
 
 
@@ -92,13 +106,13 @@ def test_imagenet_weights_come_from_torchvision(train, arguments, published, mon
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers the proxies of its first use
     errors = refusal(train_classic, *arguments(train_classic, *RESNET18, "--pretrained"))
-    assert "cannot download the ImageNet weights" in errors and "give --weights FILE" in errors
+    assert "cannot download the weights of torchvision:resnet18" in errors and "give --weights FILE" in errors
     assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in errors
     cache = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
     assert not cache.exists()
     cache.write_bytes(published[0].read_bytes())
     saved = train(train_classic, *RESNET18, "--pretrained", "--freeze", "1")
-    assert torch.equal(saved["model"]["conv1.weight"], published[1]["conv1.weight"])
+    assert torch.equal(saved["model"]["body.conv1.weight"], published[1]["conv1.weight"])
 
 
 def test_a_run_starts_where_another_ended(train, tmp_path):
@@ -164,7 +178,7 @@ def test_weights_that_know_the_unseen_classes_are_refused(train, arguments, tmp_
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--pretrained"], "--pretrained is for --backbone resnet18"),
+        (["--pretrained"], "--pretrained is for --backbone torchvision:NAME and timm:NAME"),
         ([*RESNET18, "--pretrained", "--weights", "{file}"], "--pretrained or --weights FILE, not both"),
         (["--freeze", "1"], "--freeze keeps given weights"),
         ([*RESNET18, "--weights", "{file}", "--freeze", "5"], "--freeze must be in 0..4"),
@@ -173,9 +187,9 @@ def test_weights_that_know_the_unseen_classes_are_refused(train, arguments, tmp_
         (["--weights", "{list}"], "holds a list"),
         (["--weights", "{other}"], "is neither a checkpoint of this project nor a state dict"),
         (["--weights", "{file}"], "the weights do not fit this network"),
-        ([*RESNET18, "--weights", "{file}", "--stem", "small"], "the weights do not fit this network"),
-        (["--stem", "full"], "--stem and --enlarge are for --backbone resnet18"),
-        (["--backbone", "resnet18", "--enlarge", "-1"], "--enlarge must be at least 0"),
+        (["--backbone", "torchvision:resnet34", "--weights", "{file}"], "80 missing (layer1.2.conv1.weight, "),
+        (["--epochs", "0"], "--epochs 0 takes given weights as they are"),
+        ([*RESNET18, "--weights", "{file}", "--epochs", "0", "--minutes", "1"], "--epochs 0 takes given weights"),
     ],
 )
 def test_wrong_weights_give_one_message(arguments, npz, published, tmp_path, refusal, more, message):
@@ -186,6 +200,15 @@ def test_wrong_weights_give_one_message(arguments, npz, published, tmp_path, ref
     assert message in errors and len(errors) < 600
 
 
+def test_a_missing_package_is_named(arguments, monkeypatch, tmp_path, refusal):
+    (tmp_path / "a.safetensors").write_bytes(bytes(8))
+    for package, more in (("timm", ["--backbone", "timm:resnet18"]), ("safetensors", ["--weights", "{file}"])):
+        monkeypatch.setitem(sys.modules, package, None)
+        monkeypatch.setitem(sys.modules, f"{package}.torch", None)
+        given = [argument.format(file=tmp_path / "a.safetensors") for argument in more]
+        assert f"; pip install {package}\n" in refusal(train_classic, *arguments(train_classic, *given))
+
+
 def test_frozen_batch_norm_keeps_its_statistics(npz):
     options = train_reptile.Options(data=npz, split="75-25", width=4)
     train = data.load_for_training(options, 0, torch.device("cpu"))
@@ -194,3 +217,126 @@ def test_frozen_batch_norm_keeps_its_statistics(npz):
     before = net.bn1.running_mean.clone(), net.layer1[0].bn1.running_mean.clone()
     model.refresh_batch_norm(net, train.kept.images)
     assert torch.equal(net.bn1.running_mean, before[0]) and not torch.equal(net.layer1[0].bn1.running_mean, before[1])
+
+
+# ------------------------------------------------------------------------------------------------------ not trained
+
+
+def calibrated(script, *arguments, out):
+    """The checkpoint of a run without training."""
+    tiny.run(script, *arguments, "--epochs", "0", "--out", out)
+    assert tiny.same(model.load_checkpoint(out / "best.pt")["model"], model.load_checkpoint(out / "last.pt")["model"])
+    return model.load_checkpoint(out / "best.pt")
+
+
+def test_a_checkpoint_without_training(published, tmp_path, capsys):
+    """The weights as given, less the mean embedding of the training images; calibrated on the held-back ones."""
+    npz = tiny.write_npz(tmp_path / "tiny.npz", train=16, test=4)
+    path, state = published
+    usual = [*RESNET18, "--weights", path, "--data", npz, "--split", "75-25", "--device", "cpu"]
+    saved = calibrated(train_classic, *usual, out=tmp_path / "run")
+    assert "no training: " in capsys.readouterr().err
+    assert saved["step"] == saved["images"] == 0 and not saved["data"]["trained"]
+    body = {name.removeprefix("body."): tensor for name, tensor in saved["model"].items()}
+    assert all(torch.equal(body[name], tensor) for name, tensor in state.items() if not name.startswith("fc."))
+    net, _ = model.load(tmp_path / "run" / "best.pt")
+    kept, held_back = data.hold_back(data.load(str(npz)).train.of(list(range(6))))
+    assert model.embed(net, kept.images).mean(0).norm() < 1e-5 < model.embed(net, held_back.images).mean(0).norm()
+    z = torch.nn.functional.normalize(model.embed(net, held_back.images))
+    assert saved["threshold"]["value"] == metrics.roc(z, held_back.labels).best()[1]
+    assert oneshot.load(tmp_path / "run" / "best.pt").trained == frozenset()
+    tiny.run(evaluate, tmp_path / "run" / "best.pt", "--json", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["measured"]["unseen"] == {"classes": 2, "images": 8} and report["unseen"]["auc"] > 50
+    assert any("6 of the seen classes were not trained on" in note for note in report["notes"])
+    tiny.run(evaluate, path, *usual[:2], "--image-size", 32, "--data", npz, "--threshold", "0.1")  # the state dict
+
+
+def test_a_checkpoint_of_ours_without_training(train, npz, tmp_path):
+    """Calibrated for other data: its classes stay those that it was trained on."""
+    first = train(train_classic)
+    torch.save(first, tmp_path / "first.pt")
+    usual = ["--data", npz, *SMALL, "--weights", tmp_path / "first.pt"]
+    saved = calibrated(train_classic, *usual, out=tmp_path / "again")
+    assert tiny.same(saved["model"], first["model"]) and saved["threshold"]["value"] == first["threshold"]["value"]
+    assert oneshot.load(tmp_path / "again" / "best.pt").trained == {f"class {label}" for label in range(6)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["torchvision:squeezenet1_1", "timm:test_vit", "timm:test_efficientnet"])
+def test_any_network_is_trained_evaluated_exported_and_used(arguments, tmp_path, backbone, capsys):
+    """Weights from a .safetensors file for those of timm; images of 16 pixels become 64, or what the network wants."""
+    library, name = backbone.split(":")
+    if library == "timm":
+        net = pytest.importorskip("timm").create_model(name)
+        given = tmp_path / "model.safetensors"
+        pytest.importorskip("safetensors.torch").save_file(net.state_dict(), given)
+    else:
+        given = tmp_path / "net.pth"
+        torch.save(torchvision.models.get_model(name).state_dict(), given)
+    size = [] if name == "test_vit" else ["--image-size", 64]
+    usual = ["--backbone", backbone, "--weights", given, *size]
+    tiny.run(train_classic, *arguments(train_classic, *usual, "--images-per-class", 4))
+    tiny.run(train_reptile, *arguments(train_reptile, *usual))
+    for script in (train_classic, train_reptile):
+        best = tmp_path / script.__name__ / "last.pt"
+        tiny.run(evaluate, best, "--device", "cpu")
+        assert "unseen" in capsys.readouterr().out
+    for form in ("onnx", "torch"):
+        out = best.with_suffix(export.SUFFIXES[form])
+        tiny.run(export, best, "--format", form)
+        pictures = [image.numpy() for image in export.random_images(3, 32).permute(0, 2, 3, 1)]
+        known, found = (oneshot.load(each).embed(pictures) for each in (best, out))
+        assert abs(known - found).max() < 1e-5 < abs(known[0] - known[1]).max()
+
+
+def test_weights_come_from_timms_hub(train, tmp_path, monkeypatch):
+    """A stand-in serves them; they are downloaded once."""
+    timm, asked = pytest.importorskip("timm"), []
+    constants = pytest.importorskip("huggingface_hub.constants")
+    net = timm.create_model("test_vit")
+    file = tmp_path / "model.safetensors"
+    pytest.importorskip("safetensors.torch").save_file(net.state_dict(), file)
+
+    class Hub(http.server.SimpleHTTPRequestHandler):
+        def translate_path(self, path):
+            return str(file)
+
+        def end_headers(self):
+            asked.append((self.command, self.path))
+            self.send_header("ETag", '"1"')
+            self.send_header("X-Repo-Commit", "1" * 40)
+            super().end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", place)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", place + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        saved = train(train_classic, "--backbone", "timm:test_vit", "--pretrained", "--freeze", 1)
+        server.shutdown()
+    assert [command for command, path in asked if path.endswith("/model.safetensors")] == ["HEAD", "GET"]
+    assert torch.equal(saved["model"]["body.cls_token"], net.cls_token)
+    assert saved["network"]["input_size"] == 160 and saved["network"]["mean"] == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.slow
+def test_real_weights_know_a_palace_and_a_daisy():
+    """ImageNet's classes of scikit-learn's two photographs: the package's tensors have got timm's names rightly."""
+    timm = pytest.importorskip("timm")
+    lite0 = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "lite0.py"))
+    net = timm.create_model("tf_efficientnet_lite0").eval()
+    net.load_state_dict(lite0["state_dict"](), strict=False)
+    made = model.made_for("timm:tf_efficientnet_lite0")
+    images = [pictures.read(image, made["input_size"]) for image in sklearn.datasets.load_sample_images().images]
+    pixels = torch.tensor(np.stack(images)) / 255
+    mean, std = torch.tensor(made["pixels"])[..., None, None]
+    with torch.no_grad():
+        scores = net((pixels - mean) / std)
+    assert scores.argmax(1).tolist() == [698, 985]
