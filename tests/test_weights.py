@@ -235,7 +235,7 @@ def test_a_checkpoint_without_training(published, tmp_path, capsys):
     path, state = published
     usual = [*RESNET18, "--weights", path, "--data", npz, "--split", "75-25", "--device", "cpu"]
     saved = calibrated(train_classic, *usual, out=tmp_path / "run")
-    assert "no training: " in capsys.readouterr().err
+    assert "no training: " in capsys.readouterr().out
     assert saved["step"] == saved["images"] == 0 and not saved["data"]["trained"]
     body = {name.removeprefix("body."): tensor for name, tensor in saved["model"].items()}
     assert all(torch.equal(body[name], tensor) for name, tensor in state.items() if not name.startswith("fc."))
