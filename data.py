@@ -189,7 +189,7 @@ class Sampler:
         return torch.randperm(len(self.classes), generator=self.tasks)[:way]
 
     def turns(self, n: int, chance: float, ways: int = 4) -> Tensor:
-        """How each of `n` classes is shown (n,): in one of `TURNS` but the first with probability `chance`, else 0."""
+        """How each of `n` classes is shown (n,), as `augment` takes it: 1..ways-1 with probability `chance`, else 0."""
         turned = torch.rand(n, generator=self.generator) < chance
         return torch.where(turned, torch.randint(1, ways, (n,), generator=self.generator), 0)
 
@@ -307,8 +307,8 @@ class TrainingData:
 
     @property
     def ways(self) -> int:
-        """In how many ways a class is shown, each as a class of its own; see `augment`."""
-        return (4 if self.options.flip else 8) if self.options.rotate else 1
+        """In how many ways a class is shown with --rotate, each as a class of its own; see `augment`."""
+        return 4 if self.options.flip else 8
 
     def turns(self, n: int) -> Tensor:
         """How each of n classes is shown (n,), 0..ways-1."""

@@ -145,7 +145,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if min(options.batch_classes, len(train.facts["seen"])) % distributed.world():
             raise ValueError(f"--batch-classes must be a multiple of {distributed.world()}, the number of processes")
         seen = torch.tensor(train.facts["seen"], device=device)
-        head = NormalisedSoftmax(train.ways * len(seen), net.dimension, options.softmax_scale).to(device)
+        ways = train.ways if options.rotate else 1
+        head = NormalisedSoftmax(ways * len(seen), net.dimension, options.softmax_scale).to(device)
         optimizers = make_optimizers(options, net, head)
         batch = min(options.batch_classes, len(seen)) * options.images_per_class
         steps_per_epoch = len(train.kept) / batch
