@@ -481,5 +481,6 @@ def test_the_page(folder, start, page, tmp_path):
     assert len(server.enrolled.names()) == 2
     server.shutdown()
     server.server_close()
+    page.wait("fetch('/gallery').then(() => false, () => true)")  # no connection made in advance is left
     page.choose("#query-file", pictures(folder, part="queries")[0])
     page.wait("$('query-status').textContent.includes('no answer: is the server running')")

@@ -143,12 +143,12 @@ PYBIND11_MODULE(wide, m) {
     return by_type(
         type, [&](auto in) { return run_forward(OwningBatch<decltype(in)>(x, labels, anchors), settings_of(codes)); });
   });
-  m.def("backward",
-        [](const std::string& type, py::array x, py::array labels, int anchors, bool, Codes codes, int gradient_rows,
-           unsigned, py::array grad, py::object, py::array_t<int64_t> positive, py::array_t<int64_t> negative) {
-          return by_type(type, [&](auto in) {
-            const OwningBatch<decltype(in)> batch(x, labels, anchors);
-            return run_backward(batch, settings_of(codes), grad, positive, negative, gradient_rows);
-          });
-        });
+  m.def("backward", [](const std::string& type, py::array x, py::array labels, int anchors, bool, Codes codes, unsigned,
+                       py::array grad, int gradient_rows, py::object, py::array_t<int64_t> positive,
+                       py::array_t<int64_t> negative) {
+    return by_type(type, [&](auto in) {
+      const OwningBatch<decltype(in)> batch(x, labels, anchors);
+      return run_backward(batch, settings_of(codes), grad, positive, negative, gradient_rows);
+    });
+  });
 }
