@@ -10,11 +10,14 @@ classes FIRST..LAST; seen: 30 of each class the network was trained on.
 import argparse
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import cli
 import data
