@@ -1,6 +1,7 @@
 """model.py: the networks' shape, size, names and arithmetic, frozen stages, published weights, embedding."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -48,7 +49,7 @@ def library_network(backbone):
     if library == "torchvision":
         peer = torchvision.models.get_model(name)
     else:
-        peer = pytest.importorskip("timm").create_model(name)
+        peer = timm.create_model(name)
     return model.build(backbone, input_size=SIDES.get(backbone), size=32), peer.eval()
 
 
@@ -99,8 +100,6 @@ def test_a_network_is_centred_on_images(backbone):
 )
 def test_the_stages_of_any_network(backbone, parts, first, last):
     """The first can be frozen alone, the last one never is."""
-    if backbone.startswith("timm"):
-        pytest.importorskip("timm")
     net = model.build(backbone)
     net.freeze(1)
     frozen = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
@@ -288,7 +287,5 @@ def test_turned_views_are_appended_when_not_training(mirror):
     ],
 )
 def test_wrong_networks_are_refused(backbone, settings, message):
-    if backbone.startswith("timm"):
-        pytest.importorskip("timm")
     with pytest.raises(ValueError, match=message):
         model.build(backbone, **settings)

@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sklearn.datasets
+import timm
 import torch
 import torchvision
+from huggingface_hub import constants
+from safetensors.torch import save_file
 
 import data
 import evaluate
@@ -268,9 +271,9 @@ def test_any_network_is_trained_evaluated_exported_and_used(arguments, tmp_path,
     """Weights from a .safetensors file for those of timm; images of 16 pixels become 64, or what the network wants."""
     library, name = backbone.split(":")
     if library == "timm":
-        net = pytest.importorskip("timm").create_model(name)
+        net = timm.create_model(name)
         given = tmp_path / "model.safetensors"
-        pytest.importorskip("safetensors.torch").save_file(net.state_dict(), given)
+        save_file(net.state_dict(), given)
     else:
         given = tmp_path / "net.pth"
         torch.save(torchvision.models.get_model(name).state_dict(), given)
@@ -292,11 +295,10 @@ def test_any_network_is_trained_evaluated_exported_and_used(arguments, tmp_path,
 
 def test_weights_come_from_timms_hub(train, tmp_path, monkeypatch):
     """A stand-in serves them; they are downloaded once."""
-    timm, asked = pytest.importorskip("timm"), []
-    constants = pytest.importorskip("huggingface_hub.constants")
+    asked = []
     net = timm.create_model("test_vit")
     file = tmp_path / "model.safetensors"
-    pytest.importorskip("safetensors.torch").save_file(net.state_dict(), file)
+    save_file(net.state_dict(), file)
 
     class Hub(http.server.SimpleHTTPRequestHandler):
         def translate_path(self, path):
@@ -329,7 +331,6 @@ def test_weights_come_from_timms_hub(train, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_real_weights_know_a_palace_and_a_daisy():
     """ImageNet's classes of scikit-learn's two photographs: the package's tensors have got timm's names rightly."""
-    timm = pytest.importorskip("timm")
     lite0 = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "lite0.py"))
     net = timm.create_model("tf_efficientnet_lite0").eval()
     net.load_state_dict(lite0["state_dict"](), strict=False)
