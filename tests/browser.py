@@ -146,9 +146,13 @@ class Browser:
             time.sleep(0.05)
 
     def middle(self, selector: str) -> dict:
-        """Where an element is, after scrolling to it."""
-        self.value(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-        box = self.value(f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()")
+        """Where an element is, after scrolling to it, once it stays there."""
+        box, last = None, self
+        while box != last:
+            last = box
+            self.value(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+            box = self.value(f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().toJSON()")
+            time.sleep(0.1)
         return {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
 
     def click(self, selector: str) -> None:

@@ -473,6 +473,7 @@ def test_the_page(folder, start, page, tmp_path):
     page.wait("document.querySelectorAll('#list img').length === 14")
 
     page.click("#list > li:last-child button")
+    page.wait("document.querySelector('#list > li:last-child button').textContent === 'Remove 6 pictures?'")
     assert len(server.enrolled.names()) == 3  # it asks first
     page.press("Enter", 13, "\r")
     page.wait(
