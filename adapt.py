@@ -80,7 +80,7 @@ class SupportAdaptation:
         sides = (pictures.images, pictures.images.flip(3)) if self.net.mirror else (pictures.images,)
         inputs = torch.stack([self.block_inputs(side) for side in sides], 1)  # (N, 1 or 2, C, H', W')
         supports, place = episodes[:, :, :shot].unique(return_inverse=True)  # (S,), (E, way, shot)
-        shown = augment(pictures.images, supports.repeat_interleave(VIEWS), generator, flip=self.flip)
+        shown = augment(pictures.pixels(supports.repeat_interleave(VIEWS)), generator, flip=self.flip)
         views = self.block_inputs(shown)
         rows = (place[..., None] * VIEWS + torch.arange(VIEWS)).flatten(2)  # of `views`: (E, way, shot * VIEWS)
         own = torch.arange(episodes[0].numel()).view(1, *episodes.shape[1:])  # one episode, as rows of its own images
@@ -156,8 +156,8 @@ def gain(before: Tensor, after: Tensor) -> dict:
 
 def domain_loss(net: model.Embedder, own: Images, rest: Images, generator: torch.Generator) -> Tensor:
     """The hinge loss of the triplets of BATCH random images of one class, `own`, and BATCH negatives from `rest`."""
-    anchors = own.images[torch.randperm(len(own), generator=generator)[:BATCH]]
-    others = rest.images[torch.randint(len(rest), (BATCH,), generator=generator)]
+    anchors = own.pixels(torch.randperm(len(own), generator=generator)[:BATCH])
+    others = rest.pixels(torch.randint(len(rest), (BATCH,), generator=generator))
     device = next(net.parameters()).device
     z = net.embed(net.normalise(torch.cat((anchors, others)).to(device)))
     label = (torch.arange(len(z), device=device) >= len(anchors)).long()
@@ -179,7 +179,7 @@ def published_variant(
     rows = []
     for place, label in enumerate(sorted(unseen)):
         loss = partial(domain_loss, own=data.train.of([label]), rest=rest, generator=generator)
-        z = F.normalize(model.embed(adapt(net, loss, STEPS, lr), test.images))
+        z = F.normalize(model.embed(adapt(net, loss, STEPS, lr), test))
         found = metrics.accuracies(z, test.labels, threshold)
         rows.append({"label": label} | {name: float(accuracy.per_class[place]) for name, accuracy in found.items()})
     variant = f"{STEPS} steps (learning rate {lr:g}) on each unseen class's training images"

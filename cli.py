@@ -50,16 +50,22 @@ PixelStatistics = shown_as("R G B", tuple[float, float, float] | None)
 
 @dataclass(frozen=True)
 class DataOptions:
-    data: DataSource = "cifar100"  # downloaded, drawn here, an .npz file, or a folder or .zip with a folder a class
+    data: DataSource = (
+        "cifar100"  # downloaded, drawn here, an .npz file, a folder or .zip with a folder a class, a .csv table
+    )
     data_root: Folder = "data"  # folder for downloads and caches
     image_size: Number = None  # side to which pictures are scaled; default: 32 pixels, or what the network was made for
     split: Split = "90-10"  # seen and unseen shares of the classes, or cifar-fs, cifar-fs+val, fc100, fc100+val
     split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
     withhold: float = 0.0  # fraction of the seen classes (the last ones) kept for validation, to compare recipes
+    crop: Rate = None  # smallest share of an image that is cropped at random; photographs: 0.25, else 0, for shifts
+    jitter: Rate = None  # how much brightness, contrast and saturation vary at random; photographs: 0.3, else 0
     flip: bool = True  # mirror half of the training images; --no-flip where a mirror image is of another class
     distort: float = 0.0  # how strongly each training image is rotated, scaled, sheared and bent; characters: 0.2
-    cutout: float = 0.375  # side of the square blanked in each training image, as a fraction of the image's side
-    rotate: float = 0.25  # probability that a class is shown turned (--no-flip: or mirrored), as a class of its own
+    cutout: Rate = None  # side of the square blanked in each training image, as a share; 0.375, photographs: 0
+    rotate: Rate = (
+        None  # probability that a class is shown turned (--no-flip: or mirrored), as its own; 0.25, photos: 0
+    )
 
 
 @dataclass(frozen=True)

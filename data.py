@@ -4,6 +4,7 @@ A data set is one uint8 tensor; a batch is a tensor of indices into it; cropping
 gathered. There are no worker processes and no Python code that runs once per image. sources.py reads the images.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable
@@ -154,8 +155,9 @@ def few_shot_images(data: Data, classes: list[int], split: str) -> Images:
 
 def copies(train: Images, test: Images) -> tuple[int, int]:
     """How many test images equal a training image, pixel for pixel, and how many an earlier test image."""
-    pixels = (part.images.permute(0, 2, 3, 1).numpy() for part in (train, test))
-    known, tested = (torch.tensor([hash(image.tobytes()) for image in part], dtype=torch.int64) for part in pixels)
+    batches = ((batch.permute(0, 2, 3, 1).numpy() for batch in part.split(1000)) for part in (train, test))
+    hashes = ([hash(image.tobytes()) for batch in part for image in batch] for part in batches)
+    known, tested = (torch.tensor(part, dtype=torch.int64) for part in hashes)
     return int(torch.isin(tested, known).sum()), len(tested) - len(tested.unique())
 
 
@@ -165,7 +167,7 @@ def hold_back(train: Images) -> tuple[Images, Images]:
     That is at most an eighth of the class; 2, a pair, of a class of 4 to 23 images, and none of a smaller one.
     """
     counts = torch.bincount(train.labels)
-    return train.split(torch.where(counts >= 4, (counts // 8).clamp(min=2, max=HELD_BACK), 0))
+    return train.part(torch.where(counts >= 4, (counts // 8).clamp(min=2, max=HELD_BACK), 0))
 
 
 # -------------------------------------------------------------------------------------------------------------- batches
@@ -211,32 +213,48 @@ class Sampler:
 
 
 def augment(
-    images: Tensor, index: Tensor, generator: torch.Generator, turns: Tensor | None = None, flip: bool = True
+    images: Tensor, generator: torch.Generator, turns: Tensor | None = None, flip: bool = True, shift: bool = True
 ) -> Tensor:
-    """Gather images[index] with a random crop (reflected, shifted by up to an eighth of the side) and a random `flip`.
+    """Images (B, 3, H, W) with a random `shift` by up to an eighth of the side, reflected, and a random `flip`.
 
-    `images` (N, 3, H, W) uint8, `index` (B,) int64 on the CPU -> (B, 3, H, W) uint8; both stored channels last.
-    `turns` (B,) int64, 0..7: quarters of a circle by which square images are rotated as well, counter-clockwise, 4 to 7
-    after being mirrored.
+    Images are stored channels last. `turns` (B,) int64, 0..7: quarters of a circle by which square images are rotated
+    as well, counter-clockwise, 4 to 7 after being mirrored.
     """
-    _, channels, height, width = images.shape
-    y = shifted(height, len(index), generator)
-    x = shifted(width, len(index), generator)
+    count, channels, height, width = images.shape
+    y = shifted(height, count, generator, shift)
+    x = shifted(width, count, generator, shift)
     if flip:
-        x = torch.where(torch.rand(len(index), 1, generator=generator) < 0.5, x.flip(1), x)
+        x = torch.where(torch.rand(count, 1, generator=generator) < 0.5, x.flip(1), x)
     if turns is not None:
         quarters = turns[:, None] % 4
         x = torch.where(turns[:, None] >= 4, x.flip(1), x)
         y = torch.where(quarters >= 2, y.flip(1), y)
         x = torch.where((quarters == 1) | (quarters == 2), x.flip(1), x)
-    index, y, x = (each.to(images.device) for each in (index, y, x))  # small: no wait for a GPU
-    pixel = (index[:, None, None] * height + y[:, :, None]) * width + x[:, None, :]  # (B, H, W)
+    y, x = y.to(images.device), x.to(images.device)  # small: no wait for a GPU
+    first = torch.arange(count, device=images.device)[:, None, None] * height
+    pixel = (first + y[:, :, None]) * width + x[:, None, :]  # (B, H, W)
     if turns is not None:
         odd = (turns % 2 == 1).to(images.device)[:, None, None]
         pixel = torch.where(odd, pixel.mT, pixel)
     pixels = images.permute(0, 2, 3, 1).reshape(-1, channels)  # a view: channels are last in memory
     batch = pixels.index_select(0, pixel.flatten())
-    return batch.view(len(index), height, width, channels).permute(0, 3, 1, 2)
+    return batch.view(count, height, width, channels).permute(0, 3, 1, 2)
+
+
+def crop_and_colour(images: Tensor, size: int, crop: float, jitter: float, generator: torch.Generator) -> Tensor:
+    """Images (B, 3, H, W) uint8, each cropped and coloured at random: (B, 3, size, size) uint8.
+
+    With `crop`, a part of at least this share of the area, of sides 3:4 to 4:3, is scaled to `size` (Szegedy et al.
+    2014, arXiv:1409.4842, sec. 6). Brightness, contrast and saturation change by a factor of 1 - `jitter` to
+    1 + `jitter`, in random order.
+    """
+    from torchvision.transforms import v2
+
+    steps = [v2.RandomResizedCrop(size, (crop, 1.0))] if crop else []
+    change = v2.Compose([*steps, v2.ColorJitter(jitter, jitter, jitter)])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        return torch.stack([change(image) for image in images])  # of a batch, all would change alike
 
 
 def distort(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
@@ -265,20 +283,22 @@ def cut_out(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
     return images.masked_fill(hit[0][:, None, :, None] & hit[1][:, None, None, :], 0)
 
 
-def shifted(side: int, n: int, generator: torch.Generator) -> Tensor:
-    """Source coordinates (n, side) of n random shifts by up to side/8 pixels, reflected at the borders."""
-    reach = side // 8
+def shifted(side: int, n: int, generator: torch.Generator, shift: bool) -> Tensor:
+    """Source coordinates (n, side) of n random shifts by up to side/8 pixels, reflected at the borders, or of none."""
+    reach = side // 8 if shift else 0
     coordinate = torch.arange(side) + torch.randint(-reach, reach + 1, (n, 1), generator=generator)
     coordinate = coordinate.abs()
     return torch.where(coordinate >= side, 2 * (side - 1) - coordinate, coordinate)
 
 
-def channel_statistics(images: Tensor) -> tuple[list[float], list[float]]:
+def channel_statistics(images: Tensor | Images) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel of (N, 3, H, W) uint8 images, on the scale 0..1."""
     levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    for batch in images.split(1000):
+        counts += torch.stack([torch.bincount(channel.flatten().cpu(), minlength=256) for channel in batch.unbind(1)])
     mean, std = [], []
-    for channel in images.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+    for share in counts.double() / counts.sum(1, keepdim=True):
         mean.append(float(share @ levels))
         std.append(max(float(share @ (levels - mean[-1]).square()) ** 0.5, 1e-3))  # a constant channel stays finite
     return mean, std
@@ -297,13 +317,13 @@ class TrainingData:
     sampler: Sampler
     generator: torch.Generator  # of this process's images and their augmentation
     options: DataOptions  # of the augmentation
-    pixel_statistics: tuple[list[float], list[float]]  # mean and standard deviation of the kept images' channels
+    device: torch.device  # of the batches
     facts: dict  # name, source, classes, seen, validation, unseen, fingerprint
 
-    @property
-    def size(self) -> int:
-        """Side of the images in pixels."""
-        return self.kept.images.shape[2]
+    @functools.cached_property
+    def pixel_statistics(self) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of the kept images' channels, on the scale 0..1."""
+        return channel_statistics(self.kept)
 
     @property
     def ways(self) -> int:
@@ -319,21 +339,30 @@ class TrainingData:
 
         `normalise` is the network's; `turns` (B,) say how each image is rotated or mirrored.
         """
-        if not self.options.rotate:
+        options, generator = self.options, self.generator
+        if not options.rotate:
             turns = None  # all are upright
-        images = normalise(augment(self.kept.images, index, self.generator, turns, self.options.flip))
-        if self.options.distort:
-            images = distort(images, self.options.distort, self.generator)
-        if self.options.cutout:
-            images = cut_out(images, self.options.cutout, self.generator)
-        return images, self.kept.labels[index.to(self.kept.labels.device)]
+        images = self.kept.pixels(index, border=bool(options.crop))
+        if options.crop or options.jitter:
+            images = crop_and_colour(images, self.kept.size, options.crop, options.jitter, generator)
+        images = augment(images, generator, turns, options.flip, not options.crop)
+        images = normalise(images.to(self.device))
+        if options.distort:
+            images = distort(images, options.distort, generator)
+        if options.cutout:
+            images = cut_out(images, options.cutout, generator)
+        return images, self.kept.labels[index].to(self.device)
 
 
 def fingerprint(kept: Images, held_back: Images, facts: dict) -> str:
     """A hash of all that a training sees of its data, so that a run is not resumed with other images or labels."""
     found = hashlib.sha256(repr([facts[name] for name in ("classes", "seen", "validation", "unseen")]).encode())
     for images in (kept, held_back):
-        found.update(images.images.permute(0, 2, 3, 1).contiguous().numpy())
+        if images.mapped:
+            found.update(images.mapped.fingerprint.encode() + images.rows.numpy().tobytes())
+        else:
+            for batch in images.split(1000):
+                found.update(batch.permute(0, 2, 3, 1).contiguous().numpy())
         found.update(images.labels.numpy())
     return found.hexdigest()
 
@@ -341,7 +370,8 @@ def fingerprint(kept: Images, held_back: Images, facts: dict) -> str:
 def load_for_training(options: DataOptions, seed: int, device: torch.device) -> TrainingData:
     """Load the data, take the seen classes and hold back their last images. Raises ValueError or OSError."""
     with distributed.first_process_first():  # it downloads
-        loaded = load(options.data, options.data_root, options.image_size)
+        border = options.image_size // 14 if options.crop else 0  # the usual crop of 224 pixels from 256
+        loaded = load(options.data, options.data_root, options.image_size, border)
     split = "own" if loaded.own_split and options.split == DataOptions.split else options.split
     seen, unseen = split_classes(loaded.class_names, split, options.split_seed, loaded.own_split)
     if not seen:
@@ -351,7 +381,7 @@ def load_for_training(options: DataOptions, seed: int, device: torch.device) -> 
         withheld = loaded.own_split[1]
     kept, held_back = hold_back(loaded.train.of(seen))
     others = loaded.train.of(withheld)
-    validation = others.split(torch.full((len(loaded.class_names),), VALIDATION))[1] if withheld else None
+    validation = others.part(torch.full((len(loaded.class_names),), VALIDATION))[1] if withheld else None
     counts = torch.bincount(kept.labels, minlength=len(loaded.class_names)).tolist()
     few = [loaded.class_names[label] for label in seen if counts[label] < 2]
     if few:
@@ -378,6 +408,6 @@ def load_for_training(options: DataOptions, seed: int, device: torch.device) -> 
         sampler=Sampler(kept.labels, generator, tasks),
         generator=generator,
         options=options,
-        pixel_statistics=channel_statistics(kept.images),
+        device=device,
         facts=facts,
     )

@@ -113,7 +113,7 @@ class Loaded:
 
     def embed(self, images: data.Images) -> Tensor:
         """Embeddings of length 1, (N, D)."""
-        return normalize(model.embed(self.net, images.images))
+        return normalize(model.embed(self.net, images))
 
 
 # ------------------------------------------------------------------------------------------------------------- loading
@@ -140,7 +140,10 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     if not (options.runs or options.data) and source not in NAMED and not Path(source).exists():
         raise ValueError(f"{path} was trained on {source}, which is not found from {Path.cwd()}; give --data PATH")
     size = options.image_size or own.get("size") or model.made_for(backbone).get("input_size", 32)
-    loaded = load_runs(Path(source), size) if options.runs else load_data(source, options.data_root, size)
+    border = round(size * own.get("border", 0) / own.get("size", size))
+    loaded = (
+        load_runs(Path(source), size, border) if options.runs else load_data(source, options.data_root, size, border)
+    )
     names, learned = loaded.class_names, model.trained_classes(facts)
     asked = "0-100" if options.runs else options.split
     seen, unseen, split = data.pick_classes(loaded, trained, facts, asked, options.split_seed)
@@ -159,7 +162,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     if not seen:  # nothing was trained on, so all images are for testing
         loaded = data.Data(loaded.name, loaded.train.of([]), loaded.train + loaded.test, names)
     kept, held_back = data.hold_back(loaded.train.of(seen))
-    net = load_network(path, state, saved, backbone, options, (kept if seen else loaded.test).images)
+    net = load_network(path, state, saved, backbone, options, kept if seen else loaded.test)
     views = own.get("mirror", False), own.get("turned", 0.0)
     as_trained = (net.mirror, net.turned) == views and net.size == own.get("size")
     shared = {*facts["classes"]} & {*names}
@@ -173,12 +176,11 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
 
 
 def load_network(
-    path: str, state: dict[str, Tensor], saved: dict, backbone: str, options: Options, images: Tensor
+    path: str, state: dict[str, Tensor], saved: dict, backbone: str, options: Options, images: data.Images
 ) -> model.Embedder:
     """A network with the weights `state` of `path`, and the settings of the checkpoint `saved`, or BARE.
 
-    `images` (N, 3, H, W) uint8: a bare state dict is normalised by their pixel statistics, unless there are others.
-    Raises ValueError.
+    A bare state dict is normalised by the pixel statistics of `images`, unless there are others. Raises ValueError.
     """
     settings = model.settings_of(saved)
     if options.pixel_mean is not None:
@@ -189,7 +191,7 @@ def load_network(
     if "backbone" not in settings or options.backbone is not None or options.width is not None:
         width, input_size = options.width or saved["options"].get("width", 16), settings.get("input_size")
         settings |= {"backbone": backbone, "width": width, "input_size": input_size or options.image_size}
-    settings["size"] = images.shape[2]
+    settings |= {"size": images.size, "border": images.border}
     if options.mirror != "auto":
         settings["mirror"] = options.mirror == "yes"
     if options.turned is not None:
@@ -239,7 +241,7 @@ def make_report(
     if unseen:
         score, constant = None, None
         if facts["data"] == "cifar100":
-            score, constant = published_few_shot(unseen.z, unseen.labels, threshold["value"])
+            score, constant = published_few_shot(unseen.z, unseen.images.labels, threshold["value"])
         shots = few_shot_report(unseen)
         found["unseen"] |= {"published_protocol": score, "constant_answer": constant, "few_shot": shots}
     return {
@@ -267,7 +269,7 @@ def few_shot_report(side: Side) -> dict:
     for name, accuracies in side.episodes.items():
         if accuracies is not None:
             mean, half = metrics.mean_interval(accuracies)
-            half = half if metrics.enough(side.labels) else None
+            half = half if metrics.enough(side.images.labels) else None
             found[name] = {"accuracy": mean, "ci95": half, "episodes": len(accuracies)}
     return found
 
@@ -291,7 +293,7 @@ def class_rows(side: Side, names: list[str]) -> list[dict]:
     return [
         {"label": label, "name": names[label]}
         | {name: float(of.per_class[row]) for name, of in side.accuracies.items()}
-        for row, label in enumerate(side.labels.unique().tolist())
+        for row, label in enumerate(side.images.labels.unique().tolist())
     ]
 
 
@@ -300,7 +302,7 @@ def threshold_rows(sides: dict[str, Side], thresholds: dict[str, float]) -> list
     rows = [{"name": name, "value": value} for name, value in thresholds.items()]
     best, constant = {"name": "oracle", "value": None}, {"name": "always different", "value": None}
     for name, side in sides.items():
-        errors = metrics.pair_errors(side.z, side.labels, list(thresholds.values()))
+        errors = metrics.pair_errors(side.z, side.images.labels, list(thresholds.values()))
         for row, accept, reject in zip(rows, *(error.tolist() for error in errors), strict=True):
             accuracies = {ratio: 100 * (1 - share * reject - (1 - share) * accept) for ratio, share in SHARES.items()}
             row[name] = accuracies | {"false_accept": 100 * accept, "false_reject": 100 * reject}
@@ -313,14 +315,14 @@ def open_set_rows(sides: dict[str, Side], threshold: dict) -> list[dict]:
     """Recognition with strangers among the queries, by enrolled classes and pictures of each."""
     if not threshold.get("strangers"):
         return []
-    classes = {name: len(side.labels.unique()) for name, side in sides.items()}
+    classes = {name: len(side.images.labels.unique()) for name, side in sides.items()}
     settings = [("unseen", min(5, classes["unseen"] // 2))]
     if "seen" in sides:
         settings += [("seen", way) for way in sorted({min(20, classes["seen"]), classes["seen"]})]
     table, rows = Strangers(threshold["strangers"]), []
     for name, way in settings:
         for shot in (1, 5):
-            enrolled, others = ((side.z, side.labels) for side in (sides[name], sides["unseen"]))
+            enrolled, others = ((side.z, side.images.labels) for side in (sides[name], sides["unseen"]))
             found = metrics.open_set(enrolled, others, way, shot, table, adapt=name == "unseen")
             if found:
                 figures = {figure: metrics.mean_interval(values) for figure, values in found.items()}
@@ -364,7 +366,7 @@ def measure(loaded: Loaded, threshold: dict | None) -> tuple[dict[str, Side], di
     test, names = loaded.data.test, loaded.data.class_names
     if threshold is None:
         runs = len({name.rpartition("/")[0] for name in names})
-        side = metrics.measure_runs(test.images, test.labels, loaded.embed(test), len(names) // runs)
+        side = metrics.measure_runs(test, loaded.embed(test), len(names) // runs)
         return {"runs": side}, {"runs": runs, "trials": len(names)}, []
     sides, measured, notes = {}, {}, []
     for name, classes in (("seen", loaded.seen), ("unseen", loaded.unseen)):
@@ -373,7 +375,7 @@ def measure(loaded: Loaded, threshold: dict | None) -> tuple[dict[str, Side], di
         if name == "unseen":
             pictures = loaded.pictures
             shots = (z if len(pictures) == len(images) else loaded.embed(pictures), pictures.labels)
-        side = metrics.measure(images.images, images.labels, z, threshold["value"], shots)
+        side = metrics.measure(images, z, threshold["value"], shots)
         sides |= {name: side} if side else {}
         measured[name] = {"classes": len(classes), "images": len(images)}
         too_few = "" if side or not classes else "; nothing is measured, for want of two images of one class"

@@ -44,7 +44,7 @@ from model import Embedder, PixelEmbedder
 BOUND = 1e-5  # largest allowed difference between numbers of two embeddings of length 1
 PREPROCESSING = (
     "EXIF orientation applied; centre square; Pillow's resize to {0} x {0}, Resampling.BICUBIC with the square as box; "
-    "transparent parts white; RGB"
+    "its central {1} x {1}; transparent parts white; RGB"
 )
 BATCHES = (1, 7, 64)  # batch sizes that the check tries
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
@@ -108,7 +108,7 @@ def describe(net: Embedder, saved: dict, pixels: str) -> dict[str, str]:
         "seen": json.dumps(facts["seen"]),
         "recogniser": json.dumps(model.recogniser_facts(net, saved)),
         "input": f"{pixels} RGB pixels 0..255, {size} x {size}",
-        "preprocessing": PREPROCESSING.format(size),
+        "preprocessing": PREPROCESSING.format(size + 2 * net.border, size),
         "data": facts["name"],
         "commit": str(saved["commit"]),
     }
@@ -123,7 +123,8 @@ def main(args: Sequence[str] | None = None) -> None:
         cli.check_output("--out", out, options.checkpoint, *([options.data] if options.data else []))
         images = random_images(max(BATCHES), size)
         if options.data is not None:
-            images = sources.load(options.data, options.data_root, size).test.images[: max(BATCHES)]
+            test = sources.load(options.data, options.data_root, size, net.border).test
+            images = test.pixels(slice(max(BATCHES)))
         if images.shape[2] != size:
             raise ValueError(f"the images of --data are of {images.shape[2]} pixels, the checkpoint's of {size}")
         write = {"onnx": to_onnx, "torch": to_torch}[options.format]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oneshot import STRANGERS, Strangers
+from sources import Images
 
 FEW_SHOT = {"5w1s": (5, 1), "5w5s": (5, 5), "10w1s": (10, 1), "20w1s": (20, 1), "20w5s": (20, 5)}  # way, shot
 FEW_SHOT |= {"all1s": (None, 1)}  # all classes
@@ -478,30 +479,29 @@ def open_set(
 class Side:
     """Test images of the seen or the unseen classes, or of runs, and their measurements, at one threshold if any."""
 
-    images: Tensor  # (N, 3, H, W) uint8
-    labels: Tensor  # (N,)
+    images: Images
     z: Tensor  # (N, D) embeddings of length 1
     curve: Roc | None  # None for runs
     accuracies: dict[str, Accuracy]  # of triplets and of pairs; for runs, "error"
     episodes: dict[str, Tensor | None]  # accuracies (episodes,) in the settings of FEW_SHOT; empty for seen classes
 
 
-def measure(
-    images: Tensor, labels: Tensor, z: Tensor, threshold: float, shots: tuple[Tensor, Tensor] | None = None
-) -> Side | None:
+def measure(images: Images, z: Tensor, threshold: float, shots: tuple[Tensor, Tensor] | None = None) -> Side | None:
     """A `Side`; None unless there are pairs of both kinds.
 
-    `shots`: embeddings (N, D) and labels (N,) of the images that episodes are drawn from, if any are.
+    `z` (N, D): embeddings of length 1 of the images. `shots`: embeddings (N, D) and labels (N,) of the images that
+    episodes are drawn from, if any are.
     """
+    labels = images.labels
     curve = roc(z, labels)
     if curve is None:
         return None
     ways = {name: (way or len(labels.unique()), shot) for name, (way, shot) in FEW_SHOT.items() if shots}
     episodes = {name: episode_accuracies(*shots, *setting) for name, setting in ways.items()}
-    return Side(images, labels, z, curve, accuracies(z, labels, threshold, resample(labels)), episodes)
+    return Side(images, z, curve, accuracies(z, labels, threshold, resample(labels)), episodes)
 
 
-def measure_runs(images: Tensor, labels: Tensor, z: Tensor, way: int) -> Side:
+def measure_runs(images: Images, z: Tensor, way: int) -> Side:
     """One-shot classification in runs of `way` classes; a class has two images in a row, the known one and the query.
 
     The error in percent is the mean over runs, whose characters differ in how hard they are: these are resampled.
@@ -510,4 +510,4 @@ def measure_runs(images: Tensor, labels: Tensor, z: Tensor, way: int) -> Side:
     wrong = 100 * (found != torch.arange(way)).double().mean(1)  # (R,)
     resamples = 2000 if len(wrong) >= LEAST[0] else 0
     draws = torch.randint(len(wrong), (resamples, len(wrong)), generator=torch.Generator().manual_seed(0))
-    return Side(images, labels, z, None, {"error": Accuracy(float(wrong.mean()), wrong, wrong[draws].mean(1))}, {})
+    return Side(images, z, None, {"error": Accuracy(float(wrong.mean()), wrong, wrong[draws].mean(1))}, {})

@@ -54,6 +54,7 @@ class Embedder(nn.Module):
     dimension: int  # of the embedding
     settings: dict  # the arguments with which `build` makes it again
     size: int  # side of its images in pixels
+    border: int  # pixels that a picture file loses at each side after it is scaled
     mirror = False  # in evaluation mode, average the embeddings of an image and of its mirror image
     turned = 0.0  # in evaluation mode, append those of turned and, without `mirror`, mirrored views, times this
     frozen: Iterable[nn.Module] = ()
@@ -175,7 +176,7 @@ class LibraryNetwork(Embedder):
         """From now on subtract the mean embedding of images (N, 3, H, W) uint8, or of CENTRE_IMAGES random ones."""
         self.mean_embedding.zero_()
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CENTRE_IMAGES]
-        self.mean_embedding.copy_(embed(self, images[chosen.to(images.device)]).mean(0))
+        self.mean_embedding.copy_(embed(self, images[chosen]).mean(0))
 
 
 # -------------------------------------------------------------------------------------------- building, given weights
@@ -244,12 +245,14 @@ def build(
     mirror: bool = False,
     turned: float = 0.0,
     size: int = 32,
+    border: int = 0,
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> Embedder:
     """A network by name, randomly initialised and stored channels last. Raises ValueError.
 
-    `width` is for CIFAR ResNets, `input_size` for the others; `mirror`, `turned` and `size` are those of `Embedder`.
+    `width` is for CIFAR ResNets, `input_size` for the others; `mirror`, `turned`, `size` and `border` are those of
+    `Embedder`.
     `mean` and `std` are of the training images' channels, on the scale 0..1.
     """
     if width < 1:
@@ -259,10 +262,11 @@ def build(
     else:
         input_size = input_size or made_for(backbone)["input_size"]
         net, own = LibraryNetwork(backbone, input_size), {"input_size": input_size}
-    net.mirror, net.turned, net.size = mirror, turned, size
+    net.mirror, net.turned, net.size, net.border = mirror, turned, size, border
     net.set_pixel_statistics(mean, std)
     views = {"mirror": mirror, "turned": turned}
     net.settings = {"backbone": backbone} | own | views | {"size": size, "mean": list(mean), "std": list(std)}
+    net.settings |= {"border": border} if border else {}
     return net.to(memory_format=torch.channels_last)
 
 
@@ -402,9 +406,9 @@ def check_structure(saved: dict, path: str | os.PathLike) -> None:
         settings = {name: data[name] for name in ("size", "mean", "std") if name in data} | network
         if settings.get("backbone") == "resnet18":
             raise ValueError(f"{path} is of a former backbone, resnet18; train --backbone torchvision:resnet18 anew")
-        known = {"backbone", "width", "input_size", "mirror", "turned", "size", "mean", "std"}
-        sizes = [settings.get(name, 1) for name in ("width", "input_size", "size")]
-        valid = all(type(size) is int for size in sizes) and numbers(sizes, 3, 1, 2**16)
+        known = {"backbone", "width", "input_size", "mirror", "turned", "size", "border", "mean", "std"}
+        sizes = [settings.get(name, 1) for name in ("width", "input_size", "size", "border")]
+        valid = all(type(size) is int for size in sizes) and numbers(sizes, 4, 1, 2**16)
         if not (valid and settings.keys() <= known and isinstance(settings.get("backbone", ""), str)):
             wrong.append("network settings")
         mean, std = settings.get("mean", [0, 0, 0]), settings.get("std", [1, 1, 1])
@@ -457,7 +461,7 @@ def recogniser_facts(net: Embedder, saved: dict) -> dict:
     hashed = hashlib.sha256(json.dumps(net.settings, sort_keys=True).encode())
     for name, value in sorted(saved["model"].items()):
         hashed.update(name.encode() + value.contiguous().numpy().tobytes())
-    facts = {"size": net.size, "threshold": saved["threshold"], "fingerprint": hashed.hexdigest()}
+    facts = {"size": net.size, "border": net.border, "threshold": saved["threshold"], "fingerprint": hashed.hexdigest()}
     return facts | {"trained": sorted(trained_classes(saved["data"]))}
 
 
@@ -501,7 +505,7 @@ class PixelEmbedder(nn.Module):
 
 
 @torch.inference_mode()
-def embed(net: Embedder, images: Tensor, batch: int = 250) -> Tensor:
+def embed(net: Embedder, images: "Tensor | sources.Images", batch: int = 250) -> Tensor:  # noqa: F821
     """Embed (N, 3, H, W) uint8 images in evaluation mode, in float32 whatever the training precision: (N, D) float32.
 
     The images go to the network's device; the network's training mode is restored.
@@ -515,8 +519,8 @@ def embed(net: Embedder, images: Tensor, batch: int = 250) -> Tensor:
 
 
 @torch.no_grad()
-def refresh_batch_norm(net: Embedder, images: Tensor, batches: int = 20, batch_size: int = 250) -> None:
-    """Replace batch norm's running statistics by averages over training images (N, 3, H, W) uint8, not augmented.
+def refresh_batch_norm(net: Embedder, images: "Images", batches: int = 20, batch_size: int = 250) -> None:  # noqa: F821
+    """Replace batch norm's running statistics by averages over training images, not augmented.
 
     The statistics then belong to the weights in `net` now, whatever weights the last forward passes had (as for
     averaged weights: Izmailov et al. 2018, arXiv:1803.05407, sec. 3.2). Frozen ones stay. The images are the same at
@@ -527,11 +531,11 @@ def refresh_batch_norm(net: Embedder, images: Tensor, batches: int = 20, batch_s
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
-    was_training = net.training
+    was_training, device = net.training, next(net.parameters()).device
     net.train()
     shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     for index in shuffled[: batches * batch_size].split(batch_size):
-        net(net.normalise(images[index.to(images.device)]))
+        net(net.normalise(images.pixels(index).to(device)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     net.train(was_training)

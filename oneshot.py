@@ -63,6 +63,7 @@ class Recogniser:
     threshold: dict  # as a checkpoint stores it: "value", "logistic", "strangers", ...
     trained: frozenset[str]  # names of the classes it was trained on
     fingerprint: str  # of the network: embeddings are comparable where it is equal
+    border: int = 0  # pixels that a picture loses at each side after it is scaled
 
     def embed_each(self, some: Sequence[Any]) -> Iterator[tuple[np.ndarray | None, np.ndarray | None, str]]:
         """Of each picture its pixels (3, size, size) uint8, its embedding (D,) float32 and "", or None, None and an
@@ -70,7 +71,7 @@ class Recogniser:
 
         def read(picture: Any) -> np.ndarray | str:
             try:
-                return pictures.read(picture, self.size)
+                return pictures.read(picture, self.size, self.border)
             except ValueError as error:
                 return str(error)
 
@@ -142,7 +143,8 @@ def load(path: str | os.PathLike, device: str = "auto") -> Recogniser:
         def network(pixels: np.ndarray) -> np.ndarray:
             return normalised(model.embed(net, model.torch.from_numpy(pixels)).numpy())
 
-    return Recogniser(network, facts["size"], facts["threshold"], frozenset(facts["trained"]), facts["fingerprint"])
+    settings = facts["threshold"], frozenset(facts["trained"]), facts["fingerprint"], facts.get("border", 0)
+    return Recogniser(network, facts["size"], *settings)
 
 
 def load_exported(path: Path) -> tuple[Network, dict]:

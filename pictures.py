@@ -142,16 +142,17 @@ def listed(names: list[str], between: str = ", ") -> str:
 # ------------------------------------------------------------------------------------------------------ picture files
 
 
-def read(picture: Any, size: int) -> np.ndarray:
-    """The centre square of a picture, scaled to `size` pixels, antialiased: (3, size, size) uint8.
+def read(picture: Any, size: int, border: int = 0) -> np.ndarray:
+    """The centre square of a picture, scaled, antialiased, and without a `border` of so many pixels at each side:
+    (3, size, size) uint8.
 
     A picture is a path, a file in a zip file, the bytes of a file, a PIL image, an array (H, W, 3) or (H, W) of uint8,
     or a tensor (3, H, W) of uint8. EXIF rotation is applied, transparent parts become white, greyscale, palette and
-    16-bit pictures become RGB; of an animation the first frame counts. A picture of size x size pixels keeps them as
-    they are. Raises ValueError, or OSError if it is in a damaged zip file.
+    16-bit pictures become RGB; of an animation the first frame counts. Without a border, a picture of size x size
+    pixels keeps them as they are. Raises ValueError, or OSError if it is in a damaged zip file.
     """
     if isinstance(picture, (str, os.PathLike, zipfile.Path, bytes)):
-        return read_file(picture, size)
+        return read_file(picture, size, border)
     if not isinstance(picture, Image.Image):
         pixels = np.asarray(picture.cpu() if hasattr(picture, "cpu") else picture)
         if hasattr(picture, "cpu") and pixels.ndim == 3:
@@ -160,10 +161,11 @@ def read(picture: Any, size: int) -> np.ndarray:
             known = "arrays (H, W, 3) or (H, W) and tensors (3, H, W) of uint8"
             raise ValueError(f"pictures are paths, PIL images, {known}, got {pixels.shape} of {pixels.dtype}")
         picture = Image.fromarray(np.ascontiguousarray(pixels))
-    return np.array(centre_square(picture, size)).transpose(2, 0, 1)
+    square = centre_square(picture, size + 2 * border)
+    return np.array(square.crop((border, border, border + size, border + size))).transpose(2, 0, 1)
 
 
-def read_file(path: str | os.PathLike | zipfile.Path | bytes, size: int) -> np.ndarray:
+def read_file(path: str | os.PathLike | zipfile.Path | bytes, size: int, border: int) -> np.ndarray:
     """As `read`, of a file or the bytes of one."""
     file, name = path, path
     if isinstance(path, zipfile.Path):
@@ -180,7 +182,7 @@ def read_file(path: str | os.PathLike | zipfile.Path | bytes, size: int) -> np.n
             with Image.open(file, formats=formats) as image:
                 large = image.width * image.height > LARGE_PIXELS
                 with LARGE if large else nullcontext():
-                    return read(image, size)
+                    return read(image, size, border)
     except Image.UnidentifiedImageError as error:
         known = ", ".join(formats) + ("" if "HEIF" in formats else "; for HEIC: pip install pillow-heif, or convert it")
         raise ValueError(f"{name} is not a picture in a known format ({known})") from error

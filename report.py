@@ -205,8 +205,7 @@ def compare(sides: dict[str, Side], other: dict[str, Side]) -> dict | None:
     were measured on different images.
     """
     both = {name: (side, other.get(name)) for name, side in sides.items()}
-    same = all(b and torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels) for a, b in both.values())
-    if not same or sides.keys() != other.keys():
+    if sides.keys() != other.keys() or not all(a.images.same(b.images) for a, b in both.values()):
         return None
     compared = dict(UNMEASURED)
     for name, (side, theirs) in both.items():
@@ -217,7 +216,7 @@ def compare(sides: dict[str, Side], other: dict[str, Side]) -> dict | None:
         for setting, accuracies in side.episodes.items():
             if accuracies is not None:
                 mean, half = metrics.mean_interval(accuracies - theirs.episodes[setting])
-                interval = (mean - half, mean + half) if metrics.enough(side.labels) else None
+                interval = (mean - half, mean + half) if metrics.enough(side.images.labels) else None
                 rows[setting] = {"difference": mean, "ci95": interval}
     return compared
 

@@ -26,6 +26,7 @@ import model
 
 Options = TypeVar("Options")
 FEW = 1000  # training images; from fewer, training from scratch does not pay (docs/recipe.md)
+PHOTOGRAPH = 96  # pixels
 FIELDS = ("step", "images", "seconds", "loss", "rate", "triplet_accuracy", "pair_accuracy", "auc", "threshold")
 FIELDS += ("new_triplet_accuracy", "new_pair_accuracy", "new_one_shot")  # on validation classes, where there are any
 
@@ -36,7 +37,7 @@ def check(options: cli.RunOptions) -> None:
     if options.minutes is not None:
         cli.require(options, "minutes", most=1e6)
     cli.require(options, "margin", "seed", "withhold", least=0)
-    cli.require(options, "distort", "cutout", "rotate", "turned", least=0, most=1)
+    cli.require(options, "crop", "jitter", "distort", "cutout", "rotate", "turned", least=0, most=1)
     cli.require(options, "width", least=1, most=1024)
     cli.require(options, "image_size", least=8, most=4096)
     cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
@@ -53,14 +54,21 @@ def check(options: cli.RunOptions) -> None:
 
 
 def with_defaults(options: Options, **usual: float) -> Options:
-    """The options with what was not given of `image_size`, `freeze` and the learning rates, of which `usual` has these.
+    """The options with what was not given of image size, augmentation, `freeze` and the learning rates.
 
-    Given weights move at a tenth of the rates, and the first three stages of --weights not at all: else a few pictures
-    make a network forget what it knew of other classes.
+    `usual` are the learning rates where no weights are given: given ones move at a tenth of these, and the first three
+    stages of --weights not at all, or a few pictures make a network forget what it knew of other classes. Photographs
+    are picture files of PHOTOGRAPH pixels or more.
     """
-    size = model.made_for(options.backbone).get("input_size", 32)
-    share, freeze = 0.1 if options.weights or options.pretrained else 1.0, 3 if options.weights else 0
-    found = {"image_size": size, "freeze": freeze, **{name: share * rate for name, rate in usual.items()}}
+    size = options.image_size or model.made_for(options.backbone).get("input_size", 32)
+    files = not options.data.endswith(".npz") and options.data not in ("cifar100", "glyphs")
+    if files and size >= PHOTOGRAPH:
+        found = {"crop": 0.25, "jitter": 0.3, "cutout": 0.0, "rotate": 0.0}
+    else:
+        found = {"crop": 0.0, "jitter": 0.0, "cutout": 0.375, "rotate": 0.25}
+    share = 0.1 if options.weights or options.pretrained else 1.0
+    found |= {"image_size": size, "freeze": 3 if options.weights else 0}
+    found |= {name: share * rate for name, rate in usual.items()}
     return dataclasses.replace(options, **{n: value for n, value in found.items() if getattr(options, n) is None})
 
 
@@ -105,7 +113,8 @@ def make_network(options: cli.NetworkOptions, train: data.TrainingData) -> model
     state, (mean, std) = given_weights(options, train)
     settings = {"backbone": options.backbone, "width": options.width, "input_size": options.image_size}
     mirror = options.mirror and train.options.flip
-    settings |= {"mirror": mirror, "turned": options.turned, "size": train.size, "mean": mean, "std": std}
+    settings |= {"mirror": mirror, "turned": options.turned, "mean": mean, "std": std}
+    settings |= {"size": train.kept.size, "border": train.kept.border}
     net = model.build(**settings) if state is None else model.build_with_weights(settings, state)[0]
     net.freeze(options.freeze)
     if state is None and len(train.kept) < FEW:
@@ -113,13 +122,13 @@ def make_network(options: cli.NetworkOptions, train: data.TrainingData) -> model
             f"{len(train.kept)} training images are few: a network in weights/, such as weights/classic-90-10.pt, is "
             "better as it is than one trained from scratch on so few, and better still after --weights FILE"
         )
-    net.to(train.kept.images.device)
-    parameters, multiply_adds = model.count(net, train.size)
+    net.to(train.device)
+    parameters, multiply_adds = model.count(net, train.kept.size)
     trained = sum(parameter.numel() for parameter in net.parameters() if parameter.requires_grad)
     print(
         f"{options.backbone}: {parameters / 1e6:.2f} M parameters"
         + (f", {trained / 1e6:.2f} M of them trained" if trained < parameters else "")
-        + f"; {multiply_adds / 1e6:.1f} M multiply-adds for an image of {train.size} x {train.size}"
+        + f"; {multiply_adds / 1e6:.1f} M multiply-adds for an image of {net.size} x {net.size}"
     )
     return net
 
@@ -285,7 +294,7 @@ class Run:
         try:
             if self.step == 0 and (self.options.weights or self.options.pretrained):
                 if isinstance(self.net, model.LibraryNetwork):
-                    self.net.centre(self.train.kept.images)
+                    self.net.centre(self.train.kept)
                 self.log({"step": 0, "images": 0, "seconds": 0.0}, validate=True)  # given weights can be the best
                 self.save(validated=True)
             while self.progress < 1:
@@ -356,7 +365,7 @@ class Run:
     def validate(self) -> dict:
         """Metrics of the held-back images and of validation classes; sets the calibrated threshold."""
         if self.refreshes and self.step:
-            model.refresh_batch_norm(self.net, self.train.kept.images)
+            model.refresh_batch_norm(self.net, self.train.kept)
         z, labels = self.embed(self.train.held_back)
         curve = metrics.roc(z, labels)
         pair_accuracy, threshold = curve.best()
@@ -375,7 +384,7 @@ class Run:
 
     def embed(self, images: data.Images) -> tuple[Tensor, Tensor]:
         """Normalised embeddings (N, D) and labels (N,) of images."""
-        return nn.functional.normalize(model.embed(self.net, images.images)), images.labels
+        return nn.functional.normalize(model.embed(self.net, images)), images.labels
 
     def inference_state(self) -> dict:
         """What evaluation needs, as tensors and plain values."""

@@ -55,7 +55,7 @@ def main() -> None:
         ("new", list(range(options.first, options.last + 1)), 60),
         ("seen", saved["data"]["seen"], 30),
     ):
-        images = loaded.test.of(classes).split(torch.full((len(loaded.class_names),), most))[1]
+        images = loaded.test.of(classes).part(torch.full((len(loaded.class_names),), most))[1]
         sides[name] = (*features(net, images.images), images.labels)
     mean, std = sides["seen"][1].mean(0), sides["seen"][1].std(0)
     rows = []

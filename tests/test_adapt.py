@@ -75,7 +75,7 @@ def test_only_support_images_are_learned_from(known, monkeypatch):
     one, queries, support = episodes[0, 2, 3], episodes[0, :, 1:].flatten(), episodes[0, 2, 0]
     for changed in ([], one, queries, support):
         pictures = data.Images(test.images.clone(), test.labels)
-        pictures.images[changed] = 255 - pictures.images[changed]
+        pictures.store[changed] = 255 - pictures.store[changed]
         answers.append(adaptation.answers(pictures, episodes, 1))
     weights = list(map(flat, learned))
     assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0], weights[2])
@@ -106,7 +106,7 @@ def test_adapting_tells_the_supports_apart(known):
     test, shift = known[0].test, torch.Generator().manual_seed(9)
     adaptation = support_adaptation(known[1], steps=20)
     supports = torch.stack([(test.labels == label).nonzero()[0] for label in range(8)])  # (way, 1)
-    crops = data.augment(test.images, supports.repeat(1, 10).flatten(), shift).unflatten(0, (8, 10))
+    crops = data.augment(test.pixels(supports.repeat(1, 10).flatten()), shift).unflatten(0, (8, 10))
     images = torch.cat((test.images[supports], crops), 1).flatten(0, 1)
     images = images.contiguous(memory_format=torch.channels_last)
     pictures = data.Images(images, torch.arange(8).repeat_interleave(11))
@@ -199,7 +199,7 @@ def test_nothing_but_the_class_and_the_seen_ones_is_learned_from(known, monkeypa
     loaded, net, seen, unseen, _ = known
     monkeypatch.setattr(adapt, "STEPS", 3)
     other = data.Images(loaded.train.images.clone(), loaded.train.labels)
-    other.images[torch.isin(other.labels, torch.tensor([6, 7]))] = 0
+    other.store[torch.isin(other.labels, torch.tensor([6, 7]))] = 0
     changed = data.Data(loaded.name, other, loaded.test, loaded.class_names)
     embed, embeddings = model.embed, []
     monkeypatch.setattr(model, "embed", lambda *args: embeddings.append(embed(*args)) or embeddings[-1])

@@ -247,7 +247,7 @@ def test_links_between_folders(tmp_path):
     loaded = sources.load(str(tmp_path / "data"))
     assert len(loaded.train) + len(loaded.test) == 6 and loaded.class_names == ["a", "b"]
     (tmp_path / "data" / "a" / "other").symlink_to(tmp_path / "data" / "b")
-    with pytest.raises(ValueError, match="counts for two classes by a link, a and b"):
+    with pytest.raises(ValueError, match="counts for two classes, a and b"):
         sources.load(str(tmp_path / "data"))
 
 

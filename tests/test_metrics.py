@@ -217,10 +217,10 @@ def test_differences_are_paired(figure):
 def test_many_classes_take_little_memory():
     """1200 classes of 4 images: an episode of all of them compares 2 million pairs."""
     code = (
-        "import resource, torch, metrics\n"
+        "import resource, torch, metrics, sources\n"
         "labels, z = torch.arange(4800) // 4, torch.nn.functional.normalize(torch.randn(4800, 16))\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "side = metrics.measure(torch.empty(0), labels, z, 0.3, (z, labels))\n"
+        "side = metrics.measure(sources.Images(torch.empty(0), labels), z, 0.3, (z, labels))\n"
         "print(len(side.episodes['all1s']), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
     )
     root = Path(metrics.__file__).parent

@@ -19,6 +19,7 @@ import evaluate
 import figures
 import metrics
 import report
+from sources import Images
 
 needs_browser = pytest.mark.skipif(
     browser.chromium() is None and os.environ.get("CI") != "true", reason="no Chromium here; required where CI=true"
@@ -40,7 +41,7 @@ def sides(unseen_classes):
         pixels = torch.randint(0, 256, (len(labels), 3, 16, 16), generator=generator, dtype=torch.uint8)
         shots = (z, labels) if name == "unseen" else None
         if classes:
-            found[name] = metrics.measure(pixels, labels, z, 0.5, shots)
+            found[name] = metrics.measure(Images(pixels, labels), z, 0.5, shots)
     return found, [f"seen {label}" for label in range(6)] + [f"{NAMES[i % 8]} {i}" for i in range(unseen_classes)]
 
 
@@ -161,7 +162,7 @@ def test_drawings_can_be_read(monkeypatch, tmp_path, unseen_classes):
 def test_a_class_may_have_no_image_on_the_map(monkeypatch):
     monkeypatch.setattr(figures, "MAP_IMAGES", 3)
     labels, pixels = torch.tensor([0, 1, 1, 0, 1, 1, 0]), torch.zeros(7, 3, 4, 4, dtype=torch.uint8)
-    side = metrics.measure(pixels, labels, normalize(torch.randn(7, 4, generator=torch.manual_seed(0))), 0.5)
+    side = metrics.measure(Images(pixels, labels), normalize(torch.randn(7, 4, generator=torch.manual_seed(0))), 0.5)
     assert "3 of 7 test images, 1 of 2 unseen classes" in figures.of_map(side, ["a", "b"]).text
 
 
@@ -177,7 +178,7 @@ def test_names_are_drawn_where_they_fit():
 def test_without_pairs_there_is_still_a_page(tmp_path):
     """Two unseen classes of one image each have no pair of one class."""
     pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    assert metrics.measure(pixels, torch.tensor([0, 1]), torch.eye(2), 0.5) is None
+    assert metrics.measure(Images(pixels, torch.tensor([0, 1])), torch.eye(2), 0.5) is None
     measured, names = sides(0)
     facts = {"checkpoint": "a.pt", "commit": None, "data": "own", "split": "60-40", "training": None, "notes": []}
     facts |= {"network": {"backbone": "resnet18", "size": 64, "parameters": 11_000_000}, "date": "2026-01-31"}
@@ -190,10 +191,10 @@ def test_confusions_by_hand():
     """Classes on the axes of space: no confusion. Two classes at one place: each query is a coin's toss."""
     labels = torch.arange(3).repeat_interleave(20)
     pixels = torch.zeros(60, 3, 4, 4, dtype=torch.uint8)
-    side = metrics.measure(pixels, labels, torch.eye(3)[labels], 0.5)
+    side = metrics.measure(Images(pixels, labels), torch.eye(3)[labels], 0.5)
     assert torch.equal(figures.one_shot_confusion(side, 10), 100 * torch.eye(3, dtype=torch.float64))
     z = torch.eye(3)[torch.tensor([0, 0, 2])[labels]]
-    shares = figures.one_shot_confusion(metrics.measure(pixels, labels, z, 0.5))
+    shares = figures.one_shot_confusion(metrics.measure(Images(pixels, labels), z, 0.5))
     assert shares[2].tolist() == [0, 0, 100]  # rows are the truth: ties go to whichever class an episode lists first
     assert shares[:2, :2].flatten().tolist() == pytest.approx([50] * 4, abs=5) and (shares[:2, 2] == 0).all()
 

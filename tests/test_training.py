@@ -286,7 +286,7 @@ def test_batch_norm_statistics_are_those_of_the_weights(npz):
     net = model.build("resnet20", 4, mean=mean, std=std)
     net.bn1.running_mean.fill_(1e6)
     random_before = torch.get_rng_state(), train.generator.get_state()
-    model.refresh_batch_norm(net, train.kept.images)
+    model.refresh_batch_norm(net, train.kept)
     assert all(map(torch.equal, random_before, (torch.get_rng_state(), train.generator.get_state())))
     assert net.training and net.bn1.momentum == 0.1
     out = net.eval().bn1(net.conv1(net.normalise(train.kept.images)))
