@@ -7,8 +7,8 @@ gathered. There are no worker processes and no Python code that runs once per im
 import functools
 import hashlib
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -190,11 +190,6 @@ class Sampler:
         """`way` different classes (fewer if there are fewer), as rows of the sampler's table: (way,)."""
         return torch.randperm(len(self.classes), generator=self.tasks)[:way]
 
-    def turns(self, n: int, chance: float, ways: int = 4) -> Tensor:
-        """How each of `n` classes is shown (n,), as `augment` takes it: 1..ways-1 with probability `chance`, else 0."""
-        turned = torch.rand(n, generator=self.generator) < chance
-        return torch.where(turned, torch.randint(1, ways, (n,), generator=self.generator), 0)
-
     def against(self, row: int, n: int) -> Tensor:
         """Indices (n,) of images of other classes than that in `row` of the table, which must not be the only one."""
         others = torch.randint(len(self.classes) - 1, (n,), generator=self.generator)
@@ -331,8 +326,9 @@ class TrainingData:
         return 4 if self.options.flip else 8
 
     def turns(self, n: int) -> Tensor:
-        """How each of n classes is shown (n,), 0..ways-1."""
-        return self.sampler.turns(n, self.options.rotate, self.ways)
+        """How each of n classes is shown (n,), as `augment` takes it: 1..ways-1 with probability --rotate, else 0."""
+        turned = torch.rand(n, generator=self.generator) < (self.options.rotate or 0)
+        return torch.where(turned, torch.randint(1, self.ways, (n,), generator=self.generator), 0)
 
     def batch(self, normalise: Callable, index: Tensor, turns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Augmented images (B, 3, H, W) float32 and labels (B,) of an index (B,).
@@ -352,6 +348,12 @@ class TrainingData:
         if options.cutout:
             images = cut_out(images, options.cutout, generator)
         return images, self.kept.labels[index].to(self.device)
+
+    def samples(self, normalise: Callable, batches: int = 20, size: int = 250) -> Iterator[Tensor]:
+        """Augmented images (B, 3, H, W) float32 of any classes in batches, the same at every call."""
+        own = replace(self, generator=torch.Generator().manual_seed(0))
+        for index in torch.randperm(len(self.kept), generator=own.generator)[: batches * size].split(size):
+            yield own.batch(normalise, index, own.turns(len(index)))[0]
 
 
 def fingerprint(kept: Images, held_back: Images, facts: dict) -> str:

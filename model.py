@@ -519,23 +519,22 @@ def embed(net: Embedder, images: "Tensor | sources.Images", batch: int = 250) ->
 
 
 @torch.no_grad()
-def refresh_batch_norm(net: Embedder, images: "Images", batches: int = 20, batch_size: int = 250) -> None:  # noqa: F821
-    """Replace batch norm's running statistics by averages over training images, not augmented.
+def refresh_batch_norm(net: Embedder, batches: Iterable[Tensor]) -> None:
+    """Replace batch norm's running statistics by averages over normalised images, batches of (B, 3, H, W) float32.
 
     The statistics then belong to the weights in `net` now, whatever weights the last forward passes had (as for
-    averaged weights: Izmailov et al. 2018, arXiv:1803.05407, sec. 3.2). Frozen ones stay. The images are the same at
-    every call.
+    averaged weights: Izmailov et al. 2018, arXiv:1803.05407, sec. 3.2), if the images are as in training: those of
+    images that are not augmented cost new classes one to two points. Frozen ones stay.
     """
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
-    was_training, device = net.training, next(net.parameters()).device
+    was_training = net.training
     net.train()
-    shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    for index in shuffled[: batches * batch_size].split(batch_size):
-        net(net.normalise(images.pixels(index).to(device)))
+    for batch in batches:
+        net(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     net.train(was_training)

@@ -365,7 +365,7 @@ class Run:
     def validate(self) -> dict:
         """Metrics of the held-back images and of validation classes; sets the calibrated threshold."""
         if self.refreshes and self.step:
-            model.refresh_batch_norm(self.net, self.train.kept)
+            model.refresh_batch_norm(self.net, self.train.samples(self.net.normalise))
         z, labels = self.embed(self.train.held_back)
         curve = metrics.roc(z, labels)
         pair_accuracy, threshold = curve.best()

@@ -273,11 +273,14 @@ def test_a_turned_image_is_the_augmented_one_turned(way):
     assert torch.equal(out[::2], torch.rot90(mirrored, way, (2, 3))[::2])
 
 
-def test_classes_are_turned_as_often_as_wanted():
-    sampler = data.Sampler(torch.tensor([0, 0]), torch.Generator().manual_seed(0))
-    counts = torch.bincount(sampler.turns(30_000, 0.3), minlength=4)
-    assert (counts - torch.tensor([21_000, 3000, 3000, 3000])).abs().max() < 400 and not sampler.turns(99, 0).any()
-    assert torch.bincount(sampler.turns(8000, 0.875, ways=8)).sub(1000).abs().max() < 150
+def test_classes_are_turned_as_often_as_wanted(tmp_path):
+    def turns(n: int, **given) -> torch.Tensor:
+        options = cli.DataOptions(data=str(tiny.write_npz(tmp_path / "tiny.npz")), split="75-25", **given)
+        return torch.bincount(data.load_for_training(options, 0, torch.device("cpu")).turns(n), minlength=8)
+
+    assert (turns(30_000, rotate=0.3) - torch.tensor([21_000, 3000, 3000, 3000, 0, 0, 0, 0])).abs().max() < 400
+    assert turns(99, rotate=0.0)[0] == 99
+    assert turns(8000, rotate=0.875, flip=False).sub(1000).abs().max() < 150
 
 
 @pytest.mark.parametrize(("share", "sides"), [(0.375, {3, 4, 5, 6}), (0.25, {2, 3, 4}), (3.0, {16})])

@@ -38,7 +38,8 @@ def test_the_classes_of_a_task_stay_upright_or_turned(train, tmp_path, monkeypat
     original, turned = data.TrainingData.batch, []
 
     def recording(self, normalise, index, turns):
-        turned.append(turns)
+        if len(index) == 12:  # a step's, not those that batch norm is measured on
+            turned.append(turns)
         return original(self, normalise, index, turns)
 
     monkeypatch.setattr(data.TrainingData, "batch", recording)

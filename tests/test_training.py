@@ -279,17 +279,19 @@ def test_a_picture_of_runs(train, tmp_path):
 
 
 def test_batch_norm_statistics_are_those_of_the_weights(npz):
-    """After a refresh, evaluation mode normalises the training images to mean 0 and variance 1 in each channel."""
-    options = train_reptile.Options(data=npz, split="75-25", width=4)
+    """After a refresh, evaluation mode normalises augmented images to mean 0 and variance 1 in each channel."""
+    options = train_reptile.Options(data=npz, split="75-25", width=4, cutout=0.375, rotate=0.25)
     train = data.load_for_training(options, 0, torch.device("cpu"))
     mean, std = train.pixel_statistics
     net = model.build("resnet20", 4, mean=mean, std=std)
     net.bn1.running_mean.fill_(1e6)
     random_before = torch.get_rng_state(), train.generator.get_state()
-    model.refresh_batch_norm(net, train.kept)
+    model.refresh_batch_norm(net, train.samples(net.normalise))
     assert all(map(torch.equal, random_before, (torch.get_rng_state(), train.generator.get_state())))
     assert net.training and net.bn1.momentum == 0.1
-    out = net.eval().bn1(net.conv1(net.normalise(train.kept.images)))
+    (batch,) = train.samples(net.normalise)
+    assert batch.shape == (len(train.kept), 3, 16, 16) and (batch == 0).float().mean() > 0.1  # blanked squares
+    out = net.eval().bn1(net.conv1(batch))
     assert torch.allclose(out.mean((0, 2, 3)), torch.zeros(4), atol=1e-3)
     assert torch.allclose(out.var((0, 2, 3)), torch.ones(4), atol=1e-2)
 
