@@ -55,7 +55,7 @@ class DataOptions:
     )
     data_root: Folder = "data"  # folder for downloads and caches
     image_size: Number = None  # side to which pictures are scaled; default: 32 pixels, or what the network was made for
-    split: Split = "90-10"  # seen and unseen shares of the classes, or cifar-fs, cifar-fs+val, fc100, fc100+val
+    split: Split = "90-10"  # seen and unseen shares of classes, or a fold: 3/10, or cifar-fs, cifar-fs+val, fc100, ...
     split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
     withhold: float = 0.0  # fraction of the seen classes (the last ones) kept for validation, to compare recipes
     crop: Rate = None  # smallest share of an image that is cropped at random; photographs: 0.25, else 0, for shifts

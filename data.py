@@ -51,6 +51,7 @@ def split_classes(
     `own`: the split that the data set has; `split` must then be "own", or "0-b".
     "a-b": max(2, round(C b / (a + b))) classes are unseen, none in "a-0" and all in "0-b": `split_seed` draws them, or
     they are the last labels, rounded to `whole_groups`.
+    "k/n": those of the k-th of n folds, drawn by `split_seed` or 0: each class is unseen in one of them.
     "cifar-fs", "fc100": the test classes are unseen, the training classes seen; the validation classes are neither, so
     that a recipe can be chosen on them. "cifar-fs+val", "fc100+val": they are seen too, as in final runs.
     """
@@ -65,12 +66,21 @@ def split_classes(
         validation, test = (standard_classes(class_names, name, part) for part in (0, 1))
         kept_out = {*test} if with_validation else {*test, *validation}
         return [label for label in range(len(class_names)) if label not in kept_out], test
-    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", split)
-    if not match or int(match[1]) + int(match[2]) == 0:
-        choices = ", ".join(f"{name}, {name}+val" for name in STANDARD_SPLITS)
-        raise ValueError(f"split must be {choices} or like 90-10 (seen-unseen shares of the classes), got {split!r}")
-    a, b = int(match[1]), int(match[2])
     n_classes = len(class_names)
+    match = re.fullmatch(r"(\d{1,9})([-/])(\d{1,9})", split)
+    if not match or int(match[3]) + int(match[1]) == 0:
+        choices = ", ".join(f"{name}, {name}+val" for name in STANDARD_SPLITS)
+        like = "like 90-10 (seen-unseen shares of the classes) or 3/10 (the third of ten folds)"
+        raise ValueError(f"split must be {choices}, {like}, got {split!r}")
+    a, b = int(match[1]), int(match[3])
+    if match[2] == "/":
+        if not (1 <= a <= b and 2 <= b <= n_classes // 2):
+            raise ValueError(
+                f"split {split}: there are 2 to {n_classes // 2} folds of {n_classes} classes, from 1/{b} on"
+            )
+        order = torch.randperm(n_classes, generator=torch.Generator().manual_seed(split_seed or 0))
+        unseen = {*order[a - 1 :: b].tolist()}
+        return [label for label in range(n_classes) if label not in unseen], sorted(unseen)
     n_unseen = max(2, round(n_classes * b / (a + b))) if b else 0
     if a and n_classes - n_unseen < 2:
         raise ValueError(f"split {split} of {n_classes} classes leaves fewer than 2 to train on")

@@ -74,6 +74,17 @@ def test_standard_splits(split, sizes, digests):
     assert {backwards[label] for label in data.split_classes(backwards, split)[1]} == set(names[2].split())
 
 
+def test_each_class_is_unseen_in_one_fold():
+    for seed in (None, 1):
+        folds = [data.split_classes(CIFAR100[:95], f"{number}/10", seed) for number in range(1, 11)]
+        assert sorted(label for _, unseen in folds for label in unseen) == list(range(95))
+        assert all(sorted(seen + unseen) == list(range(95)) and len(unseen) in (9, 10) for seen, unseen in folds)
+    assert folds[0] != data.split_classes(CIFAR100[:95], "1/10")
+    for split in ("0/10", "11/10", "1/1", "1/48"):
+        with pytest.raises(ValueError, match=f"split {split}: there are 2 to 47 folds of 95 classes"):
+            data.split_classes(CIFAR100[:95], split)
+
+
 def test_standard_splits_are_of_cifar100_alone():
     with pytest.raises(ValueError, match="leave --split-seed out"):
         data.split_classes(CIFAR100, "cifar-fs", split_seed=1)
