@@ -3,8 +3,8 @@
     python benchmarks/folds.py results/folds-classic.json train_classic.py --minutes 10 --compile
     python benchmarks/folds.py results/folds-reptile.json train_reptile.py --minutes 10 --compile
 
-What comes after the script's name goes to it. A fold that is done is not repeated, one that was stopped goes on. Figures
-are of the last checkpoint: their mean over folds, and its 95 % interval, by Student's t over the folds.
+What comes after the script's name goes to it. A fold that is done is not repeated, one that was stopped goes on.
+Figures are of the last checkpoint: their mean over folds, and its 95 % interval, by Student's t over the folds.
 """
 
 import json
