@@ -42,7 +42,7 @@ template <typename In, typename T>
 void all_kernels(Launch& launch, const Batch<In>& batch, const Settings& settings, const Upstream<T>& up) {
   Arena arena{nullptr};
   Workspace<T> work(batch, 0, 0, arena);
-  forward(launch, Machine{}, batch, settings, work, Outputs<T>{});
+  forward(launch, Machine{}, batch, settings, work, Panels{}, Outputs<T>{});
   recompute(launch, batch, settings, work, nullptr, nullptr);
   backward(launch, batch, settings, work, AllWorkspace<T>(batch, 0, arena), up, static_cast<In*>(nullptr), 0);
 }

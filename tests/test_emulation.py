@@ -53,13 +53,27 @@ def test_several_tiles_in_double_precision(emulation, kind, mining):
     hold_against_torch(emulation, Case(*batch(130, width=19, others=70), kind, mining))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ("cosine", "euclidean"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mining", ("hard", "semihard"))
-@pytest.mark.parametrize(("rows", "width", "others"), [(2, 5, 1), (130, 40, 0), (130, 51, 140)])
-def test_tensor_cores(emulation, dtype, mining, rows, width, others):
+@pytest.mark.parametrize(("rows", "width", "others"), [(2, 5, 1), (130, 40, 0), (145, 51, 140)])
+def test_tensor_cores(emulation, kind, dtype, mining, rows, width, others):
+    """One product of halves, or three."""
     made = batch(rows, width=width, dtype=dtype, others=others)
     made[1][-1] = -1  # an anchor without a positive
-    hold_against_torch(emulation, Case(*made, "cosine", mining, tensor_cores=True))
+    hold_against_torch(emulation, Case(*made, kind, mining, tensor_cores=True))
+
+
+@pytest.mark.parametrize("kind", ("cosine", "euclidean"))
+@pytest.mark.parametrize("unit", [2.0**-30, 1.0, 2.0**50])
+def test_rows_split_in_two_halves(emulation, kind, unit):
+    """Rows in any units, some of them a thousandth or ten thousand times as long as others, of columns as unlike."""
+    x, labels, _ = batch(140, width=33, dtype=torch.float32)
+    x = x * torch.tensor([1.0, 1e-3, 1e4])[torch.arange(140) % 3, None] * torch.logspace(-6, 0, 33) * unit
+    found = run(emulation, Case(x, labels, None, kind, tensor_cores=True))
+    plain = triplet.mine(x, labels, distance=kind, mining="hard", impl="torch")
+    assert found["positive"].tolist() == plain.positive.tolist()
+    assert found["negative"].tolist() == plain.negative.tolist()
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("euclidean", torch.float32), ("cosine", torch.bfloat16)])
@@ -271,12 +285,17 @@ FAULTS = {
     4: "read beside a write|read before it is written|write beside a read",
     5: "write beside a read|read beside a write",
     6: "diverge",  # half of the lanes shuffle
+    7: "before a copy to it is waited for",
+    8: "race|before a copy to it is waited for",  # by others than the thread that waited
+    9: "race: a copy beside a read|before a copy to it is waited for",
+    10: "never waited for",
 }
 
 
 @pytest.mark.parametrize(("fault", "message"), FAULTS.items())
 def test_the_emulation_finds_faults(emulation, fault, message):
     assert emulation.toy(0, 1) == [255 - (t ^ 1) for t in range(256)]
+    assert emulation.toy(11, 1) == [7] * 256
     for seed in range(3):
         with pytest.raises(RuntimeError, match=message):
             emulation.toy(fault, seed)

@@ -89,6 +89,26 @@ struct Prepared {
   Filters filters;  // null: nothing will be searched
 };
 
+// What tensor cores are given for a row: its own numbers, one product a pair, or each number as the sum of two of
+// float16, three products.
+enum class Numbers { none, bfloat16, float16, split };
+
+// Rows for tensor cores: each as the search sees it, times a power of two. Blocks of 16 rows and 16 columns have the
+// order that mma.m16n8k16 wants its first operand in, so that a lane finds its four pairs of neighbours side by side:
+// of row lane / 4 and of that + 8, columns lane % 4 * 2; then, of the same rows, columns 8 further.
+struct Panels {
+  Numbers numbers;
+  uint32_t *high, *low;  // (blocks, steps, 32 lanes, 4) pairs of neighbours; low: of split numbers
+  float* rests;          // (candidates,) what a row's products are to be multiplied by
+  int own, blocks;       // of 16 rows: those of the anchors, and with those of the others
+  int steps;             // of 16 columns, an even number; zeros beyond the width
+
+  // of a block's pairs
+  __device__ int64_t at(int block, int step) const {
+    return (int64_t(block < blocks ? block : blocks - 1) * steps + step) * 128;
+  }
+};
+
 constexpr int kTooLong = 1, kNotFinite = 2;  // for the search's arithmetic; for any
 
 // What is wrong with any row. Every thread of the block must call.

@@ -6,7 +6,7 @@
 
 namespace triplet::gpu {
 
-// an array in shared memory; the emulation checks bounds, races and reads before writes behind the same three calls
+// an array in shared memory; the emulation checks bounds, races and reads before writes behind the same calls
 template <typename T, int kSize>
 struct Shared {
   struct alignas(sizeof(T) * 4 < 16 ? sizeof(T) * 4 : 16) Four {
@@ -20,7 +20,21 @@ struct Shared {
 #pragma unroll
     for (int c = 0; c < 4; ++c) out[c] = four.at[c];
   }
+  // Elements i..i+3, 16 bytes, on their way from global memory until this thread's `wait_for_copies`.
+  __device__ void copy_four(int i, const T* from) {
+    static_assert(sizeof(T) == 4);
+#if __CUDA_ARCH__ >= 800
+    const unsigned to = unsigned(__cvta_generic_to_shared(at + i));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#endif
+  }
 };
+
+__device__ inline void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
 
 __device__ inline float half_to_float(uint16_t bits) {
   float value;

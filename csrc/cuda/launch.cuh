@@ -68,6 +68,52 @@ struct Workspace {
   }
 };
 
+// Properties of the device on which the choice of kernels depends.
+struct Machine {
+  int processors;     // streaming multiprocessors
+  bool tensor_cores;  // mma m16n8k16 of halves: compute capability 8.0 and above
+};
+
+template <typename In>
+dim3 tiles_of(const Batch<In>& batch, int64_t size) {
+  const int64_t own = parts_of(batch.anchors, size), others = parts_of(batch.candidates - batch.anchors, size);
+  const int64_t tiles = own * (own + 1) / 2 + own * others;
+  require(tiles <= std::numeric_limits<int32_t>::max(), "too many rows for the CUDA op: ", batch.anchors, " and ",
+          batch.candidates - batch.anchors, " others");
+  return dim3(unsigned(tiles));
+}
+
+// What tensor cores are given, if they serve: their tiles are large, and have to fill the device.
+template <typename In>
+Numbers numbers_of(const Machine& machine, const Batch<In>& batch, const Settings& settings) {
+  const bool serve = machine.tensor_cores && settings.mining != Mining::all && sizeof(In) <= 4 &&
+                     tiles_of(batch, 128).x >= unsigned(machine.processors);
+  if (!serve) return Numbers::none;
+  if (sizeof(In) == 4 || settings.distance != Distance::cosine) return Numbers::split;
+  return std::is_same_v<In, Bfloat16> ? Numbers::bfloat16 : Numbers::float16;
+}
+
+// Only the forward pass needs these.
+template <typename In>
+Panels make_panels(const Batch<In>& batch, Numbers numbers, Arena& arena) {
+  Panels panels{numbers};
+  panels.own = int(parts_of(batch.anchors, 16));
+  panels.blocks = panels.own + int(parts_of(batch.candidates - batch.anchors, 16));
+  panels.steps = int(parts_of(batch.width, 32)) * 2;
+  const int64_t words = int64_t(panels.blocks) * panels.steps * 128;
+  panels.high = arena.take<uint32_t>(words);
+  panels.low = arena.take<uint32_t>(numbers == Numbers::split ? words : 0);
+  panels.rests = arena.take<float>(batch.candidates);
+  return panels;
+}
+
+template <typename In>
+int64_t bytes_of_panels(const Batch<In>& batch, Numbers numbers) {
+  Arena arena{nullptr};
+  make_panels(batch, numbers, arena);
+  return arena.used;
+}
+
 // What the gradients of all triplets take beside it.
 template <typename T>
 struct AllWorkspace {
@@ -90,31 +136,19 @@ int64_t bytes_of(Arguments... arguments) {
   return arena.used;
 }
 
-// Properties of the device on which the choice of kernels depends.
-struct Machine {
-  int processors;     // streaming multiprocessors
-  bool tensor_cores;  // mma m16n8k16 of halves: compute capability 8.0 and above
-};
-
 // One warp for each of `count`.
 inline dim3 warps_for(int64_t count) { return dim3(unsigned(parts_of(count, kWarps))); }
 
-template <typename In>
-dim3 tiles_of(const Batch<In>& batch, int64_t size) {
-  const int64_t own = parts_of(batch.anchors, size), others = parts_of(batch.candidates - batch.anchors, size);
-  const int64_t tiles = own * (own + 1) / 2 + own * others;
-  require(tiles <= std::numeric_limits<int32_t>::max(), "too many rows for the CUDA op: ", batch.anchors, " and ",
-          batch.candidates - batch.anchors, " others");
-  return dim3(unsigned(tiles));
-}
-
 // How far rounding moves the order of a search, as multiples of the unit of its arithmetic. A product's sum of D terms
 // is off by D units of |x| |y|; on tensor cores, which cut off digits, by 1.6 D + 25, as 16 terms and what they are
-// added to may lose 26 units. The rest: rows as the search sees them, norms, `decisive`, and the search's own sums,
-// which are of float32 for doubles too.
+// added to may lose 26 units. Rows that are split in two lose 12 more: the product of what is left, 2^-11 of either
+// row, and what two halves do not hold, 2^-22. The rest: rows as the search sees them, norms, `decisive`, and the
+// search's own sums, which are of float32 for doubles too.
 template <typename T>
-Rounding rounding_of(Distance distance, int width, bool tensor_cores) {
-  const double unit = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53, terms = tensor_cores ? 2. * width + 128 : 1.3 * width + 96;
+Rounding rounding_of(Distance distance, int width, Numbers numbers) {
+  const double unit = sizeof(T) == 4 ? 0x1p-24 : 0x1p-53;
+  const double terms =
+      numbers == Numbers::none ? 1.3 * width + 96 : 2. * width + (numbers == Numbers::split ? 144 : 128);
   const float slack = float(terms * unit + (sizeof(T) == 8 ? 8 * 0x1p-24 : 0));
   if (distance == Distance::cosine) return {0, 0, 2 * slack};
   return {slack, float(2 * width * 0x1p-126), 0};  // least: products too small for float32
@@ -122,40 +156,45 @@ Rounding rounding_of(Distance distance, int width, bool tensor_cores) {
 
 // One pass over all pairs: large tiles where they fill the device, on tensor cores where these serve; else small ones.
 template <bool kBeyond, typename Launch, typename In, typename T>
-void search(Launch& launch, const Machine& machine, const Batch<In>& batch, Distance distance, const Workspace<T>& work,
-            Pass pass) {
+void search(Launch& launch, const Machine& machine, const Batch<In>& batch, const Workspace<T>& work,
+            const Panels& panels, Pass pass) {
   const dim3 large = tiles_of(batch, 128);
+  if constexpr (sizeof(T) == 4) {
+    const Batch<float> rows{nullptr, batch.labels, batch.anchors, batch.candidates, batch.width, false};
+    const auto on_tensor_cores = [&](auto kernel) {
+      launch(kernel, large, rows, work.prepared, panels, work.winners, pass);
+    };
+    if (panels.numbers == Numbers::bfloat16) return on_tensor_cores(&search_pairs_mma<Numbers::bfloat16, kBeyond>);
+    if (panels.numbers == Numbers::float16) return on_tensor_cores(&search_pairs_mma<Numbers::float16, kBeyond>);
+    if (panels.numbers == Numbers::split) return on_tensor_cores(&search_pairs_mma<Numbers::split, kBeyond>);
+  }
   const auto run = [&](auto kernel, dim3 tiles) { launch(kernel, tiles, batch, work.prepared, work.winners, pass); };
-  if (sizeof(T) == 4 && large.x >= unsigned(machine.processors)) {
-    if constexpr (sizeof(In) == 2) {
-      if (machine.tensor_cores && distance == Distance::cosine) return run(&search_pairs_mma<In, kBeyond>, large);
-    }
-    if constexpr (sizeof(T) == 4) return run(&search_pairs<In, T, 8, kBeyond>, large);
+  if constexpr (sizeof(T) == 4) {
+    if (large.x >= unsigned(machine.processors)) return run(&search_pairs<In, T, 8, kBeyond>, large);
   }
   run(&search_pairs<In, T, 4, kBeyond>, tiles_of(batch, 64));
 }
 
-// The loss into `out`; and into `work` what the gradients need of it.
+// The loss into `out`; and into `work` what the gradients need of it. `panels` are of `numbers_of`.
 template <typename T, typename Launch, typename In>
 void forward(Launch& launch, const Machine& machine, const Batch<In>& batch, const Settings& settings,
-             Workspace<T>& work, Outputs<T> out) {
+             Workspace<T>& work, const Panels& panels, Outputs<T> out) {
   const bool semihard = settings.mining == Mining::semihard;
   const Distance distance = settings.distance;
-  work.winners.rounding =
-      rounding_of<T>(distance, batch.width, sizeof(In) == 2 && machine.tensor_cores && distance == Distance::cosine);
+  work.winners.rounding = rounding_of<T>(distance, batch.width, panels.numbers);
   out.totals = work.totals;
   out.done = work.done;
-  launch(&prepare_rows<In, T>, dim3(unsigned(batch.groups())), batch, distance, work.prepared, work.zeroed, work.zeroes,
-         true);
+  launch(&prepare_rows<In, T>, dim3(unsigned(batch.groups())), batch, distance, work.prepared, panels, work.zeroed,
+         work.zeroes, true);
   if (settings.mining == Mining::all) {
     launch(&sum_triplets<In, T>, dim3(unsigned(batch.anchors)), batch, settings, work.prepared, out);
     return;
   }
-  search<false>(launch, machine, batch, distance, work, {!semihard});
+  search<false>(launch, machine, batch, work, panels, {!semihard});
   if (semihard) {
     launch(&choose_positives<In, T>, warps_for(batch.anchors), batch, distance, work.prepared, work.winners,
            work.pairs.chosen);
-    search<true>(launch, machine, batch, distance, work, {true});
+    search<true>(launch, machine, batch, work, panels, {true});
   }
   launch(&finish<In, T>, warps_for(batch.anchors), batch, settings, work.prepared, work.winners, work.pairs, work.lists,
          out);
@@ -167,8 +206,8 @@ void recompute(Launch& launch, const Batch<In>& batch, const Settings& settings,
                const int64_t* positive, const int64_t* negative) {
   const bool cosine = settings.distance == Distance::cosine, all = settings.mining == Mining::all;
   if (cosine || !all) {
-    launch(&prepare_rows<In, T>, dim3(unsigned(batch.groups())), batch, settings.distance, work.prepared, work.zeroed,
-           work.zeroes, cosine);
+    launch(&prepare_rows<In, T>, dim3(unsigned(batch.groups())), batch, settings.distance, work.prepared, Panels{},
+           work.zeroed, work.zeroes, cosine);
   }
   if (all) return;
   launch(&weigh_pairs<In, T>, warps_for(batch.anchors), batch, settings, work.prepared.scale, positive, negative,
@@ -207,9 +246,12 @@ void for_each_kernel(F&& f) {
     f(&search_pairs<In, T, 8, false>);
     f(&search_pairs<In, T, 8, true>);
   }
-  if constexpr (sizeof(In) == 2) {
-    f(&search_pairs_mma<In, false>);
-    f(&search_pairs_mma<In, true>);
+  constexpr Numbers kNumbers = std::is_same_v<In, Bfloat16>  ? Numbers::bfloat16
+                               : std::is_same_v<In, Float16> ? Numbers::float16
+                                                             : Numbers::split;
+  if constexpr (sizeof(T) == 4) {
+    f(&search_pairs_mma<kNumbers, false>);
+    f(&search_pairs_mma<kNumbers, true>);
   }
   f(&choose_positives<In, T>);
   f(&finish<In, T>);

@@ -122,6 +122,20 @@ Workspace<T> place_workspace(const Tensor& memory, const Batch<In>& batch, int s
   return Workspace<T>(batch, slots, gradient_rows, arena);
 }
 
+// The forward pass, with memory for the rows on tensor cores while it runs.
+template <typename T, typename In>
+void run_forward(const Device& device, const Tensor& candidates, const Batch<In>& batch, const Settings& settings,
+                 Workspace<T>& work, const Outputs<T>& out) {
+  const Numbers numbers = numbers_of(device.machine(), batch, settings);
+  Tensor memory;
+  Arena arena{nullptr};
+  if (numbers != Numbers::none) {
+    memory = allocate(candidates, ScalarType::Byte, {bytes_of_panels(batch, numbers)});
+    arena.base = pointer<char>(memory);
+  }
+  forward(device, device.machine(), batch, settings, work, make_panels(batch, numbers, arena), out);
+}
+
 int listed_rows(Mining mining, int64_t gradient_rows) { return mining == Mining::all ? 0 : int(gradient_rows); }
 
 // The loss, () or (anchors,), and where to write it.
@@ -151,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_op(Tensor candidates, Tensor 
     Outputs<T> out{nullptr, nullptr, pointer<int64_t>(count), pointer<int64_t>(positive), pointer<int64_t>(negative)};
     loss = allocate_loss(candidates, anchors, settings, out);
     auto work = place_workspace<T>(memory, batch, slots, 0);
-    forward(device, device.machine(), batch, settings, work, out);
+    run_forward(device, candidates, batch, settings, work, out);
   });
   return {loss, count, positive, negative};
 }
@@ -172,7 +186,7 @@ std::tuple<Tensor, Tensor> forward_saving_op(Tensor candidates, Tensor labels, i
     auto work = place_workspace<T>(saved, batch, slots, rows);
     Outputs<T> out{nullptr, nullptr, work.count, nullptr, nullptr};
     loss = allocate_loss(candidates, anchors, settings, out);
-    forward(device, device.machine(), batch, settings, work, out);
+    run_forward(device, candidates, batch, settings, work, out);
   });
   return {loss, saved};
 }

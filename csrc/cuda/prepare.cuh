@@ -1,5 +1,5 @@
-// What the search and the cosine need of a batch, in one kernel: scales, shift, squared lengths, label filters, and
-// whether all is finite.
+// What the search and the cosine need of a batch, in one kernel: scales, shift, squared lengths, rows for tensor cores,
+// label filters, and whether all is finite.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -61,10 +61,16 @@ __device__ T sample(const Batch<In>& batch, T* shift, Sampling<T>& sampling) {
   return scale;
 }
 
-// Scale and squared length of row j, by an octet of lanes; returns flags. `scale` is the one for euclidean distances.
-// Every lane of a warp must call.
+template <typename T>
+struct Row {
+  T scale, norm;
+  int flags;
+};
+
+// Scale and squared length of row j, by an octet of lanes. `scale` is the one for euclidean distances. Every lane of a
+// warp must call.
 template <typename In, typename T>
-__device__ int prepare_row(const Batch<In>& batch, Distance distance, const Prepared<T>& prepared, T scale, int j) {
+__device__ Row<T> measure_row(const Batch<In>& batch, Distance distance, const T* shift, T scale, int j) {
   const bool inside = j < batch.candidates;
   const In* x = batch.row(inside ? j : 0);
   bool finite = true;
@@ -74,7 +80,7 @@ __device__ int prepare_row(const Batch<In>& batch, Distance distance, const Prep
     finite = finite && size - size == 0;
     largest = size > largest ? size : largest;
     if (distance == Distance::cosine) continue;
-    const T seen = fma(value, scale, -prepared.shift[d]);
+    const T seen = fma(value, scale, -shift[d]);
     norm = fma(seen, seen, norm);
   }
   norm = sum_of_octet(norm);
@@ -94,12 +100,52 @@ __device__ int prepare_row(const Batch<In>& batch, Distance distance, const Prep
     scale = largest > 0 ? T(1 / (length < 1e-12 ? 1e-12 : length)) : T(0);  // 0: no gradient either
     norm = 1;
   }
-  if (!inside) return 0;
-  if (lane() % 8 == 0) {
-    prepared.scale[j] = scale;
-    prepared.norms[j] = norm;
+  return {scale, norm, !inside ? 0 : !finite ? kNotFinite : norm <= T(1e30) ? 0 : kTooLong};
+}
+
+// A bfloat16 row can be so long or short that products of its values leave float32: a power of two near 1 / |x| brings
+// it near 1, exactly. 1 for float16.
+template <typename In>
+__device__ inline float power_of_two(float scale) {
+  if constexpr (std::is_same_v<In, Float16>) return scale > 0;
+  const float power = bits_as<float>(bits_as<uint32_t>(scale) & 0x7f800000u);
+  return power > 0 || scale == 0 ? power : 1.17549435e-38f;  // the smallest that is not denormal
+}
+
+// Row j for tensor cores, by an octet of lanes; zeros where it is beyond the end of the anchors or of the others.
+template <typename In>
+__device__ void write_panels(const Batch<In>& batch, const float* shift, const Row<float>& row, const Panels& panels,
+                             int j, bool of_anchors, bool inside) {
+  constexpr bool kHalf = sizeof(In) == 2;
+  const int r = of_anchors ? j : j - batch.anchors, block = (of_anchors ? 0 : panels.own) + r / 16;
+  const bool split = panels.numbers == Numbers::split;
+  // of a split row the length is near 2^12: what is left of its values is a half with all its digits
+  const float power = split ? power_near(sqrt(row.norm)) * 4096 : power_of_two<In>(row.scale);
+  if (inside && lane() % 8 == 0) panels.rests[j] = split ? 1 / power : power > 0 ? row.scale / power : 0.f;
+  for (int pair = lane() % 8; pair < 8 * panels.steps; pair += 8) {
+    const int64_t to = panels.at(block, pair / 8) + (r % 8 * 4 + pair % 4) * 4 + r / 8 % 2 + pair % 8 / 4 * 2;
+    uint32_t high = 0, low = 0;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const int d = 2 * pair + c;
+      if (!inside || d >= batch.width) continue;
+      const In x = batch.row(j)[d];
+      uint16_t bits = 0, rest = 0;
+      if (split) {
+        const float value = fma(float(widen(x)), row.scale, shift ? -shift[d] : 0.f) * power;
+        bits = float_to_half(value);
+        rest = float_to_half(value - half_to_float(bits));
+      } else if constexpr (std::is_same_v<In, Bfloat16>) {
+        bits = uint16_t(bits_as<uint32_t>(widen(x) * power) >> 16);
+      } else if constexpr (kHalf) {
+        bits = power > 0 ? x.bits : uint16_t(0);
+      }
+      high |= uint32_t(bits) << 16 * c;
+      low |= uint32_t(rest) << 16 * c;
+    }
+    panels.high[to] = high;
+    if (split) panels.low[to] = low;
   }
-  return !finite ? kNotFinite : norm <= T(1e30) ? 0 : kTooLong;
 }
 
 // A thread's word of the label filter of rows [begin, end).
@@ -116,8 +162,8 @@ __device__ uint32_t filter_word(const Batch<In>& batch, int begin, int end, Shar
 // One block a group of rows. All blocks clear `zeroes` keys from `zeroed` on, and unless `measured` that is all they
 // do.
 template <typename In, typename T>
-__global__ void __launch_bounds__(kThreads)
-    prepare_rows(Batch<In> batch, Distance distance, Prepared<T> prepared, Key* zeroed, int64_t zeroes, bool measured) {
+__global__ void __launch_bounds__(kThreads) prepare_rows(Batch<In> batch, Distance distance, Prepared<T> prepared,
+                                                         Panels panels, Key* zeroed, int64_t zeroes, bool measured) {
   __shared__ Shared<int, kGroup> hashes;
   __shared__ Sampling<T> sampling;
   const int t = int(threadIdx.x), group = int(blockIdx.x), own = batch.own_groups();
@@ -135,7 +181,18 @@ __global__ void __launch_bounds__(kThreads)
   const T scale = cosine ? T(0) : sample(batch, prepared.shift, sampling);
   int flags = 0;
   for (int j = begin + t / 8; j - t / 8 < end; j += kThreads / 8) {
-    flags |= prepare_row(batch, distance, prepared, scale, j < end ? j : batch.candidates);
+    const bool inside = j < end;
+    const Row<T> row = measure_row(batch, distance, prepared.shift, scale, inside ? j : batch.candidates);
+    flags |= row.flags;
+    if (inside && t % 8 == 0) {
+      prepared.scale[j] = row.scale;
+      prepared.norms[j] = row.norm;
+    }
+    if constexpr (sizeof(T) == 4) {
+      if (panels.numbers != Numbers::none && j - begin < (end - begin + 15) / 16 * 16) {
+        write_panels(batch, cosine ? nullptr : prepared.shift, row, panels, j, group < own, inside);
+      }
+    }
   }
   const int too_long = __syncthreads_or(flags & kTooLong), not_finite = __syncthreads_or(flags & kNotFinite);
   if (t == 0) prepared.flags[group] = not_finite ? kNotFinite : too_long ? kTooLong : 0;

@@ -88,6 +88,16 @@ struct Held {
         work(batch, slots, gradient_rows, arena) {}
 };
 
+struct HeldPanels {
+  Guarded<char> memory;
+  Arena arena;
+  Panels panels;
+
+  template <typename In>
+  HeldPanels(const Batch<In>& batch, Numbers numbers)
+      : memory(bytes_of_panels(batch, numbers)), arena{memory.data()}, panels(make_panels(batch, numbers, arena)) {}
+};
+
 template <typename In>
 py::tuple run_forward(const Batch<In>& batch, const Settings& settings, Machine machine, unsigned seed) {
   using T = decltype(widen(In()));
@@ -95,9 +105,11 @@ py::tuple run_forward(const Batch<In>& batch, const Settings& settings, Machine 
   Guarded<T> losses(batch.anchors), loss(1);
   Guarded<int64_t> count(1), positive(batch.anchors), negative(batch.anchors);
   Held<T> held(batch, slots_of(settings.mining), 0);
-  forward(launch, machine, batch, settings, held.work,
+  HeldPanels panels(batch, numbers_of(machine, batch, settings));
+  forward(launch, machine, batch, settings, held.work, panels.panels,
           Outputs<T>{losses.data(), loss.data(), count.data(), positive.data(), negative.data()});
   held.memory.check();
+  panels.memory.check();
   const py::ssize_t rows = batch.anchors;
   return py::make_tuple(loss.array({1}), losses.array({rows}), count.array({1}), positive.array({rows}),
                         negative.array({rows}));
@@ -132,7 +144,8 @@ py::tuple run_both(const Batch<In>& batch, const Settings& settings, Machine mac
   Held<T> held(batch, slots_of(settings.mining), listed_rows(settings, gradient_rows));
   Outputs<T> out{nullptr, nullptr, held.work.count, nullptr, nullptr};
   (settings.reduction == Reduction::none ? out.losses : out.loss) = loss.data();
-  forward(launch, machine, batch, settings, held.work, out);
+  HeldPanels panels(batch, numbers_of(machine, batch, settings));
+  forward(launch, machine, batch, settings, held.work, panels.panels, out);
   const auto gradient = run_backward<T>(launch, batch, settings, held.work, grad, held.work.count, gradient_rows);
   held.memory.check();
   return py::make_tuple(loss.array({py::ssize_t(loss.count)}), gradient, launch.launches);
@@ -164,7 +177,7 @@ std::vector<int> mixed_tiles(const py::array_t<int64_t>& labels, int anchors) {
   Held<float> held(batch, slots_of(Mining::hard), 0);
   const Workspace<float>& work = held.work;
   Emulated launch{0};
-  launch(&prepare_rows<float, float>, dim3(unsigned(batch.groups())), batch, Distance::cosine, work.prepared,
+  launch(&prepare_rows<float, float>, dim3(unsigned(batch.groups())), batch, Distance::cosine, work.prepared, Panels{},
          work.zeroed, work.zeroes, true);
   std::vector<int> mixed(tiles_of(batch, kGroup).x);
   simt::launch(1, &note_mixed, tiles_of(batch, kGroup), kThreads, batch, work.prepared.filters, mixed.data());
@@ -191,14 +204,24 @@ void toy(int* out) {
   if (kFault != 2) values.set(kFault == 3 ? t + 1 : t, t);  // 2: read before written; 3: out of bounds
   if (kFault != 4) __syncthreads();                         // 4: a missing barrier
   int x = values.get(kThreads - 1 - t);
-  if (kFault == 5) values.set(t, x);                               // beside another's read
+  if (kFault == 5) values.set(t, x);  // beside another's read
+  if (kFault >= 7) {
+    alignas(16) static const int fresh[4] = {7, 7, 7, 7};
+    __syncthreads();
+    if (t < kThreads / 4) values.copy_four(4 * t, fresh);
+    if (kFault != 7 && kFault != 10) wait_for_copies();     // 7: read before it is there
+    if (kFault != 8) __syncthreads();                       // 8: by others before a barrier
+    if (kFault == 9 && t == 0) values.copy_four(4, fresh);  // 9, 10: never waited for
+    if (kFault != 10) x = values.get(t);
+  }
   if (kFault != 6 || t % 2) x = __shfl_xor_sync(kAllLanes, x, 1);  // 6: by half of the lanes
   out[t] = x;
 }
 
 py::list run_toy(int fault, unsigned seed) {
   std::vector<int> out(kThreads, -1);
-  void (*const kernels[])(int*) = {toy<0>, toy<1>, toy<2>, toy<3>, toy<4>, toy<5>, toy<6>};
+  void (*const kernels[])(int*) = {toy<0>, toy<1>, toy<2>, toy<3>, toy<4>,  toy<5>,
+                                   toy<6>, toy<7>, toy<8>, toy<9>, toy<10>, toy<11>};
   simt::launch(seed, kernels[fault], dim3(1), kThreads, out.data());
   return py::cast(out);
 }

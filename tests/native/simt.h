@@ -3,7 +3,8 @@
 // launch throws std::runtime_error for
 //   - threads of a block at different barriers, lanes of a warp at different warp operations, or some at none;
 //   - shared memory (Shared, below) read or written outside its array, read before this block wrote it, or touched by
-//     two threads between two barriers where one of them writes.
+//     two threads between two barriers where one of them writes;
+//   - a copy to shared memory that is touched, by any thread, before its own thread has waited for it.
 #pragma once
 
 #include <setjmp.h>
@@ -47,11 +48,12 @@ struct Thread {
   jmp_buf place;  // where it goes on
   bool begun = false;
   Waits waits = Waits::no;
-  int line = 0;       // of the barrier or warp operation it waits at
-  int exchanges = 0;  // warp operations so far
-  char sent[2][64];   // what it gave to the last two of them
-  int votes = 0;      // of the block so far
-  int vote[2];        // its last two
+  int line = 0;                               // of the barrier or warp operation it waits at
+  int exchanges = 0;                          // warp operations so far
+  char sent[2][64];                           // what it gave to the last two of them
+  int votes = 0;                              // of the block so far
+  int vote[2];                                // its last two
+  std::vector<std::function<void()>> copies;  // that it has not waited for
 };
 
 inline std::vector<Thread> threads;
@@ -79,6 +81,7 @@ inline void live() {
   for (;;) {
     try {
       body();
+      if (!threads[current].copies.empty()) fail("a copy is never waited for");
     } catch (const std::exception& error) {
       failure = error.what();
     }
@@ -137,7 +140,10 @@ void launch(unsigned seed, void (*kernel)(Parameters...), dim3 grid, unsigned bl
   const bool fits = block > 0 && block <= 1024 && block % kWarp == 0 && grid.y > 0 && grid.y < 65536 && grid.z == 1;
   if (!fits || grid.x == 0 || grid.x > 0x7fffffffu) throw std::runtime_error("bad launch");
   if (!failure.empty() || threads.size() < block) threads = std::vector<Thread>(block);  // fresh after a failure
-  for (Thread& thread : threads) thread.waits = Waits::no;
+  for (Thread& thread : threads) {
+    thread.waits = Waits::no;
+    thread.copies.clear();
+  }
   failure.clear();
   std::mt19937 random(seed);
   body = [&] { kernel(arguments...); };
@@ -259,6 +265,7 @@ struct Shared {
   T at[kSize];
   int64_t written[kSize], read[kSize];  // epoch of the last access
   int writer[kSize], reader[kSize];     // its thread; reader -1: several
+  int64_t copied[kSize];                // epoch in which a copy to it began that is not waited for, or 0
 
   T get(int i) {
     check(i);
@@ -280,10 +287,37 @@ struct Shared {
     if (i % 4) simt::fail("shared memory: unaligned vector");
     for (int c = 0; c < 4; ++c) out[c] = get(i + c);
   }
+  // lands at once or when it is waited for, in turn: no thread may count on either
+  void copy_four(int i, const T* from) {
+    if (i % 4 || uintptr_t(from) % 16) simt::fail("shared memory: unaligned copy");
+    for (int c = i; c < i + 4; ++c) {
+      check(c);
+      if (written[c] == simt::epoch && writer[c] != simt::current) simt::fail("race: a copy beside a write");
+      if (read[c] == simt::epoch) simt::fail("race: a copy beside a read");
+      copied[c] = simt::epoch;
+    }
+    const auto land = [=] { std::copy(from, from + 4, at + i); };
+    auto& copies = simt::threads[simt::current].copies;
+    if (copies.size() % 2) land();
+    copies.push_back([=] {
+      land();
+      for (int c = i; c < i + 4; ++c) {
+        copied[c] = 0;
+        writer[c] = simt::current;
+        written[c] = simt::epoch;
+      }
+    });
+  }
   void check(int i) const {
     if (i < 0 || i >= kSize) simt::fail("shared memory: " + std::to_string(i) + " of " + std::to_string(kSize));
+    if (copied[i] >= simt::block_began) simt::fail("shared memory is touched before a copy to it is waited for");
   }
 };
+
+inline void wait_for_copies() {
+  for (const auto& copy : simt::threads[simt::current].copies) copy();
+  simt::threads[simt::current].copies.clear();
+}
 
 inline float half_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
