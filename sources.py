@@ -375,9 +375,7 @@ def load_table(path: Path, data_root: Path, size: int, border: int) -> Data:
                 picture, label, split = ((row.get(name) or "").strip() for name in ("path", "label", "split"))
                 part = PARTS.get(split.lower() or "train")
                 if not (picture and label and part):
-                    raise ValueError(
-                        f"line {table.line_num} needs path, label and, if any, train, val or test as split"
-                    )
+                    raise ValueError(f"line {table.line_num} needs path, label, and train, val or test as any split")
                 of = classes.setdefault(part, {}).setdefault(unicodedata.normalize("NFC", label), [])
                 of.append(path.parent / picture)
     except (ValueError, csv.Error) as error:
@@ -485,10 +483,14 @@ def read_pictures(
         write_cache(path, cache, files, size)
     with open(path, "rb") as file:
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        errors = json.loads(memory[math.prod(shape) :])
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged; delete it, and it is made again") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of PyTorch: nothing may write to it
         store = torch.frombuffer(memory, dtype=torch.uint8, count=math.prod(shape)).view(shape)
-    return store.permute(0, 3, 1, 2), json.loads(memory[math.prod(shape) :]), Mapped(memory, fingerprint)
+    return store.permute(0, 3, 1, 2), errors, Mapped(memory, fingerprint)
 
 
 def write_cache(path: Path, cache: Path, files: list[File], size: int) -> None:

@@ -79,6 +79,7 @@ class Processor(NamedTuple):
 
 
 H100 = Processor(2048, 228 << 10)
+NUMBERS = ("none", "bfloat16", "float16", "split")  # of csrc/cuda/common.cuh
 
 
 def compiled(folder: Path, architecture: int) -> list[Kernel]:
@@ -92,6 +93,7 @@ def compiled(folder: Path, architecture: int) -> list[Kernel]:
     said = subprocess.run("c++filt", input=done.stdout + done.stderr, capture_output=True, text=True).stdout
     assert done.returncode == 0 and "warning" not in said.lower(), said
     said = said.replace("triplet::gpu::", "").replace("(anonymous namespace)::", "")
+    said = re.sub(r"\(Numbers\)(\d)", lambda match: NUMBERS[int(match[1])], said)
     report = re.findall(
         r"Compiling entry function '(?:void )?([^'(]+)\(.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?"
         r"Used (\d+) registers(?:.*?(\d+) bytes smem)?",
@@ -116,7 +118,8 @@ def test_kernels_keep_everything_in_registers(kernels, architecture):
     assert {
         "search_pairs<float, float, 8, false>",
         "search_pairs<double, double, 4, true>",
-        "search_pairs_mma<Bfloat16, true>",
+        "search_pairs_mma<bfloat16, true>",
+        "search_pairs_mma<split, false>",
         "row_gradient<float, float>",
     } <= names
     assert len(names) == len(found) > 40
@@ -127,7 +130,37 @@ def test_kernels_keep_everything_in_registers(kernels, architecture):
 @needs_nvcc
 def test_two_blocks_of_the_searches_share_a_processor(kernels):
     searches = [kernel for kernel in kernels[90] if kernel.name.startswith("search_pairs")]
-    assert len(searches) == 18 and all(kernel.blocks(H100) >= 2 for kernel in searches)
+    assert len(searches) == 20 and all(kernel.blocks(H100) >= 2 for kernel in searches)
+
+
+@needs_nvcc
+def test_the_machine_code_of_the_searches(kernels, tmp_path_factory):
+    """No local memory; in a loop over the columns of a tile, few instructions beside the products."""
+    disassembler = importlib.util.find_spec("triton").submodule_search_locations[0] + "/backends/nvidia/bin/cuobjdump"
+    (cubin,) = tmp_path_factory.getbasetemp().glob("*/sm_90.cubin")
+    text = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"Function : (\S+)", text)[1:]
+    found = {}
+    for name, code in zip(functions[::2], functions[1::2], strict=True):
+        lines = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", code)]
+        operations = [re.sub(r"^@\S+ +", "", what).split()[0].split(".")[0] for _, what in lines]
+        assert not {"LDL", "STL"} & {*operations}, name
+        if "search_pairs" not in name:
+            continue
+        place, product = {at: n for n, (at, _) in enumerate(lines)}, "HMMA" if "mma" in name else "FFMA"
+        loops = []
+        for n, (_, what) in enumerate(lines):
+            target = re.search(r"BRA .*?0x([0-9a-f]+)", what)
+            if target and (start := place.get(int(target[1], 16), n)) < n:
+                body = operations[start : n + 1]
+                loops.append((body.count(product), len(body)))
+        found[name] = max(loops)
+    for name, (products, length) in found.items():
+        if "mma" in name:
+            assert products in (32, 64) and length <= 4 * products, (name, products, length)
+        elif "d" not in name.partition("search_pairsI")[2][:2]:  # not of doubles
+            assert products >= 128 and length <= 2 * products, (name, products, length)
+    assert sum("mma" in name for name in found) == 6
 
 
 @pytest.mark.skipif(importlib.util.find_spec("oneshot_C_cuda") is None and not REQUIRED, reason="built without CUDA")

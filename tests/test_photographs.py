@@ -107,7 +107,7 @@ def test_a_table_says_what_pictures_are_for(tmp_path):
         ([("path", "label"), ("a.jpg",)], "line 2 needs path, label"),
         (
             [("path", "label", "split"), ("a.jpg", "a", "tset")],
-            "line 2 needs path, label and, if any, train, val or test",
+            "line 2 needs path, label, and train, val or test as any split",
         ),
         ([("path", "label", "split"), ("a.jpg", "a", "test")], "it has none to train on"),
         ([("path", "label"), ("a.jpg", "a"), ("a.jpg", "b")], "a.jpg counts for two classes, a and b"),
@@ -169,6 +169,14 @@ def test_a_cache_is_of_these_pictures(folder, on_disk, change):
     assert len(new) == 1 and other.exists() and old.exists() == (change == "size")
     assert torch.equal(before.train.images, pixels) and (change == "size" or not after.train.same(before.train))
     assert after.train.size == size
+
+
+def test_a_damaged_cache_is_told_of(folder, on_disk):
+    load(folder)
+    (path,) = caches(folder)
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(ValueError, match=r"\.pixels is damaged; delete it"):
+        load(folder)
 
 
 def test_what_a_process_that_died_has_left_is_deleted(folder, on_disk):

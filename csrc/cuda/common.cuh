@@ -93,9 +93,10 @@ struct Prepared {
 // float16, three products.
 enum class Numbers { none, bfloat16, float16, split };
 
-// Rows for tensor cores: each as the search sees it, times a power of two. Blocks of 16 rows and 16 columns have the
-// order that mma.m16n8k16 wants its first operand in, so that a lane finds its four pairs of neighbours side by side:
-// of row lane / 4 and of that + 8, columns lane % 4 * 2; then, of the same rows, columns 8 further.
+// Rows for tensor cores: each as the search sees it, times a power of two. Blocks of 16 rows and 16 columns are in the
+// order in which the lanes of a warp hand them to mma.m16n8k16. Lane l has four pairs of neighbours side by side, its
+// part of a first operand: columns l % 4 * 2 of row l / 4 and of the row 8 below; then, of both, the columns 8 further.
+// Those of either row are its part of a second operand.
 struct Panels {
   Numbers numbers;
   uint32_t *high, *low;  // (blocks, steps, 32 lanes, 4) pairs of neighbours; low: of split numbers

@@ -79,18 +79,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int t = int(threadIdx.x);
   rests.set(t, panels.rests[t < kTile ? at.row(t) : at.column(t - kTile)]);
   const int crossed = kSplit ? (batch.width + 15) / 16 : 0, all = crossed + panels.steps / 2;
-  const bool own = at.columns < batch.anchors;
-  const int row_block = at.rows / 16 + t / 32;
-  const int column_block = (own ? at.columns / 16 : panels.own + (at.columns - batch.anchors) / 16) + t / 32;
+  // each thread copies 16 bytes of a block of rows and of one of columns for each slot
+  const int column = at.columns < batch.anchors ? at.columns / 16 : panels.own + (at.columns - batch.anchors) / 16;
+  const int64_t row_at = panels.at(at.rows / 16 + t / 32, 0) + lane() * 4;
+  const int64_t column_at = panels.at(column + t / 32, 0) + lane() * 4;
   const auto copy = [&](int stage) {
-    const int step = stage < crossed ? stage : (stage - crossed) * 2;
-#pragma unroll
-    for (int slot = 0; slot < 2; ++slot) {
-      const uint32_t* from = slot && stage < crossed ? panels.low : panels.high;
-      const int of_slot = slot && stage >= crossed ? step + 1 : step, to = (stage % 2 * 4 + slot) * kSlot + t * 4;
-      stages.copy_four(to, from + panels.at(row_block, of_slot) + lane() * 4);
-      stages.copy_four(to + 2 * kSlot, from + panels.at(column_block, of_slot) + lane() * 4);
-    }
+    const bool first = stage < crossed;
+    const int step = first ? stage : (stage - crossed) * 2, to = stage % 2 * 4 * kSlot + t * 4;
+    const uint32_t* high = panels.high + step * 128;
+    const uint32_t* second = first ? panels.low + step * 128 : high + 128;
+    stages.copy_four(to, high + row_at);
+    stages.copy_four(to + kSlot, second + row_at);
+    stages.copy_four(to + 2 * kSlot, high + column_at);
+    stages.copy_four(to + 3 * kSlot, second + column_at);
   };
   float product[Share::kRows][Share::kColumns] = {};
   copy(0);
