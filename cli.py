@@ -50,9 +50,7 @@ PixelStatistics = shown_as("R G B", tuple[float, float, float] | None)
 
 @dataclass(frozen=True)
 class DataOptions:
-    data: DataSource = (
-        "cifar100"  # downloaded, drawn here, an .npz file, a folder or .zip with a folder a class, a .csv table
-    )
+    data: DataSource = "cifar100"  # downloaded, drawn here, or a .npz file, a folder of classes, zipped or not, a .csv
     data_root: Folder = "data"  # folder for downloads and caches
     image_size: Number = None  # side to which pictures are scaled; default: 32 pixels, or what the network was made for
     split: Split = "90-10"  # seen and unseen shares of classes, or a fold: 3/10, or cifar-fs, cifar-fs+val, fc100, ...
@@ -63,9 +61,7 @@ class DataOptions:
     flip: bool = True  # mirror half of the training images; --no-flip where a mirror image is of another class
     distort: float = 0.0  # how strongly each training image is rotated, scaled, sheared and bent; characters: 0.2
     cutout: Rate = None  # side of the square blanked in each training image, as a share; 0.375, photographs: 0
-    rotate: Rate = (
-        None  # probability that a class is shown turned (--no-flip: or mirrored), as its own; 0.25, photos: 0
-    )
+    rotate: Rate = None  # chance that a class is shown turned (--no-flip: or mirrored), as its own; 0.25, photos: 0
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ def make_report(
     if unseen:
         score, constant = None, None
         if facts["data"] == "cifar100":
-            score, constant = published_few_shot(unseen.z, unseen.images.labels, threshold["value"])
+            score, constant = published_few_shot(unseen.z, unseen.labels, threshold["value"])
         shots = few_shot_report(unseen)
         found["unseen"] |= {"published_protocol": score, "constant_answer": constant, "few_shot": shots}
     return {
@@ -269,7 +269,7 @@ def few_shot_report(side: Side) -> dict:
     for name, accuracies in side.episodes.items():
         if accuracies is not None:
             mean, half = metrics.mean_interval(accuracies)
-            half = half if metrics.enough(side.images.labels) else None
+            half = half if metrics.enough(side.labels) else None
             found[name] = {"accuracy": mean, "ci95": half, "episodes": len(accuracies)}
     return found
 
@@ -293,7 +293,7 @@ def class_rows(side: Side, names: list[str]) -> list[dict]:
     return [
         {"label": label, "name": names[label]}
         | {name: float(of.per_class[row]) for name, of in side.accuracies.items()}
-        for row, label in enumerate(side.images.labels.unique().tolist())
+        for row, label in enumerate(side.labels.unique().tolist())
     ]
 
 
@@ -302,7 +302,7 @@ def threshold_rows(sides: dict[str, Side], thresholds: dict[str, float]) -> list
     rows = [{"name": name, "value": value} for name, value in thresholds.items()]
     best, constant = {"name": "oracle", "value": None}, {"name": "always different", "value": None}
     for name, side in sides.items():
-        errors = metrics.pair_errors(side.z, side.images.labels, list(thresholds.values()))
+        errors = metrics.pair_errors(side.z, side.labels, list(thresholds.values()))
         for row, accept, reject in zip(rows, *(error.tolist() for error in errors), strict=True):
             accuracies = {ratio: 100 * (1 - share * reject - (1 - share) * accept) for ratio, share in SHARES.items()}
             row[name] = accuracies | {"false_accept": 100 * accept, "false_reject": 100 * reject}
@@ -315,14 +315,14 @@ def open_set_rows(sides: dict[str, Side], threshold: dict) -> list[dict]:
     """Recognition with strangers among the queries, by enrolled classes and pictures of each."""
     if not threshold.get("strangers"):
         return []
-    classes = {name: len(side.images.labels.unique()) for name, side in sides.items()}
+    classes = {name: len(side.labels.unique()) for name, side in sides.items()}
     settings = [("unseen", min(5, classes["unseen"] // 2))]
     if "seen" in sides:
         settings += [("seen", way) for way in sorted({min(20, classes["seen"]), classes["seen"]})]
     table, rows = Strangers(threshold["strangers"]), []
     for name, way in settings:
         for shot in (1, 5):
-            enrolled, others = ((side.z, side.images.labels) for side in (sides[name], sides["unseen"]))
+            enrolled, others = ((side.z, side.labels) for side in (sides[name], sides["unseen"]))
             found = metrics.open_set(enrolled, others, way, shot, table, adapt=name == "unseen")
             if found:
                 figures = {figure: metrics.mean_interval(values) for figure, values in found.items()}

@@ -84,7 +84,7 @@ def of_report(report: dict, sides: dict[str, Side], names: list[str]) -> dict[st
         drawn |= {"map": of_map(side, names), "hardest": of_hardest_pairs(side, names)}
         shares = one_shot_confusion(side)
         if shares is not None:
-            drawn["confusion"] = of_confusion(shares, side.images.labels.unique(), names)
+            drawn["confusion"] = of_confusion(shares, side.labels.unique(), names)
             drawn["episodes"] = of_episodes(side, names)
     return drawn
 
@@ -111,7 +111,7 @@ def short_names(classes: Tensor, names: list[str]) -> tuple[list[str], dict[str,
 
 def of_roc(sides: dict[str, Side], threshold: float) -> Picture:
     """ROC curves of the sides, with a point each at the threshold."""
-    errors = {name: metrics.pair_errors(side.z, side.images.labels, [threshold]) for name, side in sides.items()}
+    errors = {name: metrics.pair_errors(side.z, side.labels, [threshold]) for name, side in sides.items()}
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -136,7 +136,7 @@ def of_roc(sides: dict[str, Side], threshold: float) -> Picture:
 
 def of_similarities(sides: dict[str, Side], thresholds: dict[str, float]) -> Picture:
     """Densities of pair similarities, with thresholds as lines."""
-    counts = [metrics.pair_histogram(side.z, side.images.labels, 100) for side in sides.values()]
+    counts = [metrics.pair_histogram(side.z, side.labels, 100) for side in sides.values()]
     edges = np.linspace(-1, 1, 101)
     common = sum(kinds / kinds.sum(1, keepdim=True) for kinds in counts).sum(0) > 1e-3
     left = min([float(edges[int(common.int().argmax())]), *thresholds.values()]) - 0.05
@@ -184,12 +184,12 @@ def mark_thresholds(axes: Axes, thresholds: dict[str, float]) -> None:
 
 def of_map(side: Side, names: list[str]) -> Picture:
     """Where images of the classes lie: points coloured by class, each class's name near the median of its points."""
-    every = side.images.labels.unique()
-    among = torch.isin(side.images.labels, every[spread(len(every), DRAWN_CLASSES)]).nonzero()[:, 0]
+    every = side.labels.unique()
+    among = torch.isin(side.labels, every[spread(len(every), DRAWN_CLASSES)]).nonzero()[:, 0]
     chosen = among[spread(len(among), MAP_IMAGES)]
     places = tsne(side.z[chosen]) if len(chosen) > 3 else side.z[chosen, :2]
-    classes = side.images.labels[chosen].unique()
-    points = [places[side.images.labels[chosen] == label] for label in classes]  # (n, 2) each
+    classes = side.labels[chosen].unique()
+    points = [places[side.labels[chosen] == label] for label in classes]  # (n, 2) each
     labels, legend = short_names(classes, names)
     room = (places.amax(0) - places.amin(0)) * torch.tensor([0.03 + 0.02 * max(map(len, labels)), 0.07])
     label_places = apart(torch.stack([each.median(0).values for each in points]), room).tolist()
@@ -261,11 +261,11 @@ def one_shot_confusion(side: Side, episodes: int = 1000) -> Tensor | None:
 
     Fewer episodes where the classes are many.
     """
-    way = len(side.images.labels.unique())
+    way = len(side.labels.unique())
     counts = torch.zeros(way * way, dtype=torch.float64)
     queries = min(15, 1 + COMPARISONS // way**2)
     episodes = min(episodes, 1 + COMPARISONS // (way**2 * queries))
-    for rows, images in metrics.draw_episodes(side.images.labels, way, 1, queries, episodes):
+    for rows, images in metrics.draw_episodes(side.labels, way, 1, queries, episodes):
         answers = rows.gather(1, metrics.classify(side.z, images, 1).flatten(1))
         truth = rows.repeat_interleave(images.shape[2] - 1, 1)
         counts += torch.bincount((truth * way + answers).flatten(), minlength=way * way)
@@ -306,8 +306,8 @@ def of_episodes(side: Side, names: list[str], queries: int = 2) -> Picture:
 
     A column a class: the support on top, queries below, framed by right and wrong.
     """
-    way = min(5, len(side.images.labels.unique()))
-    _, images = next(metrics.draw_episodes(side.images.labels, way, 1, queries=queries, episodes=2, seed=1))
+    way = min(5, len(side.labels.unique()))
+    _, images = next(metrics.draw_episodes(side.labels, way, 1, queries=queries, episodes=2, seed=1))
     predicted = metrics.classify(side.z, images, 1)  # (2, way, queries)
     right = int((predicted == torch.arange(way)[:, None]).sum())
     text = (
@@ -335,7 +335,7 @@ def of_run(side: Side, names: list[str]) -> Picture:
 def board(side: Side, episode: Tensor, answers: Tensor, names: list[str], most: int = 10) -> str:
     """An episode of images (way, 1 + queries) as HTML, a column a class: its name and support on top, queries below,
     framed by right and wrong. `answers` (way, queries): the class, 0..way-1, given to each query."""
-    own, columns = [names[label] for label in side.images.labels[episode[:, 0]].tolist()], []
+    own, columns = [names[label] for label in side.labels[episode[:, 0]].tolist()], []
     for place, (support, *queries) in enumerate(episode.tolist()):
         column = [f"<th>{caption(own[place])}</th>", f"<td>{thumbnail(side.images.pixels(support), own[place])}</td>"]
         for image, answer in zip(queries, answers[place].tolist(), strict=True):
@@ -352,7 +352,7 @@ def board(side: Side, episode: Tensor, answers: Tensor, names: list[str], most: 
 def of_hardest_pairs(side: Side, names: list[str], pairs: int = 8) -> Picture:
     """Same-class pairs of the lowest similarity, different-class pairs of the highest; each image at most once."""
     chosen = spread(len(side.z), PAIR_IMAGES)
-    labels, images = side.images.labels[chosen], side.images.pixels(chosen)
+    labels, images = side.labels[chosen], side.images.pixels(chosen)
     similarity, same = side.z[chosen] @ side.z[chosen].T, labels[:, None] == labels
     body = ""
     for title, wanted, order in (

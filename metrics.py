@@ -485,6 +485,10 @@ class Side:
     accuracies: dict[str, Accuracy]  # of triplets and of pairs; for runs, "error"
     episodes: dict[str, Tensor | None]  # accuracies (episodes,) in the settings of FEW_SHOT; empty for seen classes
 
+    @property
+    def labels(self) -> Tensor:
+        return self.images.labels
+
 
 def measure(images: Images, z: Tensor, threshold: float, shots: tuple[Tensor, Tensor] | None = None) -> Side | None:
     """A `Side`; None unless there are pairs of both kinds.

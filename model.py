@@ -505,8 +505,9 @@ class PixelEmbedder(nn.Module):
 
 
 @torch.inference_mode()
-def embed(net: Embedder, images: "Tensor | sources.Images", batch: int = 250) -> Tensor:  # noqa: F821
-    """Embed (N, 3, H, W) uint8 images in evaluation mode, in float32 whatever the training precision: (N, D) float32.
+def embed(net: Embedder, images: Tensor, batch: int = 250) -> Tensor:
+    """Embed (N, 3, H, W) uint8 images, or `data.Images`, in evaluation mode: (N, D) float32, whatever the precision of
+    the training.
 
     The images go to the network's device; the network's training mode is restored.
     """

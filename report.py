@@ -216,7 +216,7 @@ def compare(sides: dict[str, Side], other: dict[str, Side]) -> dict | None:
         for setting, accuracies in side.episodes.items():
             if accuracies is not None:
                 mean, half = metrics.mean_interval(accuracies - theirs.episodes[setting])
-                interval = (mean - half, mean + half) if metrics.enough(side.images.labels) else None
+                interval = (mean - half, mean + half) if metrics.enough(side.labels) else None
                 rows[setting] = {"difference": mean, "ci95": interval}
     return compared
 
