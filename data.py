@@ -359,11 +359,14 @@ class TrainingData:
             images = cut_out(images, options.cutout, generator)
         return images, self.kept.labels[index].to(self.device)
 
-    def samples(self, normalise: Callable, batches: int = 20, size: int = 250) -> Iterator[Tensor]:
-        """Augmented images (B, 3, H, W) float32 of any classes in batches, the same at every call."""
+    def samples(self, normalise: Callable, augmented: bool, batches: int = 20, size: int = 250) -> Iterator[Tensor]:
+        """Images (B, 3, H, W) float32 of any classes in batches, as they are or augmented; the same at every call."""
         own = replace(self, generator=torch.Generator().manual_seed(0))
         for index in torch.randperm(len(self.kept), generator=own.generator)[: batches * size].split(size):
-            yield own.batch(normalise, index, own.turns(len(index)))[0]
+            if augmented:
+                yield own.batch(normalise, index, own.turns(len(index)))[0]
+            else:
+                yield normalise(self.kept.pixels(index).to(self.device))
 
 
 def fingerprint(kept: Images, held_back: Images, facts: dict) -> str:

@@ -524,8 +524,7 @@ def refresh_batch_norm(net: Embedder, batches: Iterable[Tensor]) -> None:
     """Replace batch norm's running statistics by averages over normalised images, batches of (B, 3, H, W) float32.
 
     The statistics then belong to the weights in `net` now, whatever weights the last forward passes had (as for
-    averaged weights: Izmailov et al. 2018, arXiv:1803.05407, sec. 3.2), if the images are as in training: those of
-    images that are not augmented cost new classes one to two points. Frozen ones stay.
+    averaged weights: Izmailov et al. 2018, arXiv:1803.05407, sec. 3.2). Frozen ones stay.
     """
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad]
     momenta = [norm.momentum for norm in norms]

@@ -365,7 +365,7 @@ class Run:
     def validate(self) -> dict:
         """Metrics of the held-back images and of validation classes; sets the calibrated threshold."""
         if self.refreshes and self.step:
-            model.refresh_batch_norm(self.net, self.train.samples(self.net.normalise))
+            self.refresh_batch_norm()
         z, labels = self.embed(self.train.held_back)
         curve = metrics.roc(z, labels)
         pair_accuracy, threshold = curve.best()
@@ -381,6 +381,16 @@ class Run:
             "new_pair_accuracy": metrics.roc(z, labels).best()[0],
             "new_one_shot": float(metrics.episode_accuracies(z, labels, way, 1, episodes=2000).mean()),
         }
+
+    def refresh_batch_norm(self) -> None:
+        """Measure batch norm's statistics on training images, as they are or augmented, whichever is better on the
+        held-back images: neither always is."""
+        found = {}
+        for augmented in (True, False):
+            model.refresh_batch_norm(self.net, self.train.samples(self.net.normalise, augmented))
+            auc = metrics.roc(*self.embed(self.train.held_back)).auc
+            found[auc] = {name: tensor.clone() for name, tensor in self.net.state_dict().items() if "running_" in name}
+        self.net.load_state_dict(found[max(found)], strict=False)
 
     def embed(self, images: data.Images) -> tuple[Tensor, Tensor]:
         """Normalised embeddings (N, D) and labels (N,) of images."""

@@ -16,7 +16,9 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 import cli
 import data
 import evaluate
+import metrics
 import model
+import tiny
 import train_classic
 import train_reptile
 from tiny import CLASSIC, REPTILE, SMALL, same
@@ -286,14 +288,28 @@ def test_batch_norm_statistics_are_those_of_the_weights(npz):
     net = model.build("resnet20", 4, mean=mean, std=std)
     net.bn1.running_mean.fill_(1e6)
     random_before = torch.get_rng_state(), train.generator.get_state()
-    model.refresh_batch_norm(net, train.samples(net.normalise))
+    model.refresh_batch_norm(net, train.samples(net.normalise, augmented=True))
     assert all(map(torch.equal, random_before, (torch.get_rng_state(), train.generator.get_state())))
     assert net.training and net.bn1.momentum == 0.1
-    (batch,) = train.samples(net.normalise)
+    (batch,) = train.samples(net.normalise, augmented=True)
     assert batch.shape == (len(train.kept), 3, 16, 16) and (batch == 0).float().mean() > 0.1  # blanked squares
     out = net.eval().bn1(net.conv1(batch))
     assert torch.allclose(out.mean((0, 2, 3)), torch.zeros(4), atol=1e-3)
     assert torch.allclose(out.var((0, 2, 3)), torch.ones(4), atol=1e-2)
+
+
+def test_batch_norm_is_measured_on_what_is_better_on_held_back_images(npz, tmp_path):
+    arguments = [*REPTILE, "--data", npz, "--out", tmp_path / "run", "--cutout", "0.5", "--rotate", "0.5"]
+    tiny.run(train_reptile, *arguments)
+    net, saved = model.load(tmp_path / "run" / "last.pt")
+    options = cli.DataOptions(data=npz, split="75-25", cutout=0.5, rotate=0.5)
+    train, found = data.load_for_training(options, 0, torch.device("cpu")), []
+    net.requires_grad_(True)
+    for augmented in (True, False):
+        model.refresh_batch_norm(net, train.samples(net.normalise, augmented))
+        z = torch.nn.functional.normalize(model.embed(net, train.held_back))
+        found.append(metrics.roc(z, train.held_back.labels).auc)
+    assert abs(found[0] - found[1]) > 1e-3 and abs(saved["validation"]["auc"] - max(found)) < 1e-6
 
 
 def test_held_back_and_unseen_images_never_reach_the_training(npz):
