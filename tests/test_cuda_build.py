@@ -103,9 +103,13 @@ def compiled(folder: Path, architecture: int) -> list[Kernel]:
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(scope="module")
+def kernels(folder):
     """Architecture to kernels; compiled two at a time."""
-    folder = tmp_path_factory.mktemp("kernels")
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(ARCHITECTURES, pool.map(lambda sm: compiled(folder, sm), ARCHITECTURES), strict=True))
 
@@ -134,11 +138,11 @@ def test_two_blocks_of_the_searches_share_a_processor(kernels):
 
 
 @needs_nvcc
-def test_the_machine_code_of_the_searches(kernels, tmp_path_factory):
+def test_the_machine_code_of_the_searches(kernels, folder):
     """No local memory; in a loop over the columns of a tile, few instructions beside the products."""
     disassembler = importlib.util.find_spec("triton").submodule_search_locations[0] + "/backends/nvidia/bin/cuobjdump"
-    (cubin,) = tmp_path_factory.getbasetemp().glob("*/sm_90.cubin")
-    text = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    command = [disassembler, "-sass", folder / "sm_90.cubin"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = re.split(r"Function : (\S+)", text)[1:]
     found = {}
     for name, code in zip(functions[::2], functions[1::2], strict=True):
