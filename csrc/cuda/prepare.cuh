@@ -116,7 +116,6 @@ __device__ inline float power_of_two(float scale) {
 template <typename In>
 __device__ void write_panels(const Batch<In>& batch, const float* shift, const Row<float>& row, const Panels& panels,
                              int j, bool of_anchors, bool inside) {
-  constexpr bool kHalf = sizeof(In) == 2;
   const int r = of_anchors ? j : j - batch.anchors, block = (of_anchors ? 0 : panels.own) + r / 16;
   const bool split = panels.numbers == Numbers::split;
   // of a split row the length is near 2^12: what is left of its values is a half with all its digits
@@ -137,7 +136,7 @@ __device__ void write_panels(const Batch<In>& batch, const float* shift, const R
         rest = float_to_half(value - half_to_float(bits));
       } else if constexpr (std::is_same_v<In, Bfloat16>) {
         bits = uint16_t(bits_as<uint32_t>(widen(x) * power) >> 16);
-      } else if constexpr (kHalf) {
+      } else if constexpr (std::is_same_v<In, Float16>) {
         bits = power > 0 ? x.bits : uint16_t(0);
       }
       high |= uint32_t(bits) << 16 * c;
