@@ -54,7 +54,7 @@ class SupportAdaptation:
     The output of the frozen part, for each image and each augmented view, is computed once for all episodes.
     """
 
-    net: model.Embedder
+    net: model.ResNet  # in evaluation mode
     loss: dict  # keyword arguments of triplet_loss
     steps: int
     lr: float
@@ -63,12 +63,8 @@ class SupportAdaptation:
     @torch.no_grad()
     def block_inputs(self, images: Tensor, batch: int = 250) -> Tensor:
         """The last block's inputs for (N, 3, H, W) uint8 images: (N, C, H', W'), on the network's device."""
-        net, kept = copy.deepcopy(self.net).eval(), []
-        last_block(net).register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-        device = next(net.parameters()).device
-        for part in images.split(batch):
-            net.embed(net.normalise(part.to(device)))
-        return torch.cat(kept)
+        net = self.net
+        return torch.cat([net.before_last(net.normalise(part.to(net.scale.device))) for part in images.split(batch)])
 
     def answers(self, pictures: Images, episodes: Tensor, shot: int, seed: int = 0) -> Tensor:
         """The class, 0..way-1, given to each query without and with adaptation: (2, E, way, queries).
@@ -76,7 +72,7 @@ class SupportAdaptation:
         `episodes` (E, way, shot + queries) as from `metrics.draw_episodes`. The same seed gives the same answers.
         """
         generator = torch.Generator().manual_seed(seed)
-        block = copy.deepcopy(last_block(self.net)).eval()
+        block = copy.deepcopy(self.net.layer3[-1]).eval()
         sides = (pictures.images, pictures.images.flip(3)) if self.net.mirror else (pictures.images,)
         inputs = torch.stack([self.block_inputs(side) for side in sides], 1)  # (N, 1 or 2, C, H', W')
         supports, place = episodes[:, :, :shot].unique(return_inverse=True)  # (S,), (E, way, shot)
@@ -96,8 +92,8 @@ class SupportAdaptation:
     @torch.no_grad()
     def embed(self, block: nn.Module, inputs: Tensor) -> Tensor:
         """Normalised embeddings (N, D) of the block's `inputs` (N, M, C, H', W'), the mean of M views of each image."""
-        embeddings = block(inputs.flatten(0, 1)).mean((2, 3)).unflatten(0, inputs.shape[:2]).mean(1)
-        return F.normalize(embeddings.cpu())
+        features = self.net.finish(inputs.flatten(0, 1), block).unflatten(0, inputs.shape[:2]).mean(1)
+        return F.normalize(self.net.join(features).cpu())
 
     def report(self, pictures: Images, seed: int = 0) -> dict:
         """Few-shot accuracy in percent without adaptation (zero_steps) and with it, on the same EPISODES episodes.
@@ -122,11 +118,6 @@ def check_pictures(labels: Tensor) -> None:
         found = f"there are {len(counts)}" + (f", the smallest with {min(counts)}" if counts else "")
         needed = "5 or more unseen classes with 2 or more images each to be scored on"
         raise ValueError(f"--adapt-steps needs {needed}; {found}")
-
-
-def last_block(net: model.Embedder) -> nn.Module:
-    """The last residual block. The embedding is the mean of its output over the pixels."""
-    return list(net.children())[-1][-1]
 
 
 def support_loss(block: nn.Module, views: Tensor, rows: Tensor, generator: torch.Generator, loss: dict) -> Tensor:

@@ -25,6 +25,7 @@ class NetworkOptions:
     pixel_mean: cli.PixelStatistics = None  # channel means (0..1) that a state dict was trained with
     pixel_std: cli.PixelStatistics = None  # its standard deviations; default: those of the training data
     mirror: Literal["auto", "yes", "no"] = "auto"  # average embeddings of image and mirror image; auto: as trained
+    penultimate: cli.Rate = None  # weight of the features before the last block; default: as trained
     turned: cli.Rate = None  # weight of turned views in the embedding; default: as trained
     device: cli.Device = "auto"  # where the network runs; auto: on a GPU, if there is one
 
@@ -163,8 +164,8 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         loaded = data.Data(loaded.name, loaded.train.of([]), loaded.train + loaded.test, names)
     kept, held_back = data.hold_back(loaded.train.of(seen))
     net = load_network(path, state, saved, backbone, options, kept if seen else loaded.test)
-    views = own.get("mirror", False), own.get("turned", 0.0)
-    as_trained = (net.mirror, net.turned) == views and net.size == own.get("size")
+    parts = own.get("mirror", False), own.get("turned", 0.0), own.get("penultimate", 0.0)
+    as_trained = (net.mirror, net.turned, net.penultimate) == parts and net.size == own.get("size")
     shared = {*facts["classes"]} & {*names}
     missing = [name for name in facts["classes"] if shared and name not in shared]
     new = [names[label] for label in seen if ours and names[label] not in learned]
@@ -172,7 +173,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     notes = [f"{len(of)} {text}: {textwrap.shorten(', '.join(of), 100)}" for text, of in texts.items() if of]
     calibrates = new and metrics.enough(held_back.labels)  # the threshold, on these images
     threshold = saved["threshold"] if as_trained and not calibrates else None
-    return Loaded(path, net.to(device), loaded, seen, unseen, split, notes, saved, threshold)
+    return Loaded(path, net.to(device).eval(), loaded, seen, unseen, split, notes, saved, threshold)
 
 
 def load_network(
@@ -194,9 +195,11 @@ def load_network(
     settings |= {"size": images.size, "border": images.border}
     if options.mirror != "auto":
         settings["mirror"] = options.mirror == "yes"
-    if options.turned is not None:
-        settings["turned"] = options.turned
+    given = {"turned": options.turned, "penultimate": options.penultimate}
+    settings |= {name: value for name, value in given.items() if value is not None}
     net, ignored = model.build_with_weights(settings, state)
+    if options.penultimate and "penultimate_mean" not in state:
+        net.centre(images)
     if ignored:
         print(f"{path}: left out {', '.join(ignored)}")
     return net
@@ -410,8 +413,9 @@ def check(options: Options) -> None:
     for name, least in {"adapt_lr": None, "adapt_steps": 1, "image_size": 8}.items():
         if getattr(options, name) is not None:
             cli.require(options, name, least=least)
-    if options.turned is not None:
-        cli.require(options, "turned", least=0, most=1)
+    for name in ("turned", "penultimate"):
+        if getattr(options, name) is not None:
+            cli.require(options, name, least=0, most=1)
     if options.threshold != "auto":
         cli.check_threshold(options.threshold)
         if options.store:
@@ -446,8 +450,10 @@ def main(args: Sequence[str] | None = None) -> None:
         thresholds = [(None, {}) if options.runs else pick_thresholds(each, options) for each in loaded]
         if options.store:
             for each, (threshold, _) in zip(loaded, thresholds, strict=True):
+                measured = each.net.state_dict() | each.saved["model"]  # what the checkpoint lacks
+                stored = {"model": measured, "threshold": threshold, "network": each.net.settings}
                 with cli.writing(each.path) as path:
-                    torch.save(each.saved | {"threshold": threshold, "network": each.net.settings}, path)
+                    torch.save(each.saved | stored, path)
     evaluated: list[tuple[dict, dict[str, Side], list[str]]] = []
     for each, (threshold, others) in zip(loaded, thresholds, strict=True):
         made, sides = evaluate(each, threshold, others, options)

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}  # blocks in each of the three stages
-CENTRE_IMAGES = 2000  # enough for the mean embedding
-OPTIONAL = ("num_batches_tracked", "mean_embedding")  # what a state dict may lack
+CENTRE_IMAGES = 2000  # enough for means of features
+OPTIONAL = ("num_batches_tracked", "mean_embedding", "penultimate_mean", "penultimate_std")  # a state dict may lack
 UNLIKE = ("googlenet", "inception_v3", "vit_h_14")  # torchvision builds these otherwise for their weights
 
 
@@ -57,6 +57,7 @@ class Embedder(nn.Module):
     border: int  # pixels that a picture file loses at each side after it is scaled
     mirror = False  # in evaluation mode, average the embeddings of an image and of its mirror image
     turned = 0.0  # in evaluation mode, append those of turned and, without `mirror`, mirrored views, times this
+    penultimate = 0.0  # in evaluation mode, append the features before a CIFAR ResNet's last block, times this
     frozen: Iterable[nn.Module] = ()
 
     def set_pixel_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -70,25 +71,37 @@ class Embedder(nn.Module):
         return (pixels * self.scale).sub_(self.shift)
 
     def embed(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised images -> (B, dimension) embeddings, of any length."""
+        """(B, 3, H, W) normalised images -> (B, dimension) embeddings, of any length, and in evaluation mode with
+        `penultimate` what `join` takes."""
         raise NotImplementedError
+
+    def centre(self, images: Tensor) -> None:
+        """Measure what the network's features are centred by, on CENTRE_IMAGES or fewer of (N, 3, H, W) uint8."""
+        raise NotImplementedError
+
+    def join(self, features: Tensor) -> Tensor:
+        """(B, D) of `embed`, or means over views: the last features at length 1 and the others at `penultimate`."""
+        if self.training or not self.penultimate:
+            return features
+        last, before = features[:, : self.dimension], features[:, self.dimension :]
+        return torch.cat([F.normalize(last), self.penultimate * F.normalize(before)], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) normalised images -> (B, D): `embed` in training mode; else of all views.
 
-        With `turned`, D is 4 times the dimension, 8 times without `mirror`. A network that learned turned classes as
-        classes of their own sees other features in a turned image (as in the aggregated inference of Lee et al. 2020,
-        arXiv:1910.05872).
+        With `penultimate`, D is twice the dimension. With `turned`, it is 4 times as much, 8 times without `mirror`. A
+        network that learned turned classes as classes of their own sees other features in a turned image (as in the
+        aggregated inference of Lee et al. 2020, arXiv:1910.05872).
         """
         if self.training or not (self.mirror or self.turned):
-            return self.embed(x)
+            return self.join(self.embed(x))
         views = [x.rot90(quarters, (2, 3)) for quarters in range(4 if self.turned else 1)]
         upright, mirrored = ([self.embed(view) for view in some] for some in (views, [view.flip(3) for view in views]))
         if self.mirror:
             upright, mirrored = [(a + b) / 2 for a, b in zip(upright, mirrored, strict=True)], []
         if not self.turned:
-            return upright[0]
-        first, *others = (F.normalize(z) for z in upright + mirrored)
+            return self.join(upright[0])
+        first, *others = (F.normalize(self.join(features)) for features in upright + mirrored)
         return torch.cat([first, *(self.turned * z for z in others)], 1)
 
     def freeze(self, stages: int) -> None:
@@ -121,8 +134,16 @@ def parts(module: nn.Module, most: int) -> list[nn.Module]:
     return [module] if count else []
 
 
+def to_centre(images: Tensor) -> Tensor:
+    """CENTRE_IMAGES random images, or all if there are fewer, in random order; the same at every call."""
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CENTRE_IMAGES]]
+
+
 class ResNet(Embedder):
-    """The CIFAR ResNet; embeddings of 4 * width numbers."""
+    """The CIFAR ResNet; embeddings of 4 * width numbers, twice as many with `penultimate`.
+
+    The features before the last block know less of the training classes and more of others.
+    """
 
     def __init__(self, blocks: int, width: int = 16):
         super().__init__()
@@ -132,13 +153,39 @@ class ResNet(Embedder):
         self.layer1 = stage(width, width, blocks, stride=1)
         self.layer2 = stage(width, 2 * width, blocks, stride=2)
         self.layer3 = stage(2 * width, 4 * width, blocks, stride=2)
+        self.register_buffer("penultimate_mean", torch.zeros(4 * width))
+        self.register_buffer("penultimate_std", torch.ones(4 * width))
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # whose numbers PyTorch's compiler makes
                 nn.init.kaiming_normal_(module.weight)
 
     def embed(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+        return self.finish(self.before_last(x), self.layer3[-1])
+
+    def before_last(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised images -> the last block's inputs (B, C, H', W')."""
+        x = self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)), inplace=True)))
+        for block in list(self.layer3)[:-1]:
+            x = block(x)
+        return x
+
+    def finish(self, before: Tensor, last_block: nn.Module) -> Tensor:
+        """The last block's inputs (B, C, H', W') -> what `embed` returns."""
+        features = last_block(before).mean((2, 3))
+        if self.training or not self.penultimate:
+            return features
+        return torch.cat([features, (before.mean((2, 3)) - self.penultimate_mean) / self.penultimate_std], 1)
+
+    def centre(self, images: Tensor) -> None:
+        was_training = self.training
+        self.eval()
+        with torch.inference_mode():
+            parts = to_centre(images).split(250)
+            device = self.conv1.weight.device
+            before = torch.cat([self.before_last(self.normalise(part.to(device))).mean((2, 3)) for part in parts])
+            self.penultimate_mean.copy_(before.mean(0))
+            self.penultimate_std.copy_(before.std(0, correction=0).clamp(min=1e-6))
+        self.train(was_training)
 
 
 def stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
@@ -173,10 +220,8 @@ class LibraryNetwork(Embedder):
         return F.normalize(self.body(x)) - self.mean_embedding
 
     def centre(self, images: Tensor) -> None:
-        """From now on subtract the mean embedding of images (N, 3, H, W) uint8, or of CENTRE_IMAGES random ones."""
         self.mean_embedding.zero_()
-        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:CENTRE_IMAGES]
-        self.mean_embedding.copy_(embed(self, images[chosen]).mean(0))
+        self.mean_embedding.copy_(embed(self, to_centre(images)).mean(0))
 
 
 # -------------------------------------------------------------------------------------------- building, given weights
@@ -244,6 +289,7 @@ def build(
     input_size: int | None = None,
     mirror: bool = False,
     turned: float = 0.0,
+    penultimate: float = 0.0,
     size: int = 32,
     border: int = 0,
     mean: Sequence[float] = (0.0, 0.0, 0.0),
@@ -251,14 +297,16 @@ def build(
 ) -> Embedder:
     """A network by name, randomly initialised and stored channels last. Raises ValueError.
 
-    `width` is for CIFAR ResNets, `input_size` for the others; `mirror`, `turned`, `size` and `border` are those of
-    `Embedder`.
-    `mean` and `std` are of the training images' channels, on the scale 0..1.
+    `width` and `penultimate` are for CIFAR ResNets, `input_size` is for the others; `mirror`, `turned`, `penultimate`,
+    `size` and `border` are those of `Embedder`; `mean` and `std` are of the training images' channels, on the scale
+    0..1.
     """
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
     if backbone in DEPTHS:
         net, own = ResNet(DEPTHS[backbone], width), {"width": width}
+        net.penultimate = penultimate
+        own |= {"penultimate": penultimate} if penultimate else {}
     else:
         input_size = input_size or made_for(backbone)["input_size"]
         net, own = LibraryNetwork(backbone, input_size), {"input_size": input_size}
@@ -295,7 +343,7 @@ def load_weights(net: Embedder, state: dict[str, Tensor]) -> list[str]:
     A "module." prefix (DataParallel) is dropped and a classifier left out. Raises ValueError if anything else is
     missing, left over or of another shape, or if a weight is not finite.
     """
-    own = net.state_dict()
+    own = dict(sorted(net.state_dict().items(), key=lambda item: item[0].endswith(OPTIONAL)))
     full = {name.removeprefix("body."): name for name in own}  # of a LibraryNetwork
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     ignored = [name for name in state if name.startswith(tuple(f"{layer}." for layer in net.classifier))]
@@ -406,7 +454,7 @@ def check_structure(saved: dict, path: str | os.PathLike) -> None:
         settings = {name: data[name] for name in ("size", "mean", "std") if name in data} | network
         if settings.get("backbone") == "resnet18":
             raise ValueError(f"{path} is of a former backbone, resnet18; train --backbone torchvision:resnet18 anew")
-        known = {"backbone", "width", "input_size", "mirror", "turned", "size", "border", "mean", "std"}
+        known = {"backbone", "width", "input_size", "mirror", "turned", "penultimate", "size", "border", "mean", "std"}
         sizes = [settings.get(name, 1) for name in ("width", "input_size", "size", "border")]
         valid = all(type(size) is int for size in sizes) and numbers(sizes, 4, 1, 2**16)
         if not (valid and settings.keys() <= known and isinstance(settings.get("backbone", ""), str)):
@@ -414,8 +462,8 @@ def check_structure(saved: dict, path: str | os.PathLike) -> None:
         mean, std = settings.get("mean", [0, 0, 0]), settings.get("std", [1, 1, 1])
         if not (numbers(mean, 3, 0, 1) and numbers(std, 3, 1e-9, 1)):
             wrong.append("pixel statistics")
-        if not numbers([settings.get("turned", 0.0)], 1, 0, 1):
-            wrong.append("weight of turned views")
+        if not numbers([settings.get(name, 0.0) for name in ("turned", "penultimate")], 2, 0, 1):
+            wrong.append("weights of the embedding's parts")
     if threshold is not None:
         value = threshold.get("value") if isinstance(threshold, dict) else None
         if not numbers([value], 1, -1, 1) or not numbers(threshold.get("logistic", [0, 0]), 2, -math.inf, math.inf):

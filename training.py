@@ -37,10 +37,12 @@ def check(options: cli.RunOptions) -> None:
     if options.minutes is not None:
         cli.require(options, "minutes", most=1e6)
     cli.require(options, "margin", "seed", "withhold", least=0)
-    cli.require(options, "crop", "jitter", "distort", "cutout", "rotate", "turned", least=0, most=1)
+    cli.require(options, "crop", "jitter", "distort", "cutout", "rotate", "penultimate", "turned", least=0, most=1)
     cli.require(options, "width", least=1, most=1024)
     cli.require(options, "image_size", least=8, most=4096)
     cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
+    if options.penultimate and ":" in options.backbone:
+        raise ValueError("--penultimate is for the CIFAR ResNets")
     if options.seed >= 2**63:
         raise ValueError(f"--seed must be below 2**63, got {options.seed}")
     if options.pretrained and ":" not in options.backbone:
@@ -54,7 +56,7 @@ def check(options: cli.RunOptions) -> None:
 
 
 def with_defaults(options: Options, **usual: float) -> Options:
-    """The options with what was not given of image size, augmentation, `freeze` and the learning rates.
+    """The options with what was not given of image size, augmentation, `freeze`, `penultimate` and the learning rates.
 
     `usual` are the learning rates where no weights are given: given ones move at a tenth of these, and the first three
     stages of --weights not at all, or a few pictures make a network forget what it knew of other classes. Photographs
@@ -68,6 +70,7 @@ def with_defaults(options: Options, **usual: float) -> Options:
         found = {"crop": 0.0, "jitter": 0.0, "cutout": 0.375, "rotate": 0.25}
     share = 0.1 if options.weights or options.pretrained else 1.0
     found |= {"image_size": size, "freeze": 3 if options.weights else 0}
+    found |= {"penultimate": 0.5 if options.backbone in model.DEPTHS else 0.0}
     found |= {name: share * rate for name, rate in usual.items()}
     return dataclasses.replace(options, **{n: value for n, value in found.items() if getattr(options, n) is None})
 
@@ -113,7 +116,8 @@ def make_network(options: cli.NetworkOptions, train: data.TrainingData) -> model
     state, (mean, std) = given_weights(options, train)
     settings = {"backbone": options.backbone, "width": options.width, "input_size": options.image_size}
     mirror = options.mirror and train.options.flip
-    settings |= {"mirror": mirror, "turned": options.turned, "mean": mean, "std": std}
+    settings |= {"mirror": mirror, "turned": options.turned, "penultimate": options.penultimate}
+    settings |= {"mean": mean, "std": std}
     settings |= {"size": train.kept.size, "border": train.kept.border}
     net = model.build(**settings) if state is None else model.build_with_weights(settings, state)[0]
     net.freeze(options.freeze)
@@ -247,7 +251,7 @@ class Run:
         if len(generators) != distributed.world():
             raise ValueError(f"{folder} was trained by {len(generators)} processes; resume it with as many")
         try:
-            self.net.load_state_dict(state["net"])
+            model.load_weights(self.net, state["net"])
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.train.sampler.tasks.set_state(state.get("tasks", generators[0].clone()))
@@ -366,6 +370,8 @@ class Run:
         """Metrics of the held-back images and of validation classes; sets the calibrated threshold."""
         if self.refreshes and self.step:
             self.refresh_batch_norm()
+        if isinstance(self.net, model.ResNet):
+            self.net.centre(self.train.kept)
         z, labels = self.embed(self.train.held_back)
         curve = metrics.roc(z, labels)
         pair_accuracy, threshold = curve.best()
@@ -388,6 +394,8 @@ class Run:
         found = {}
         for augmented in (True, False):
             model.refresh_batch_norm(self.net, self.train.samples(self.net.normalise, augmented))
+            if isinstance(self.net, model.ResNet):
+                self.net.centre(self.train.kept)
             auc = metrics.roc(*self.embed(self.train.held_back)).auc
             found[auc] = {name: tensor.clone() for name, tensor in self.net.state_dict().items() if "running_" in name}
         self.net.load_state_dict(found[max(found)], strict=False)

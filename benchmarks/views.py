@@ -1,16 +1,16 @@
-"""Embeddings made of several views, measured on classes that a network was not trained on.
+"""Embeddings made of several parts, measured on classes that a network was not trained on.
 
     python benchmarks/views.py weights/classic-50-50.pt --data cifar100 --first 50 --last 89 --out results/views.json
 
 Beside an image's own embedding z_0 stand those of the image turned by 90, 180 and 270 degrees, times `turned`, and the
-standardised, pooled features of the second stage at length 1, times `stage2`. New: 60 test images of each of the
-classes FIRST..LAST; seen: 30 of each class the network was trained on.
+standardised, pooled features after one of the blocks before the last at length 1, times `weight`. New: 60 test images
+of each of the classes FIRST..LAST; seen: 30 of each class the network was trained on.
 """
 
 import argparse
-import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,19 +24,31 @@ import data
 import metrics
 import model
 
-WEIGHTS = [*itertools.product((0, 0.25, 0.35, 0.5, 0.7, 1), (0,)), *itertools.product((0, 0.35, 0.5), (0.3, 0.45))]
+BLOCKS = [f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(3)][:-1]  # of a ResNet-20
+LAST = BLOCKS[-1]
+PARTS = [(turned, LAST, 0) for turned in (0, 0.25, 0.35, 0.5, 0.7, 1)]
+PARTS += [(0, block, 0.4) for block in BLOCKS] + [(0, LAST, weight) for weight in (0.3, 0.5, 0.6, 0.8)]
+PARTS += [(0.35, LAST, 0.5), (0.5, LAST, 0.5)]
 
 
 @torch.no_grad()
-def features(net: model.Embedder, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Embeddings of each of four views at length 1, (N, D), and pooled features of stage 2, (N, C), of uint8 images."""
-    pooled: list[Tensor] = []
-    hook = net.layer2.register_forward_hook(lambda module, inputs, output: pooled.append(output.mean((2, 3))))
-    views = [torch.cat([net(net.normalise(part.rot90(k, (2, 3)))) for part in images.split(250)]) for k in range(4)]
-    hook.remove()
-    upright = pooled[: len(pooled) // 4]  # of each batch two, with its mirror image
-    means = [(image + mirrored) / 2 for image, mirrored in zip(upright[::2], upright[1::2], strict=True)]
-    return [F.normalize(view) for view in views], torch.cat(means)
+def features(net: model.ResNet, images: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Of uint8 images: embeddings of each of four views at length 1, (N, D), and pooled features of blocks, (N, C)."""
+    pooled: dict[str, list[Tensor]] = {block: [] for block in BLOCKS}
+
+    def keep(name: str) -> Callable:
+        return lambda module, inputs, output: pooled[name].append(output.mean((2, 3)))
+
+    hooks = [net.get_submodule(block).register_forward_hook(keep(block)) for block in BLOCKS]
+    upright = torch.cat([net(net.normalise(part)) for part in images.split(250)])
+    for hook in hooks:
+        hook.remove()
+    turned = [torch.cat([net(net.normalise(part.rot90(k, (2, 3)))) for part in images.split(250)]) for k in (1, 2, 3)]
+    means = {  # of each batch and its mirror image
+        block: torch.cat([(image + mirrored) / 2 for image, mirrored in zip(each[::2], each[1::2], strict=True)])
+        for block, each in pooled.items()
+    }
+    return [F.normalize(view) for view in (upright, *turned)], means
 
 
 def main() -> None:
@@ -48,7 +60,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     net, saved = model.load(options.checkpoint)
-    net.mirror, net.turned = True, 0.0
+    net.mirror, net.turned, net.penultimate = True, 0.0, 0.0
     loaded = data.load(options.data, "data", net.size)
     sides = {}
     for name, classes, most in (
@@ -57,13 +69,14 @@ def main() -> None:
     ):
         images = loaded.test.of(classes).part(torch.full((len(loaded.class_names),), most))[1]
         sides[name] = (*features(net, images.images), images.labels)
-    mean, std = sides["seen"][1].mean(0), sides["seen"][1].std(0)
     rows = []
-    for turned, stage2 in WEIGHTS:
-        row = {"turned": turned, "stage2": stage2}
+    for turned, block, weight in PARTS:
+        row = {"turned": turned, "block": block, "weight": weight}
+        known = sides["seen"][1][block]
+        mean, std = known.mean(0), known.std(0)
         for name, (views, pooled, labels) in sides.items():
             parts = [views[0]] + [turned * view for view in views[1:] if turned]
-            parts += [stage2 * F.normalize((pooled - mean) / std)] if stage2 else []
+            parts += [weight * F.normalize((pooled[block] - mean) / std)] if weight else []
             z = F.normalize(torch.cat(parts, 1))
             row[name] = {"triplets": metrics.accuracies(z, labels, 0.0)["triplet_accuracy"].value}
             row[name]["pairs_oracle"] = metrics.roc(z, labels).best()[0]

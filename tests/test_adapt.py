@@ -44,21 +44,22 @@ def test_adapting_takes_steps_of_adam_on_a_copy():
 
 def support_adaptation(net, **changes):
     settings = {"loss": cli.LossOptions().triplet, "steps": 3, "lr": 3e-3}
-    return adapt.SupportAdaptation(net, **settings | changes)
+    return adapt.SupportAdaptation(net.eval(), **settings | changes)
 
 
-@pytest.mark.parametrize("mirror", [False, True])
-def test_frozen_part_and_block_make_up_the_network(known, mirror):
+@pytest.mark.parametrize(("mirror", "penultimate"), [(False, 0.0), (False, 0.5), (True, 0.5)])
+def test_frozen_part_and_block_make_up_the_network(known, mirror, penultimate):
     """Without adaptation the answers are those of the embeddings of the whole network."""
     test = known[0].test
     torch.manual_seed(1)
-    net = model.build("resnet20", 4, mirror=mirror, **PIXELS)
+    net = model.build("resnet20", 4, mirror=mirror, penultimate=penultimate, **PIXELS)
+    net.centre(test.images)
     z = normalize(model.embed(net, test.images))
     _, episodes = next(metrics.draw_episodes(test.labels, 5, 2, episodes=4))
     found = support_adaptation(net, steps=1).answers(test, episodes, 2)
     assert found.shape == (2, 4, 5, 3)
     assert torch.equal(found[0], metrics.classify(z, episodes, 2))
-    assert net.training and all(parameter.grad is None for parameter in net.parameters())
+    assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def flat(block):

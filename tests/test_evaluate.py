@@ -139,7 +139,8 @@ def test_a_bare_state_dict_equals_its_checkpoint(folder, tmp_path, capsys):
     torch.save({"state_dict": published, "best_prec1": 70.0}, tmp_path / "net.th")
     tiny.run(evaluate, folder / "run" / "best.pt", "--json", tmp_path / "a.json")
     bare = ["--backbone", "resnet20", "--width", "4", "--data", folder / "tiny.npz", "--split", "75-25"]
-    tiny.run(evaluate, tmp_path / "net.th", *bare, "--mirror", "yes", "--json", tmp_path / "b.json")
+    parts = ["--mirror", "yes", "--penultimate", "0.5"]
+    tiny.run(evaluate, tmp_path / "net.th", *bare, *parts, "--json", tmp_path / "b.json")
     a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert a["seen"] == b["seen"] and a["unseen"] == b["unseen"] and a["threshold"] == b["threshold"]
     assert b["commit"] is None and "left out linear.weight" in capsys.readouterr().out
@@ -190,7 +191,8 @@ def test_a_threshold_goes_with_the_size_of_the_pictures(folder, tmp_path):
 def test_other_views_than_in_training_can_be_evaluated(folder, tmp_path):
     """Another network, in effect: the stored threshold, which goes with the other, is not used."""
     reports = []
-    for name, more in enumerate(([], ["--mirror", "yes", "--turned", "0"], ["--mirror", "no"], ["--turned", "0.5"])):
+    as_trained = ["--mirror", "yes", "--turned", "0", "--penultimate", "0.5"]
+    for name, more in enumerate(([], as_trained, ["--mirror", "no"], ["--turned", "0.5"], ["--penultimate", "0"])):
         tiny.run(evaluate, folder / "run" / "best.pt", *more, "--json", tmp_path / f"{name}.json")
         reports.append(json.loads((tmp_path / f"{name}.json").read_text()))
     assert reports[0] == reports[1]
@@ -237,6 +239,19 @@ def test_store(folder, tmp_path):
     torch.save(after | {"threshold": older}, path)
     tiny.run(evaluate, path, "--criterion", "far:0.02", "--store")
     assert model.load_checkpoint(path)["threshold"] == after["threshold"]
+
+
+def test_features_before_the_last_block_can_be_added_to_an_older_checkpoint(folder, tmp_path):
+    """Their statistics are measured on the training images, as at the end of a training, and stored."""
+    path, whole = tmp_path / "older.pt", model.load_checkpoint(folder / "run" / "best.pt")
+    own = {name: tensor for name, tensor in whole["model"].items() if not name.startswith("penultimate")}
+    network = {name: value for name, value in whole["network"].items() if name != "penultimate"}
+    torch.save(whole | {"model": own, "network": network, "threshold": None}, path)
+    tiny.run(evaluate, path, "--penultimate", "0.5", "--store")
+    net, saved = model.load(path)
+    assert net.penultimate == whole["network"]["penultimate"] == 0.5 and saved["network"] == whole["network"]
+    assert saved["threshold"] == whole["threshold"] and saved["model"]["penultimate_std"].std() > 0
+    assert all(torch.allclose(saved["model"][name], tensor, atol=1e-6) for name, tensor in whole["model"].items())
 
 
 @pytest.mark.slow

@@ -233,6 +233,18 @@ def test_a_foreign_last_pt_is_not_resumed(train, npz, tmp_path, refusal):
         assert "last.pt" in errors and (out / "last.pt").read_bytes() == before
 
 
+def test_a_run_of_an_older_version_is_resumed(train, npz, tmp_path):
+    """It has no statistics of the features before the last block."""
+    out = train(train_classic, CLASSIC, tmp_path / "run", "--epochs", "1")
+    saved = torch.load(out / "last.pt", weights_only=True)
+    state = saved["training"]["net"]
+    del state["penultimate_mean"], state["penultimate_std"], saved["options"]["penultimate"]
+    saved["training"] |= {"step": 0, "log": []}
+    torch.save(saved, out / "last.pt")
+    train(train_classic, CLASSIC, out, "--epochs", "1", "--resume")
+    assert torch.load(out / "last.pt", weights_only=True)["model"]["penultimate_std"].std() > 0
+
+
 def test_links_between_folders(tmp_path):
     """Loops are visited once; a picture that would count for two classes is an error."""
     import sources

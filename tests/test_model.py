@@ -121,7 +121,7 @@ def test_frozen_stages_stay_as_they_are(backbone, stages):
     net.eval().train()
     net(torch.randn(4, 3, 16, 16)).square().sum().backward()
     optimizer.step()
-    frozen = ["conv1.", "bn1.", "layer1.", "layer2."][: stages + 1 if stages else 0]
+    frozen = ["penultimate_", *["conv1.", "bn1.", "layer1.", "layer2."][: stages + 1 if stages else 0]]
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name]) == name.startswith(tuple(frozen)), name
 
@@ -254,6 +254,36 @@ def test_a_mirror_averages_both_views_when_not_training():
         assert torch.equal(net.train()(images), net.embed(images))  # batch statistics: no trace of the calls before
     assert model.build(**net.settings).mirror and not model.build("resnet20", 4).mirror
     assert model.count(net, 32) == model.count(model.build("resnet20", 4), 32)
+
+
+def test_features_before_the_last_block_are_appended_when_not_training():
+    pixels = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+    net = model.build("resnet20", 4, penultimate=0.5, mean=[0.5] * 3, std=[0.25] * 3).eval()
+    plain = model.build(**net.settings | {"penultimate": 0.0}).eval()
+    net.centre(pixels)
+    plain.load_state_dict(net.state_dict())
+    images = net.normalise(pixels)
+    with torch.no_grad():
+        z, inputs = net(images), plain.before_last(images).mean((2, 3)).double()
+        standard = (inputs - inputs.mean(0)) / inputs.std(0, correction=0)
+        assert torch.equal(z[:, :16], torch.nn.functional.normalize(plain(images)))
+        assert torch.allclose(z[:, 16:].double(), 0.5 * torch.nn.functional.normalize(standard), atol=1e-5)
+        assert torch.equal(net.train()(images), plain.train()(images))
+    assert model.build(**net.settings).penultimate == 0.5 and "penultimate" not in plain.settings
+
+
+@pytest.mark.parametrize("penultimate", [0.0, 0.5])
+def test_features_before_the_last_block_are_averaged_before_they_are_scaled(penultimate):
+    net = model.build("resnet20", 4, mirror=True, turned=0.3, penultimate=penultimate).eval()
+    images = torch.randn(3, 3, 32, 32)
+    plain = model.build("resnet20", 4, penultimate=penultimate).eval()
+    plain.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        for way, part in enumerate(net(images).chunk(4, 1)):
+            view = images.rot90(way, (2, 3))
+            features = plain.join((plain.embed(view) + plain.embed(view.flip(3))) / 2)
+            expected = torch.nn.functional.normalize(features)
+            assert torch.allclose(part, (0.3 if way else 1) * expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("mirror", [True, False])

@@ -307,6 +307,7 @@ def test_batch_norm_is_measured_on_what_is_better_on_held_back_images(npz, tmp_p
     net.requires_grad_(True)
     for augmented in (True, False):
         model.refresh_batch_norm(net, train.samples(net.normalise, augmented))
+        net.centre(train.kept)
         z = torch.nn.functional.normalize(model.embed(net, train.held_back))
         found.append(metrics.roc(z, train.held_back.labels).auc)
     assert abs(found[0] - found[1]) > 1e-3 and abs(saved["validation"]["auc"] - max(found)) < 1e-6
