@@ -137,7 +137,7 @@ def check(options: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     with cli.user_errors():
-        options = training.with_defaults(cli.parse(Options, __doc__, args), lr=0.1, muon_lr=0.02)
+        options = training.with_defaults(cli.parse(Options, __doc__, args), penultimate=0.5, lr=0.1, muon_lr=0.02)
         check(options)
         device = training.prepare_process(options)
         train = data.load_for_training(options, options.seed, device)

@@ -55,12 +55,12 @@ def check(options: cli.RunOptions) -> None:
         raise ValueError("--freeze keeps given weights; give --pretrained or --weights FILE with it")
 
 
-def with_defaults(options: Options, **usual: float) -> Options:
+def with_defaults(options: Options, penultimate: float = 0.0, **usual: float) -> Options:
     """The options with what was not given of image size, augmentation, `freeze`, `penultimate` and the learning rates.
 
-    `usual` are the learning rates where no weights are given: given ones move at a tenth of these, and the first three
-    stages of --weights not at all, or a few pictures make a network forget what it knew of other classes. Photographs
-    are picture files of PHOTOGRAPH pixels or more.
+    `penultimate` is for CIFAR ResNets; `usual` are the learning rates where no weights are given: given ones move at a
+    tenth of these, and the first three stages of --weights not at all, or a few pictures make a network forget what it
+    knew of other classes. Photographs are picture files of PHOTOGRAPH pixels or more.
     """
     size = options.image_size or model.made_for(options.backbone).get("input_size", 32)
     files = not options.data.endswith(".npz") and options.data not in ("cifar100", "glyphs")
@@ -70,7 +70,7 @@ def with_defaults(options: Options, **usual: float) -> Options:
         found = {"crop": 0.0, "jitter": 0.0, "cutout": 0.375, "rotate": 0.25}
     share = 0.1 if options.weights or options.pretrained else 1.0
     found |= {"image_size": size, "freeze": 3 if options.weights else 0}
-    found |= {"penultimate": 0.5 if options.backbone in model.DEPTHS else 0.0}
+    found |= {"penultimate": penultimate if options.backbone in model.DEPTHS else 0.0}
     found |= {name: share * rate for name, rate in usual.items()}
     return dataclasses.replace(options, **{n: value for n, value in found.items() if getattr(options, n) is None})
 

@@ -42,7 +42,7 @@ def test_all_kinds_of_pictures_are_embedded_alike(folder, recogniser):
     net, _ = model.load(folder / "best.pt")
     arrays = [np.asarray(Image.open(path)) for path in paths]
     expected = torch.nn.functional.normalize(model.embed(net, torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)))
-    assert z.shape == (3, net.dimension) and np.allclose(z, expected, atol=1e-6)
+    assert z.shape == (3, 2 * net.dimension) and np.allclose(z, expected, atol=1e-6)
     tensors = [torch.tensor(array).permute(2, 0, 1) for array in arrays]
     for some in (
         [str(path) for path in paths],
