@@ -341,7 +341,8 @@ def evaluate(
 ) -> tuple[dict, dict[str, Side]]:
     """The report of one checkpoint and what it was made from, by side: seen, unseen; or runs."""
     sides, measured, notes = measure(loaded, threshold)
-    network = {name: loaded.net.settings[name] for name in ("backbone", "width", "size") if name in loaded.net.settings}
+    told = ("backbone", "width", "size", "mirror", "turned", "penultimate")
+    network = {name: loaded.net.settings[name] for name in told if name in loaded.net.settings}
     network["parameters"] = sum(parameter.numel() for parameter in loaded.net.parameters())
     facts = {"checkpoint": loaded.path, "commit": loaded.saved.get("commit"), "data": loaded.data.name}
     facts |= {"split": loaded.split, "network": network, "training": training_facts(loaded.saved)}

@@ -55,7 +55,8 @@ def test_report(folder, capsys, tmp_path):
     training = report["training"]
     assert training["images"] > training["step"] > 0 and training["options"]["epochs"] == 6
     assert str(folder) not in target.read_text().replace(report["checkpoint"], "")  # no other file is named
-    assert report["network"] == {"backbone": "resnet20", "width": 4, "size": 16, "parameters": 17156}
+    own = {"backbone": "resnet20", "width": 4, "size": 16, "parameters": 17156}
+    assert report["network"] == own | {"mirror": True, "turned": 0.0, "penultimate": 0.5}
     assert report["date"] == datetime.date.today().isoformat()
     assert report["threshold"]["mode"] == "auto" and "9 seen classes" in report["threshold"]["calibrated_on"]
     assert set(report["seen"]["ci95"]) == {"triplet_accuracy", "pair_accuracy"}
