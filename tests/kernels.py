@@ -102,7 +102,7 @@ def run(module, case: Case, weights: torch.Tensor | None = None, gradient_rows: 
     if weights is not None:
         grad = weights.to(torch.float64 if case.x.dtype == torch.float64 else torch.float32).numpy()
         wanted = len(case.rows()) if gradient_rows is None else gradient_rows
-        grads = module.backward(*arguments_of(case), case.seed, grad, wanted, count, positive, negative)
+        grads = module.backward(*arguments_of(case), *device, grad, wanted, count, positive, negative)
         if hasattr(module, "both"):  # CUDA: the backward pass may take what the forward pass saved
             again, saved, found["launches"] = module.both(*arguments_of(case), *device, grad, wanted)
             assert np.array_equal(again, losses if case.reduction == "none" else loss, equal_nan=True)

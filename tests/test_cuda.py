@@ -102,7 +102,7 @@ def test_forward_and_backward_are_captured_in_a_graph(mining):
         assert torch.equal(got, fresh)
 
 
-@pytest.mark.parametrize(("mining", "kernels", "tensors"), [("hard", 4, 3), ("semihard", 6, 3), ("all", 5, 4)])
+@pytest.mark.parametrize(("mining", "kernels", "tensors"), [("hard", 4, 3), ("semihard", 6, 3), ("all", 8, 5)])
 def test_kernels_and_tensors_of_a_training_call(mining, kernels, tensors):
     x, labels, _ = on("cuda", batch(200, width=32, dtype=torch.float32))
     leaf, grad = x.requires_grad_(), torch.ones((), device="cuda")

@@ -42,9 +42,10 @@ template <typename In, typename T>
 void all_kernels(Launch& launch, const Batch<In>& batch, const Settings& settings, const Upstream<T>& up) {
   Arena arena{nullptr};
   Workspace<T> work(batch, 0, 0, arena);
-  forward(launch, Machine{}, batch, settings, work, Panels{}, Outputs<T>{});
+  const Scratch<T> scratch(batch, settings, Machine{}, 0, arena);
+  forward(launch, Machine{}, batch, settings, work, scratch, Outputs<T>{});
   recompute(launch, batch, settings, work, nullptr, nullptr);
-  backward(launch, batch, settings, work, AllWorkspace<T>(batch, 0, arena), up, static_cast<In*>(nullptr), 0);
+  backward(launch, batch, settings, work, scratch, up, static_cast<In*>(nullptr), 0);
 }
 """
 SOURCE += "".join(

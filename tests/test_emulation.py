@@ -112,16 +112,52 @@ def test_lengths_of_rows_on_tensor_cores(emulation, dtype, factors):
 
 
 def test_all_triplets_beyond_a_blocks_memory(emulation):
-    """More positives than a block holds at a time, and more anchors than are weighed at a time."""
+    """More positives than a block holds at a time."""
     x, _, _ = batch(700, width=4)
     labels = torch.arange(700)
     labels[90:690:2] = labels[2] = -1
-    others = (x[3:], labels[3:])
-    hold_against_torch(emulation, Case(x[:3], labels[:3], others, "euclidean", "all"))
-    labels = torch.arange(520)
-    labels[508:516] = 7
-    for kind in DISTANCES:
-        hold_against_torch(emulation, Case(x[:520], labels, None, kind, "all", soft=True))
+    for soft in (False, True):
+        case = Case(x[:3], labels[:3], (x[3:], labels[3:]), "euclidean", "all", soft)
+        hold_against_torch(emulation, case)
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_all_triplets_of_more_anchors_than_are_taken_at_a_time(emulation, kind, tensor_cores):
+    """And more candidates than a block's part of a gradient; negatives beyond what a block's threads hold at a time."""
+    x, labels, others = batch(520, width=6, classes=130, dtype=torch.float32, others=70)
+    hold_against_torch(emulation, Case(x * 0.2, labels, others, kind, "all", tensor_cores=tensor_cores))
+    x, labels, others = batch(3, width=6, classes=3, dtype=torch.float32, others=2200)
+    hold_against_torch(emulation, Case(x, labels, others, kind, "all", soft=True, tensor_cores=tensor_cores))
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "width", "others"), [(2, 5, 1), (130, 1, 0), (145, 129, 140)])
+def test_all_triplets_on_tensor_cores(emulation, kind, dtype, rows, width, others):
+    """Edges of tiles, own and others'; as many columns as tiles of gradients do not divide."""
+    width += width == 1 and kind == "cosine"  # of one column the gradients are 0
+    x, labels, others = batch(rows, width=width, others=others)
+    x, others = (x / width**0.5).to(dtype), others and ((others[0] / width**0.5).to(dtype), others[1])
+    labels[-1] = -1  # an anchor without a positive
+    for soft in (False, True):
+        hold_against_torch(emulation, Case(x, labels, others, kind, "all", soft, tensor_cores=True))
+
+
+@pytest.mark.parametrize("kind", ("euclidean", "sqeuclidean"))
+@pytest.mark.parametrize(
+    ("dtype", "tensor_cores"), [(torch.float64, False), (torch.float32, False), (torch.float32, True)]
+)
+def test_all_triplets_of_near_rows(emulation, kind, dtype, tensor_cores):
+    """Where |x|^2 + |y|^2 - 2 x.y cancels, distances and gradients keep their digits; wherever the rows are, and in any
+    units. Near rows are positives here and negatives there."""
+    x, _, _ = batch(150, width=40)
+    x[1::2] = x[::2] + x[1::2] * torch.logspace(-9, 0, 75, dtype=torch.float64)[:, None]
+    x[1] = x[0]  # copies
+    for labels in (torch.arange(150) // 2, torch.arange(150) % 30):
+        for rows in (x * 0.1, x * 0.1 + 100 * (dtype == torch.float64), (x * 0.1 + 5) * 2.0**60):
+            case = Case(rows.to(dtype), labels, None, kind, "all", tensor_cores=tensor_cores)
+            hold_against_torch(emulation, case)
 
 
 @pytest.mark.parametrize(("processors", "tensor_cores"), [(SMALL, False), (LARGE, False), (LARGE, True)])
@@ -197,7 +233,7 @@ def test_rows_that_a_sample_does_not_prepare_for(emulation, dtype, mining):
 @pytest.mark.parametrize("kind", DISTANCES)
 def test_launches(emulation, kind):
     """Kernels of a training call, forward and backward."""
-    for mining, launches in (("hard", 4), ("semihard", 6), ("all", 5)):
+    for mining, launches in (("hard", 4), ("semihard", 6), ("all", 8)):
         case = Case(*batch(70, width=9, dtype=torch.float32), kind, mining, reduction="mean")
         assert run(emulation, case, torch.tensor(1.0))["launches"] == launches
 

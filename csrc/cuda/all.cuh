@@ -1,26 +1,142 @@
-// The loss of all triplets and its gradients, on CUDA. A block takes an anchor: the distances of some of its positives,
-// then those of its negatives, chunk by chunk, and the cost of each pair of the two. Nothing of size (B, B) is held:
-// the backward pass weighs the pairs of kAnchorsAtOnce anchors at a time.
+// The loss of all triplets and its gradients, on CUDA, for kAnchorsAtOnce anchors at a time: their distances to all
+// candidates, by the products of search.cuh and search_mma.cuh; the cost of each pair of a positive and a negative, a
+// block an anchor; for the gradients what each pair of rows weighs, and the sums of the rows' differences, in tiles.
 #pragma once
 
-#include "cuda/common.cuh"
+#include "cuda/search_mma.cuh"
 
 namespace triplet::gpu {
 
-constexpr int kAnchorsAtOnce = 512;
+constexpr int kAnchorsAtOnce = 512, kPullTile = 64, kSlice = kAnchorsAtOnce;
 
-// A block's shared memory: distances of up to kThreads positives and of kThreads candidates.
+// The anchors [first, first + anchors), and memory for them.
+template <typename T>
+struct Round {
+  int first, anchors;
+  T* distances;  // (anchors, candidates)
+  // of the backward pass
+  T* factors;  // (anchors, candidates) of each pair's difference of rows, cosine: direction
+  T* sums;     // (gradient_rows, width)
+  T* parts;    // (slices, kAnchorsAtOnce, width) of the anchors' sums
+  int* ended;  // (tiles of the anchors' sums,) slices that are there
+
+  __device__ int end() const { return first + anchors; }
+  __device__ int64_t at(int anchor, int candidates) const { return int64_t(anchor - first) * candidates; }
+};
+
+// Slices of up to kSlice pairs of an anchor's sum: those that it has as a candidate of the round's anchors; then, of
+// its own, those of each kSlice candidates.
+__host__ __device__ inline int slices_of(int candidates) { return 1 + (candidates + kSlice - 1) / kSlice; }
+__host__ __device__ inline int64_t tiles_of_sums(int rows, int width) {
+  return int64_t((rows + kPullTile - 1) / kPullTile) * ((width + kPullTile - 1) / kPullTile);
+}
+
+// ----------------------------------------------------------------------------------------------------------- distances
+
+// Squared distances below this share of |x|^2 + |y|^2 (of rows as the search sees them) are computed by differences,
+// so those above have at most 64 times the relative error of products: 64 Rounding.share, in practice 64 units or so.
+constexpr float kNear = 1.f / 64;
+
+// Tile b of the round's anchors and all candidates, column by column of tiles; the others begin a column.
+template <int kTile, typename In, typename T>
+__device__ Place place_of(const Batch<In>& batch, const Round<T>& round) {
+  const int tall = (round.anchors + kTile - 1) / kTile, own = (batch.anchors + kTile - 1) / kTile;
+  const int row = round.first + int(blockIdx.x) % tall * kTile, j = int(blockIdx.x) / tall;
+  if (j < own) return {row, round.end(), j * kTile, batch.anchors};
+  return {row, round.end(), batch.anchors + (j - own) * kTile, batch.candidates};
+}
+
+template <typename T, int kTile>
+__device__ void load_norms(const Prepared<T>& prepared, const Place& at, Shared<T, 2 * kTile>& norms) {
+  const int t = int(threadIdx.x);
+  if (t < 2 * kTile) norms.set(t, prepared.norms[t < kTile ? at.row(t) : at.column(t - kTile)]);
+}
+
+// The distances of a tile from its products. Where overflow or NaN spoils these, so that no comparison holds, and
+// where a warp finds rows near each other, by differences, a pair at a time.
+template <typename Share, typename In, typename T>
+__device__ void store_distances(const Batch<In>& batch, Distance distance, const Prepared<T>& prepared,
+                                const Round<T>& round, const Place& at, Shared<T, 2 * Share::kTile>& norms,
+                                const T (&product)[Share::kRows][Share::kColumns]) {
+  const bool cosine = distance == Distance::cosine;
+  const T unit = cosine ? T(1) : 1 / prepared.scale[0];
+  uint64_t near = 0;
+#pragma unroll
+  for (int i = 0; i < Share::kRows; ++i) {
+    const int row = at.rows + Share::row(i);
+    T* own = round.distances + round.at(row, batch.candidates) + at.columns;
+#pragma unroll
+    for (int j = 0; j < Share::kColumns; ++j) {
+      const int column = Share::column(j);
+      if (row >= at.row_end || at.columns + column >= at.column_end) continue;
+      const T length = norms.get(Share::row(i)) + norms.get(Share::kTile + column);
+      const T squared = fma(T(-2), product[i][j], length);
+      const bool far = cosine || squared > T(kNear) * length + T(1e-30);  // below that, numbers may be denormal
+      near |= uint64_t(!far) << (i * Share::kColumns + j);
+      const T apart = distance == Distance::euclidean ? sqrt(squared) * unit : squared * unit * unit;
+      own[column] = cosine ? 1 - product[i][j] : apart;
+    }
+  }
+  for (unsigned lanes; (lanes = __ballot_sync(kAllLanes, near != 0));) {
+    const int source = __ffsll(int64_t(lanes)) - 1, bit = __ffsll(int64_t(near)) - 1;
+    const int row = __shfl_sync(kAllLanes, Share::row(bit / Share::kColumns), source) + at.rows;
+    const int column = __shfl_sync(kAllLanes, Share::column(bit % Share::kColumns), source) + at.columns;
+    const T apart = measure_pair(batch, distance, prepared.scale, row, column, unit).distance;
+    if (lane() != source) continue;
+    round.distances[round.at(row, batch.candidates) + column] = apart;
+    near &= near - 1;
+  }
+}
+
+// One tile a block.
+template <typename In, typename T>
+__global__ void __launch_bounds__(kThreads, 2)
+    measure_pairs(Batch<In> batch, Distance distance, Prepared<T> prepared, Round<T> round) {
+  using Share = SimtShare<4>;
+  constexpr int kTile = Share::kTile;
+  __shared__ Panel<T, 4> x, y;
+  __shared__ Shared<T, 2 * kTile> norms;
+  __shared__ Shared<Place, 1> place;
+  const Place at = place_of<kTile>(batch, round);
+  if (threadIdx.x == 0) place.set(0, at);
+  load_norms<T, kTile>(prepared, at, norms);
+  __syncthreads();
+  T product[Share::kRows][Share::kColumns] = {};
+  multiply_tile(batch, prepared, place, x, y, product);
+  store_distances<Share>(batch, distance, prepared, round, at, norms, product);
+}
+
+// The same on tensor cores.
+template <Numbers kNumbers, typename In>
+__global__ void __launch_bounds__(kThreads, 2)
+    measure_pairs_mma(Batch<In> batch, Distance distance, Prepared<float> prepared, Panels panels, Round<float> round) {
+  using Share = MmaShare<false>;
+  constexpr int kTile = Share::kTile;
+  __shared__ Stages stages;
+  __shared__ Shared<float, 2 * kTile> norms, rests;
+  const Place at = place_of<kTile>(batch, round);
+  load_norms<float, kTile>(prepared, at, norms);
+  float product[Share::kRows][Share::kColumns] = {};
+  multiply_tile_mma<kNumbers>(batch, panels, at, stages, rests, product);  // has barriers
+  store_distances<Share>(batch, distance, prepared, round, at, norms, product);
+}
+
+// ------------------------------------------------------------------------------------------------------------ triplets
+
+constexpr int kFar = 8;  // negatives of a thread at a time
+
+// Up to kThreads positives of a block's anchor.
 template <typename T>
 struct Circle {
-  Shared<int, kThreads> rows;  // of the positives
-  Shared<T, kThreads> near;    // (positives,)
-  Shared<T, kThreads> far;     // (candidates,), NaN: not a negative
+  Shared<int, kThreads> rows;
+  Shared<T, kThreads> near;  // their distances plus `margin`; then -inf up to a multiple of four
   Shared<int, kWarps> found;
 };
 
-// The next positives of an anchor, ascending, from candidate `from` on, up to kThreads. Returns how many, 0 at the end.
+// The next positives of an anchor, ascending, from candidate `from` on. Returns how many, 0 at the end.
 template <typename In, typename T>
-__device__ int gather_positives(const Batch<In>& batch, int anchor, int& from, Circle<T>& circle) {
+__device__ int gather_positives(const Batch<In>& batch, int anchor, const T* distances, T margin, int& from,
+                                Circle<T>& circle) {
   const int t = int(threadIdx.x), warp = t / 32;
   const int64_t label = batch.labels[anchor];
   int gathered = 0;
@@ -37,64 +153,89 @@ __device__ int gather_positives(const Batch<In>& batch, int anchor, int& from, C
       all += found;
     }
     if (gathered + all > kThreads) break;  // left to the next time
-    if (positive) circle.rows.set(gathered + before + __popc(votes & ((1u << lane()) - 1)), j);
+    const int place = gathered + before + __popc(votes & ((1u << lane()) - 1));
+    if (positive) {
+      circle.rows.set(place, j);
+      circle.near.set(place, distances[j] + margin);
+    }
     gathered += all;
     __syncthreads();
   }
+  if (t >= gathered && t < (gathered + 3) / 4 * 4) circle.near.set(t, T(-INFINITY));
+  __syncthreads();
   return gathered;
 }
 
-// Shows each candidate j, one to a thread, next to some positives: visit(positives, j, far) with the distance `far` of
-// a negative, NaN for others; circle.near holds the distances of the positives. When all have been shown,
+// Shows the negatives of an anchor, kFar to a thread, next to some positives: visit(positives, begin, far) with the
+// distances `far` of candidates begin + c * kThreads + thread, NaN where that is no negative. When all have been shown,
 // done(positives).
 template <typename In, typename T, typename Visit, typename Done>
-__device__ void walk(const Batch<In>& batch, Distance distance, const T* scale, int anchor, Circle<T>& circle,
-                     Visit visit, Done done) {
-  const int t = int(threadIdx.x), warp = t / 32;
+__device__ void walk(const Batch<In>& batch, const Settings& settings, int anchor, const T* distances,
+                     Circle<T>& circle, Visit visit, Done done) {
   const int64_t label = batch.labels[anchor];
-  for (int from = 0, positives; (positives = gather_positives(batch, anchor, from, circle));) {
-    for (int p = warp; p < positives; p += kWarps) {
-      const T near = measure_pair(batch, distance, scale, anchor, circle.rows.get(p)).distance;
-      if (lane() == 0) circle.near.set(p, near);
-    }
-    for (int begin = 0; begin < batch.candidates; begin += kThreads) {
-      for (int k = warp; k < kThreads; k += kWarps) {
-        const int j = begin + k;
-        T far = T(NAN);
-        if (j < batch.candidates && batch.labels[j] != label) {
-          far = measure_pair(batch, distance, scale, anchor, j).distance;
-        }
-        if (lane() == 0) circle.far.set(k, far);
+  const T margin = settings.soft_margin ? T(0) : T(settings.margin);
+  for (int from = 0, positives; (positives = gather_positives(batch, anchor, distances, margin, from, circle));) {
+    for (int begin = 0; begin < batch.candidates; begin += kFar * kThreads) {
+      T far[kFar];
+#pragma unroll
+      for (int c = 0; c < kFar; ++c) {
+        const int j = begin + c * kThreads + int(threadIdx.x);
+        far[c] = j < batch.candidates && batch.labels[j] != label ? distances[j] : T(NAN);
       }
-      __syncthreads();
-      visit(positives, begin + t, circle.far.get(t));
-      __syncthreads();
+      visit(positives, begin, far);
     }
+    __syncthreads();
     done(positives);
+  }
+}
+
+// f(near, k, c) for each of these positives, four at a time, after which done(p), and negatives c
+template <typename T, typename F, typename Done>
+__device__ void for_triplets(Circle<T>& circle, int positives, F f, Done done) {
+#pragma unroll 1
+  for (int p = 0; p < positives; p += 4) {
+    T near[4];
+    circle.near.get_four(p, near);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int c = 0; c < kFar; ++c) f(near[k], k, c);
+    }
+    done(p);
   }
 }
 
 // Summed loss of an anchor's triplets, and how many of them a mean is taken over. One block an anchor.
 template <typename In, typename T>
-__global__ void __launch_bounds__(kThreads)
-    sum_triplets(Batch<In> batch, Settings settings, Prepared<T> prepared, Outputs<T> out) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+    sum_triplets(Batch<In> batch, Settings settings, Prepared<T> prepared, Round<T> round, Outputs<T> out) {
   __shared__ Circle<T> circle;
   __shared__ Shared<Total, kThreads> totals;
-  const int anchor = int(blockIdx.x);
+  const int anchor = round.first + int(blockIdx.x);
   Total total{0, 0};
-  const auto visit = [&](int positives, int, T far) {
-    if (far != far) return;
-    T sum = 0;
-    int count = 0;
-    for (int p = 0; p < positives; ++p) {
-      const T loss = cost(circle.near.get(p) - far, settings);
-      sum += loss;
-      count += settings.soft_margin || loss > 0;
+  const auto visit = [&](int positives, int, const T(&far)[kFar]) {
+    T sum[kFar] = {};
+    int count[kFar] = {};
+    if (settings.soft_margin) {
+      for_triplets(circle, positives, [&](T near, int, int c) { sum[c] += cost(near - far[c], settings); }, [](int) {});
+    } else {
+      const auto add = [&](T near, int, int c) {
+        const T loss = near - far[c];
+        if (loss <= 0) return;  // NaN stays
+        sum[c] += loss;
+        ++count[c];
+      };
+      for_triplets(circle, positives, add, [](int) {});
     }
-    total.sum += double(sum);
-    total.count += count;
+#pragma unroll
+    for (int c = 0; c < kFar; ++c) {
+      if (far[c] != far[c]) continue;
+      total.sum += double(sum[c]);
+      total.count += settings.soft_margin ? positives : count[c];
+    }
   };
-  walk(batch, settings.distance, static_cast<const T*>(prepared.scale), anchor, circle, visit, [](int) {});
+  walk(batch, settings, anchor, static_cast<const T*>(round.distances + round.at(anchor, batch.candidates)), circle,
+       visit, [](int) {});
   total = total_of_block(total, totals);
   const bool finite = !(flags_of_all(prepared) & kNotFinite);
   if (threadIdx.x == 0) {
@@ -103,74 +244,177 @@ __global__ void __launch_bounds__(kThreads)
     if (out.positive) out.positive[anchor] = -1;
     if (out.negative) out.negative[anchor] = -1;
   }
-  reduce(total, settings.reduction, finite, out, totals);
+  reduce(total, anchor, batch.anchors, settings.reduction, finite, out, totals);
 }
 
-// ------------------------------------------------------------------------------------------------------------
-// gradients
+// ----------------------------------------------------------------------------------------------------------- gradients
 
-// The factor of each candidate's direction in the gradient of an anchor's loss: a row of factors (anchors, candidates)
-// for the anchors from `first` on. One block an anchor.
+// Sums of four values over a warp: lane l gets that of value l % 4.
+template <typename T>
+__device__ T sums_of_warp(const T (&x)[4]) {
+  const bool upper = lane() & 2, odd = lane() & 1;
+  const T even = (upper ? x[2] : x[0]) + __shfl_xor_sync(kAllLanes, upper ? x[0] : x[2], 2);
+  const T next = (upper ? x[3] : x[1]) + __shfl_xor_sync(kAllLanes, upper ? x[1] : x[3], 2);
+  T sum = (odd ? next : even) + __shfl_xor_sync(kAllLanes, odd ? even : next, 1);
+#pragma unroll
+  for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+  return sum;
+}
+
+// The factors of an anchor's pairs from its distances. One block an anchor.
 template <typename In, typename T>
-__global__ void __launch_bounds__(kThreads)
-    weigh_triplets(Batch<In> batch, Settings settings, const T* scale, Upstream<T> up, int first, T* factors) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+    weigh_triplets(Batch<In> batch, Settings settings, Upstream<T> up, Round<T> round) {
   __shared__ Circle<T> circle;
   __shared__ Shared<T, kWarps * kThreads> slopes;  // (warp, positive)
-  const int t = int(threadIdx.x), warp = t / 32, anchor = first + int(blockIdx.x);
-  const Distance distance = settings.distance;
+  const int t = int(threadIdx.x), warp = t / 32, anchor = round.first + int(blockIdx.x);
   const T weight = up.weight(anchor, settings.reduction);
-  T* own = factors + int64_t(blockIdx.x) * batch.candidates;
-  for (int j = t; j < batch.candidates; j += kThreads) own[j] = 0;
-  const auto visit = [&](int positives, int j, T far) {
-    const bool negative = far == far;
-    T away = 0;
-    for (int p = 0; p < positives; ++p) {
-      const T slope = negative ? cost_slope(circle.near.get(p) - far, settings) : T(0);
-      const T toward = sum_of_warp(slope);
-      const int at = warp * kThreads + p;
-      if (lane() == 0) slopes.set(at, j < kThreads ? toward : slopes.get(at) + toward);
-      away += slope;
+  const T* distances = round.distances + round.at(anchor, batch.candidates);
+  T* factors = round.factors + round.at(anchor, batch.candidates);
+  for (int i = t; blockIdx.x == 0 && i < tiles_of_sums(kAnchorsAtOnce, batch.width); i += kThreads) round.ended[i] = 0;
+  for (int j = t; j < batch.candidates; j += kThreads) factors[j] = 0;
+  const auto visit = [&](int positives, int begin, const T(&far)[kFar]) {
+    T away[kFar] = {}, toward[4] = {};
+    const auto add = [&](T slope, int k, int c) {
+      away[c] += slope;
+      toward[k] += slope;
+    };
+    const auto done = [&](int p) {
+      const T sum = sums_of_warp(toward);
+      const int at = warp * kThreads + p + lane();
+      if (lane() < 4) slopes.set(at, begin == 0 ? sum : slopes.get(at) + sum);
+#pragma unroll
+      for (T& slope : toward) slope = 0;
+    };
+    if (settings.soft_margin) {
+      const auto add_slope = [&](T near, int k, int c) {
+        add(far[c] == far[c] ? cost_slope(near - far[c], settings) : T(0), k, c);
+      };
+      for_triplets(circle, positives, add_slope, done);
+    } else {
+      for_triplets(circle, positives, [&](T near, int k, int c) { add(near - far[c] > 0 ? T(1) : T(0), k, c); }, done);
     }
-    if (negative) own[j] += factor_of(distance, -weight * away, far);
+#pragma unroll
+    for (int c = 0; c < kFar; ++c) {
+      const int j = begin + c * kThreads + t;
+      if (far[c] == far[c]) factors[j] += factor_of(settings.distance, -weight * away[c], far[c]);
+    }
   };
   const auto done = [&](int positives) {
     if (t >= positives) return;
     T toward = 0;
     for (int w = 0; w < kWarps; ++w) toward += slopes.get(w * kThreads + t);
-    own[circle.rows.get(t)] = factor_of(distance, weight * toward, circle.near.get(t));
+    const int j = circle.rows.get(t);
+    factors[j] = factor_of(settings.distance, weight * toward, distances[j]);
   };
-  walk(batch, distance, scale, anchor, circle, visit, done);
+  walk(batch, settings, anchor, distances, circle, visit, done);
 }
 
-// sums += what the pairs of `anchors` anchors from `first` on, of these factors, pull at a row: differences of rows,
-// for cosine directions that finish_gradient makes orthogonal. One block a row; sums (gradient_rows, width).
+// A block's part of the sums: rows [row, row_end) and columns from `column` on, of their pairs with rows [from, from +
+// count). Slice 0: of the round's anchors with these rows; else of these rows, anchors, with candidates.
+struct Part {
+  int row, row_end, column, slice, from, count;
+};
+
 template <typename In, typename T>
-__global__ void __launch_bounds__(kThreads)
-    pull_rows(Batch<In> batch, Distance distance, const T* scale, const T* factors, int first, int anchors, T* sums) {
-  __shared__ Shared<T, kWarps * kStripWidth> parts;
-  const int row = int(blockIdx.x), warp = int(threadIdx.x) / 32;
-  const bool cosine = distance == Distance::cosine, is_anchor = row >= first && row < first + anchors;
-  const auto pull = [&](T factor, int other, int begin, T(&sum)[kStrip]) {
-    if (factor == 0) return;
+__device__ Part part_of(const Batch<In>& batch, const Round<T>& round, int gradient_rows) {
+  const int across = (batch.width + kPullTile - 1) / kPullTile, tile = int(blockIdx.x) / across;
+  const int column = int(blockIdx.x) % across * kPullTile;
+  const int first = (gradient_rows + kPullTile - 1) / kPullTile, tall = (round.anchors + kPullTile - 1) / kPullTile;
+  if (tile < first) return {tile * kPullTile, gradient_rows, column, 0, round.first, round.anchors};
+  const int slice = 1 + (tile - first) / tall, from = (slice - 1) * kSlice, left = batch.candidates - from;
+  const int row = round.first + (tile - first) % tall * kPullTile;
+  return {row, round.end(), column, slice, from, left < kSlice ? left : kSlice};
+}
+
+// sums += what the pairs of a round pull at each row: differences of rows, for cosine directions that finish_gradient
+// makes orthogonal. One part a block. Rows of the round's anchors have several, which the last block to end adds, in
+// their order.
+template <typename In, typename T>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+    pull_rows(Batch<In> batch, Distance distance, const T* scale, Round<T> round, int gradient_rows) {
+  using Share = SimtShare<4>;
+  constexpr int kStep = kDepth<4>, kPitch = gpu::kPitch<4>;
+  static_assert(Share::kTile == kPullTile && kAnchorsAtOnce % kPullTile == 0);
+  __shared__ Panel<T, 4> x, factors;  // (pair, column), (pair, row)
+  const bool cosine = distance == Distance::cosine;
+  const int t = int(threadIdx.x);
+  const Part part = part_of(batch, round, gradient_rows);
+  T next_x[4], next_factors[4], own[4][4], sum[4][4] = {};
+  const auto row_at = [&](int i) { return part.row + Share::row(i); };
+  const auto column_at = [&](int c) { return part.column + Share::column(c); };
+  const auto for_own = [&](auto&& f) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        if (row_at(i) < gradient_rows && column_at(c) < batch.width) f(i, c);
+      }
+    }
+  };
+  const auto load = [&](int begin) {  // a thread four columns of a row, and four factors
+    const int k = begin + t / 16, other = part.from + (k < part.count ? k : 0);
+    const FourOf<In> four = load_raw(batch, other, part.column + t % 16 * 4);
     const T y_scale = cosine ? scale[other] : T(1);
 #pragma unroll
-    for (int c = 0; c < kStrip; ++c) {
-      const int d = begin + c * 32 + lane();
-      if (d >= batch.width) continue;
-      const T x = cosine ? T(0) : T(widen(batch.row(row)[d])), y = T(widen(batch.row(other)[d])) * y_scale;
-      sum[c] = fma(factor, x - y, sum[c]);
+    for (int c = 0; c < 4; ++c) {
+      next_x[c] = T(widen(four.at[c])) * y_scale;
+      const int pair = part.slice ? begin + t % 4 * 4 + c : k;
+      const int row = part.row + (part.slice ? t / 4 : t % 16 * 4 + c);
+      const int anchor = part.slice ? row : part.from + pair, candidate = part.slice ? part.from + pair : row;
+      const bool inside = pair < part.count && row < part.row_end;
+      next_factors[c] = inside ? round.factors[round.at(anchor, batch.candidates) + candidate] : T(0);
     }
   };
-  const auto add = [&](int begin, T(&sum)[kStrip]) {
-    for (int a = warp; a < anchors; a += kWarps) {
-      pull(factors[int64_t(a) * batch.candidates + row], first + a, begin, sum);
+  load(0);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) own[i][c] = 0;
+  }
+  if (!cosine) for_own([&](int i, int c) { own[i][c] = T(widen(batch.row(row_at(i))[column_at(c)])); });
+  for (int begin = 0; begin < part.count; begin += kStep) {
+    const int buffer = begin / kStep % 2 * kStep * kPitch;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      x.set(buffer + t / 16 * kPitch + t % 16 * 4 + c, next_x[c]);
+      factors.set(buffer + (part.slice ? (t % 4 * 4 + c) * kPitch + t / 4 : t / 16 * kPitch + t % 16 * 4 + c),
+                  next_factors[c]);
     }
-    for (int j = warp; is_anchor && j < batch.candidates; j += kWarps) {
-      pull(factors[int64_t(row - first) * batch.candidates + j], j, begin, sum);
+    __syncthreads();  // one barrier a step: the other buffer was read before it
+    if (begin + kStep < part.count) load(begin + kStep);
+#pragma unroll
+    for (int d = 0; d < kStep; ++d) {
+      T right[4], left[4];
+      x.get_four(buffer + d * kPitch + Share::column(0), right);
+      factors.get_four(buffer + d * kPitch + Share::row(0), left);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum[i][c] = fma(left[i], own[i][c] - right[c], sum[i][c]);
+      }
     }
-  };
-  T* own = sums + int64_t(row) * batch.width;
-  sum_row<T>(batch.width, parts, add, [&](int d, T sum) { own[d] = first == 0 ? sum : own[d] + sum; });
+  }
+  if (part.row >= round.first && part.row < round.end()) {
+    const auto at = [&](int slice, int i, int c) {
+      return (int64_t(slice) * kAnchorsAtOnce + row_at(i) - round.first) * batch.width + column_at(c);
+    };
+    const int slices = slices_of(batch.candidates), across = (batch.width + kPullTile - 1) / kPullTile;
+    int* ended = round.ended + (part.row - round.first) / kPullTile * across + part.column / kPullTile;
+    for_own([&](int i, int c) { round.parts[at(part.slice, i, c)] = sum[i][c]; });
+    __threadfence();
+    __syncthreads();
+    if (!__syncthreads_or(t == 0 && atomicAdd(ended, 1) == slices - 1)) return;
+    __threadfence();
+    for_own([&](int i, int c) {
+      sum[i][c] = 0;
+      for (int slice = 0; slice < slices; ++slice) sum[i][c] += round.parts[at(slice, i, c)];
+    });
+  }
+  for_own([&](int i, int c) {
+    T& out = round.sums[int64_t(row_at(i)) * batch.width + column_at(c)];
+    out = round.first == 0 ? sum[i][c] : out + sum[i][c];
+  });
 }
 
 // The gradient of a row from its sum. For cosine, d(1 - cos)/dx = (cos x/|x| - y/|y|) / |x|: the directions' part along

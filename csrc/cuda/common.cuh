@@ -214,9 +214,10 @@ struct Pair {
   T distance, cosine;
 };
 
-// The exact distance of rows a, b, by differences, in every lane of a warp.
+// The exact distance of rows a, b, by differences, in every lane of a warp. `unit`: a power of two at which squares of
+// the differences stay within the range of T.
 template <typename In, typename T>
-__device__ Pair<T> measure_pair(const Batch<In>& batch, Distance distance, const T* scale, int a, int b) {
+__device__ Pair<T> measure_pair(const Batch<In>& batch, Distance distance, const T* scale, int a, int b, T unit = 1) {
   const In *x = batch.row(a), *y = batch.row(b);
   T sum = 0;
   if (distance == Distance::cosine) {
@@ -225,12 +226,13 @@ __device__ Pair<T> measure_pair(const Batch<In>& batch, Distance distance, const
     sum = sum_of_warp(sum);
     return {1 - sum, sum};
   }
+  const T inverse = 1 / unit;
   for (int d = lane(); d < batch.width; d += 32) {
-    const T gap = T(widen(x[d])) - T(widen(y[d]));
+    const T gap = (T(widen(x[d])) - T(widen(y[d]))) * inverse;
     sum = fma(gap, gap, sum);
   }
   sum = sum_of_warp(sum);
-  return {distance == Distance::euclidean ? sqrt(sum) : sum, 0};
+  return {distance == Distance::euclidean ? sqrt(sum) * unit : sum * unit * unit, 0};
 }
 
 // Of a pair whose distance weighs `weight` in the loss: what its two rows' difference (cosine: direction) is pulled by.
@@ -277,15 +279,15 @@ __device__ inline Total total_of_block(Total mine, Shared<Total, kThreads>& tota
   return totals.get(t);
 }
 
-// The loss and its count from the totals of all blocks, by the last one that comes here. `own`: this block's, in thread
-// 0. Every thread must call.
+// The loss and its count from the totals of all blocks, by the last one that comes here. `own`: that of this one, the
+// `block`-th, in thread 0. Every thread must call.
 template <typename T>
-__device__ void reduce(Total own, Reduction reduction, bool finite, const Outputs<T>& out,
+__device__ void reduce(Total own, int block, int blocks, Reduction reduction, bool finite, const Outputs<T>& out,
                        Shared<Total, kThreads>& totals) {
-  const int t = int(threadIdx.x), blocks = int(gridDim.x);
+  const int t = int(threadIdx.x);
   int last = 0;
   if (t == 0) {
-    out.totals[blockIdx.x] = own;
+    out.totals[block] = own;
     __threadfence();
     last = atomicAdd(out.done, 1) == blocks - 1;
     __threadfence();

@@ -83,20 +83,37 @@ dim3 tiles_of(const Batch<In>& batch, int64_t size) {
   return dim3(unsigned(tiles));
 }
 
-// What tensor cores are given, if they serve: their tiles are large, and have to fill the device.
+// What tensor cores are given of rows of a type for cosine; for the other distances always split numbers.
 template <typename In>
-Numbers numbers_of(const Machine& machine, const Batch<In>& batch, const Settings& settings) {
-  const bool serve = machine.tensor_cores && settings.mining != Mining::all && sizeof(In) <= 4 &&
-                     tiles_of(batch, 128).x >= unsigned(machine.processors);
-  if (!serve) return Numbers::none;
-  if (sizeof(In) == 4 || settings.distance != Distance::cosine) return Numbers::split;
-  return std::is_same_v<In, Bfloat16> ? Numbers::bfloat16 : Numbers::float16;
+constexpr Numbers kNumbersOf = std::is_same_v<In, Bfloat16>  ? Numbers::bfloat16
+                               : std::is_same_v<In, Float16> ? Numbers::float16
+                                                             : Numbers::split;
+
+// Tiles of a round of mining "all".
+template <typename In>
+dim3 tiles_of_round(const Batch<In>& batch, int anchors, int64_t size) {
+  const int64_t across = parts_of(batch.anchors, size) + parts_of(batch.candidates - batch.anchors, size);
+  return dim3(unsigned(parts_of(anchors, size) * across));
 }
 
-// Only the forward pass needs these.
+inline int anchors_at_once(int anchors) { return anchors < kAnchorsAtOnce ? anchors : kAnchorsAtOnce; }
+
+// What tensor cores are given, if they serve: their tiles are large, and have to fill the device. (For "all" half of
+// it: the tiles that would else do the work are not large.)
+template <typename In>
+Numbers numbers_of(const Machine& machine, const Batch<In>& batch, const Settings& settings) {
+  const unsigned tiles = settings.mining == Mining::all
+                             ? 2 * tiles_of_round(batch, anchors_at_once(batch.anchors), 128).x
+                             : tiles_of(batch, 128).x;
+  const bool serve = machine.tensor_cores && sizeof(In) <= 4 && tiles >= unsigned(machine.processors);
+  if (!serve) return Numbers::none;
+  return settings.distance == Distance::cosine ? kNumbersOf<In> : Numbers::split;
+}
+
 template <typename In>
 Panels make_panels(const Batch<In>& batch, Numbers numbers, Arena& arena) {
   Panels panels{numbers};
+  if (numbers == Numbers::none) return panels;
   panels.own = int(parts_of(batch.anchors, 16));
   panels.blocks = panels.own + int(parts_of(batch.candidates - batch.anchors, 16));
   panels.steps = int(parts_of(batch.width, 32)) * 2;
@@ -107,24 +124,23 @@ Panels make_panels(const Batch<In>& batch, Numbers numbers, Arena& arena) {
   return panels;
 }
 
-template <typename In>
-int64_t bytes_of_panels(const Batch<In>& batch, Numbers numbers) {
-  Arena arena{nullptr};
-  make_panels(batch, numbers, arena);
-  return arena.used;
-}
-
-// What the gradients of all triplets take beside it.
+// What a pass needs only while it runs. `gradient_rows`: of a backward pass; 0: of the forward pass.
 template <typename T>
-struct AllWorkspace {
-  T *factors, *sums;  // (anchors, candidates), (gradient_rows, width)
-  int anchors;
+struct Scratch {
+  Panels panels{Numbers::none};
+  Round<T> round;
 
   template <typename In>
-  AllWorkspace(const Batch<In>& batch, int gradient_rows, Arena& arena) {
-    anchors = batch.anchors < kAnchorsAtOnce ? batch.anchors : kAnchorsAtOnce;
-    factors = arena.take<T>(int64_t(anchors) * batch.candidates);
-    sums = arena.take<T>(int64_t(gradient_rows) * batch.width);
+  Scratch(const Batch<In>& batch, const Settings& settings, const Machine& machine, int gradient_rows, Arena& arena) {
+    const bool all = settings.mining == Mining::all;
+    if (all || !gradient_rows) panels = make_panels(batch, numbers_of(machine, batch, settings), arena);
+    const int64_t pairs = all ? int64_t(anchors_at_once(batch.anchors)) * batch.candidates : 0;
+    const int64_t rows = all ? gradient_rows : 0, parts = rows ? slices_of(batch.candidates) * kAnchorsAtOnce : 0;
+    round.distances = arena.take<T>(pairs);
+    round.factors = arena.take<T>(rows ? pairs : 0);
+    round.sums = arena.take<T>(rows * batch.width);
+    round.parts = arena.take<T>(parts * batch.width);
+    round.ended = arena.take<int>(rows ? tiles_of_sums(kAnchorsAtOnce, batch.width) : 0);
   }
 };
 
@@ -175,19 +191,53 @@ void search(Launch& launch, const Machine& machine, const Batch<In>& batch, cons
   run(&search_pairs<In, T, 4, kBeyond>, tiles_of(batch, 64));
 }
 
-// The loss into `out`; and into `work` what the gradients need of it. `panels` are of `numbers_of`.
+template <typename T, typename Launch, typename In>
+void prepare(Launch& launch, const Batch<In>& batch, const Settings& settings, const Workspace<T>& work,
+             const Panels& panels, bool measured) {
+  launch(&prepare_rows<In, T>, dim3(unsigned(batch.groups())), batch, settings.distance, work.prepared, panels,
+         work.zeroed, work.zeroes, measured);
+}
+
+// f(round) for the anchors of mining "all", kAnchorsAtOnce at a time, when their distances are there.
+template <typename T, typename Launch, typename In, typename F>
+void for_each_round(Launch& launch, const Batch<In>& batch, const Settings& settings, const Workspace<T>& work,
+                    const Scratch<T>& scratch, F&& f) {
+  Round<T> round = scratch.round;
+  for (round.first = 0; round.first < batch.anchors; round.first += kAnchorsAtOnce) {
+    round.anchors = anchors_at_once(batch.anchors - round.first);
+    const auto on_tensor_cores = [&](auto kernel) {
+      launch(kernel, tiles_of_round(batch, round.anchors, 128), batch, settings.distance, work.prepared, scratch.panels,
+             round);
+    };
+    if (scratch.panels.numbers == Numbers::none) {
+      launch(&measure_pairs<In, T>, tiles_of_round(batch, round.anchors, 64), batch, settings.distance, work.prepared,
+             round);
+    } else if constexpr (sizeof(T) == 4) {
+      if (scratch.panels.numbers == Numbers::split) {
+        on_tensor_cores(&measure_pairs_mma<Numbers::split, In>);
+      } else if constexpr (sizeof(In) == 2) {
+        on_tensor_cores(&measure_pairs_mma<kNumbersOf<In>, In>);
+      }
+    }
+    f(round);
+  }
+}
+
+// The loss into `out`; and into `work` what the gradients need of it.
 template <typename T, typename Launch, typename In>
 void forward(Launch& launch, const Machine& machine, const Batch<In>& batch, const Settings& settings,
-             Workspace<T>& work, const Panels& panels, Outputs<T> out) {
+             Workspace<T>& work, const Scratch<T>& scratch, Outputs<T> out) {
   const bool semihard = settings.mining == Mining::semihard;
   const Distance distance = settings.distance;
+  const Panels& panels = scratch.panels;
   work.winners.rounding = rounding_of<T>(distance, batch.width, panels.numbers);
   out.totals = work.totals;
   out.done = work.done;
-  launch(&prepare_rows<In, T>, dim3(unsigned(batch.groups())), batch, distance, work.prepared, panels, work.zeroed,
-         work.zeroes, true);
+  prepare(launch, batch, settings, work, panels, true);
   if (settings.mining == Mining::all) {
-    launch(&sum_triplets<In, T>, dim3(unsigned(batch.anchors)), batch, settings, work.prepared, out);
+    for_each_round(launch, batch, settings, work, scratch, [&](const Round<T>& round) {
+      launch(&sum_triplets<In, T>, dim3(unsigned(round.anchors)), batch, settings, work.prepared, round, out);
+    });
     return;
   }
   search<false>(launch, machine, batch, work, panels, {!semihard});
@@ -200,24 +250,20 @@ void forward(Launch& launch, const Machine& machine, const Batch<In>& batch, con
          out);
 }
 
-// Into `work` what the gradients need, after a forward pass whose workspace is gone.
+// Into `work` what the gradients of mined pairs need, after a forward pass whose workspace is gone.
 template <typename T, typename Launch, typename In>
 void recompute(Launch& launch, const Batch<In>& batch, const Settings& settings, const Workspace<T>& work,
                const int64_t* positive, const int64_t* negative) {
-  const bool cosine = settings.distance == Distance::cosine, all = settings.mining == Mining::all;
-  if (cosine || !all) {
-    launch(&prepare_rows<In, T>, dim3(unsigned(batch.groups())), batch, settings.distance, work.prepared, Panels{},
-           work.zeroed, work.zeroes, cosine);
-  }
-  if (all) return;
+  if (settings.mining == Mining::all) return;
+  prepare(launch, batch, settings, work, Panels{}, settings.distance == Distance::cosine);
   launch(&weigh_pairs<In, T>, warps_for(batch.anchors), batch, settings, work.prepared.scale, positive, negative,
          work.pairs, work.lists);
 }
 
-// The gradients (gradient_rows, width) of the first candidates. `space`: for mining "all".
+// The gradients (gradient_rows, width) of the first candidates.
 template <typename T, typename Launch, typename In>
 void backward(Launch& launch, const Batch<In>& batch, const Settings& settings, const Workspace<T>& work,
-              const AllWorkspace<T>& space, const Upstream<T>& up, In* gradient, int gradient_rows) {
+              const Scratch<T>& scratch, const Upstream<T>& up, In* gradient, int gradient_rows) {
   const Distance distance = settings.distance;
   const T* scale = work.prepared.scale;
   if (settings.mining != Mining::all) {
@@ -225,14 +271,15 @@ void backward(Launch& launch, const Batch<In>& batch, const Settings& settings, 
            gradient);
     return;
   }
-  for (int first = 0; first < batch.anchors; first += space.anchors) {
-    const int anchors = batch.anchors - first < space.anchors ? batch.anchors - first : space.anchors;
-    launch(&weigh_triplets<In, T>, dim3(unsigned(anchors)), batch, settings, scale, up, first, space.factors);
-    launch(&pull_rows<In, T>, dim3(unsigned(gradient_rows)), batch, distance, scale, space.factors, first, anchors,
-           space.sums);
-  }
-  launch(&finish_gradient<In, T>, warps_for(gradient_rows), batch, distance, scale, up.count, space.sums, gradient,
-         gradient_rows);
+  prepare(launch, batch, settings, work, scratch.panels, true);
+  for_each_round(launch, batch, settings, work, scratch, [&](const Round<T>& round) {
+    launch(&weigh_triplets<In, T>, dim3(unsigned(round.anchors)), batch, settings, up, round);
+    const int64_t parts = tiles_of_sums(gradient_rows, batch.width) +
+                          tiles_of_sums(round.anchors, batch.width) * (slices_of(batch.candidates) - 1);
+    launch(&pull_rows<In, T>, dim3(unsigned(parts)), batch, distance, scale, round, gradient_rows);
+  });
+  launch(&finish_gradient<In, T>, warps_for(gradient_rows), batch, distance, scale, up.count, scratch.round.sums,
+         gradient, gradient_rows);
 }
 
 // f(kernel) for all kernels that may be launched for rows of a type.
@@ -246,17 +293,17 @@ void for_each_kernel(F&& f) {
     f(&search_pairs<In, T, 8, false>);
     f(&search_pairs<In, T, 8, true>);
   }
-  constexpr Numbers kNumbers = std::is_same_v<In, Bfloat16>  ? Numbers::bfloat16
-                               : std::is_same_v<In, Float16> ? Numbers::float16
-                                                             : Numbers::split;
   if constexpr (sizeof(T) == 4) {
-    f(&search_pairs_mma<kNumbers, false>);
-    f(&search_pairs_mma<kNumbers, true>);
+    f(&search_pairs_mma<kNumbersOf<In>, false>);
+    f(&search_pairs_mma<kNumbersOf<In>, true>);
+    f(&measure_pairs_mma<kNumbersOf<In>, In>);
   }
+  if constexpr (sizeof(In) == 2) f(&measure_pairs_mma<Numbers::split, In>);
   f(&choose_positives<In, T>);
   f(&finish<In, T>);
   f(&weigh_pairs<In, T>);
   f(&row_gradient<In, T>);
+  f(&measure_pairs<In, T>);
   f(&sum_triplets<In, T>);
   f(&weigh_triplets<In, T>);
   f(&pull_rows<In, T>);

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 0)
     own.sum += totals.get(w).sum;
     own.count += totals.get(w).count;
   }
-  reduce(own, settings.reduction, finite, out, totals);
+  reduce(own, int(blockIdx.x), int(gridDim.x), settings.reduction, finite, out, totals);
 }
 
 // ------------------------------------------------------------------------------------------------------------

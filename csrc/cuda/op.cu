@@ -122,18 +122,29 @@ Workspace<T> place_workspace(const Tensor& memory, const Batch<In>& batch, int s
   return Workspace<T>(batch, slots, gradient_rows, arena);
 }
 
-// The forward pass, with memory for the rows on tensor cores while it runs.
+// Memory for a pass while it runs, and what lies in it.
+template <typename T>
+struct Held {
+  Tensor memory;
+  Arena arena{nullptr};
+  Scratch<T> scratch;
+
+  template <typename In>
+  Held(const Device& device, const Tensor& candidates, const Batch<In>& batch, const Settings& settings,
+       int gradient_rows)
+      : scratch(batch, settings, device.machine(), gradient_rows, arena) {
+    if (arena.used == 0) return;
+    memory = allocate(candidates, ScalarType::Byte, {arena.used});
+    arena = {pointer<char>(memory)};
+    scratch = Scratch<T>(batch, settings, device.machine(), gradient_rows, arena);
+  }
+};
+
 template <typename T, typename In>
 void run_forward(const Device& device, const Tensor& candidates, const Batch<In>& batch, const Settings& settings,
                  Workspace<T>& work, const Outputs<T>& out) {
-  const Numbers numbers = numbers_of(device.machine(), batch, settings);
-  Tensor memory;
-  Arena arena{nullptr};
-  if (numbers != Numbers::none) {
-    memory = allocate(candidates, ScalarType::Byte, {bytes_of_panels(batch, numbers)});
-    arena.base = pointer<char>(memory);
-  }
-  forward(device, device.machine(), batch, settings, work, make_panels(batch, numbers, arena), out);
+  const Held<T> held(device, candidates, batch, settings, 0);
+  forward(device, device.machine(), batch, settings, work, held.scratch, out);
 }
 
 int listed_rows(Mining mining, int64_t gradient_rows) { return mining == Mining::all ? 0 : int(gradient_rows); }
@@ -196,14 +207,9 @@ Tensor run_backward(const Device& device, const Batch<In>& batch, const Settings
                     const Tensor& grad, const int64_t* count, const Tensor& candidates, int64_t gradient_rows) {
   const Tensor gradient = allocate(candidates, candidates.scalar_type(), {gradient_rows, batch.width});
   const int rows = int(gradient_rows);
-  Tensor memory;
-  Arena arena{nullptr};
-  if (settings.mining == Mining::all) {
-    memory = allocate(candidates, ScalarType::Byte, {bytes_of<AllWorkspace<T>>(batch, rows)});
-    arena.base = pointer<char>(memory);
-  }
   const Upstream<T> up{values<T>(grad), settings.reduction == Reduction::none ? grad.stride(0) : 0, count};
-  backward(device, batch, settings, work, AllWorkspace<T>(batch, rows, arena), up, pointer<In>(gradient), rows);
+  const Held<T> held(device, candidates, batch, settings, rows);
+  backward(device, batch, settings, work, held.scratch, up, pointer<In>(gradient), rows);
   return gradient;
 }
 

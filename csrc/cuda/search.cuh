@@ -374,19 +374,14 @@ __device__ void multiply(Panel<T, kSide>& x, Panel<T, kSide>& y, int buffer, T (
   }
 }
 
-// One tile a block, the next step's values on their way from memory while this step's are multiplied.
-template <typename In, typename T, int kSide, bool kBeyond>
-__global__ void __launch_bounds__(kThreads, 2)
-    search_pairs(Batch<In> batch, Prepared<T> prepared, Winners winners, Pass pass) {
-  using Share = SimtShare<kSide>;
-  constexpr int kTile = Share::kTile, kStep = kDepth<kSide>;
-  __shared__ Panel<T, kSide> x, y;
-  __shared__ Ends<T, kTile> ends;
-  __shared__ Tops<Share> tops;
-  if (!load_ends<kBeyond>(batch, prepared, winners, place<kTile>(batch), pass, ends)) return;
-  T product[kSide][kSide] = {}, next_x[4], next_y[4];
+// The products of a tile, the next step's values on their way from memory while this step's are multiplied.
+template <int kSide, typename In, typename T>
+__device__ void multiply_tile(const Batch<In>& batch, const Prepared<T>& prepared, Shared<Place, 1>& place,
+                              Panel<T, kSide>& x, Panel<T, kSide>& y, T (&product)[kSide][kSide]) {
+  constexpr int kStep = kDepth<kSide>;
+  T next_x[4], next_y[4];
   const auto load = [&](int begin) {
-    const Place at = ends.place.get(0);
+    const Place at = place.get(0);
     const int offset = int(threadIdx.x) / (kStep / 4), d = int(threadIdx.x) % (kStep / 4) * 4;
     load_four(batch, prepared, at.row(offset), begin + d, next_x);
     load_four(batch, prepared, at.column(offset), begin + d, next_y);
@@ -400,6 +395,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (begin + kStep < batch.width) load(begin + kStep);
     multiply<kSide>(x, y, buffer, product);
   }
+}
+
+// One tile a block.
+template <typename In, typename T, int kSide, bool kBeyond>
+__global__ void __launch_bounds__(kThreads, 2)
+    search_pairs(Batch<In> batch, Prepared<T> prepared, Winners winners, Pass pass) {
+  using Share = SimtShare<kSide>;
+  constexpr int kTile = Share::kTile;
+  __shared__ Panel<T, kSide> x, y;
+  __shared__ Ends<T, kTile> ends;
+  __shared__ Tops<Share> tops;
+  if (!load_ends<kBeyond>(batch, prepared, winners, place<kTile>(batch), pass, ends)) return;
+  T product[kSide][kSide] = {};
+  multiply_tile(batch, prepared, ends.place, x, y, product);
   search_tile<Share, kBeyond>(product, pass, winners, ends, tops);
 }
 

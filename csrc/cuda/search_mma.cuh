@@ -62,20 +62,14 @@ __device__ void multiply_mma(Stages& stages, int buffer, float (&product)[4][16]
   }
 }
 
-// One tile a block, as `search_pairs`, the next stage's rows on their way while this one's are multiplied. Of the batch
-// the values are not used.
-template <Numbers kNumbers, bool kBeyond>
-__global__ void __launch_bounds__(kThreads, 2)
-    search_pairs_mma(Batch<float> batch, Prepared<float> prepared, Panels panels, Winners winners, Pass pass) {
+// The products of a tile, the next stage's rows on their way while this one's are multiplied. Of the batch the values
+// are not used. `rests`: what products are to be multiplied by.
+template <Numbers kNumbers, typename In>
+__device__ void multiply_tile_mma(const Batch<In>& batch, const Panels& panels, const Place& at, Stages& stages,
+                                  Shared<float, 256>& rests, float (&product)[4][16]) {
   constexpr bool kSplit = kNumbers == Numbers::split, kBfloat16 = kNumbers == Numbers::bfloat16;
-  using Share = MmaShare<!kSplit>;
+  using Share = MmaShare<false>;
   constexpr int kTile = Share::kTile;
-  __shared__ Stages stages;
-  __shared__ Ends<float, kTile> ends;
-  __shared__ Shared<float, 2 * kTile> rests;
-  __shared__ Tops<Share> tops;
-  const Place at = place<kTile>(batch);
-  if (!load_ends<kBeyond>(batch, prepared, winners, at, pass, ends)) return;
   const int t = int(threadIdx.x);
   rests.set(t, panels.rests[t < kTile ? at.row(t) : at.column(t - kTile)]);
   const int crossed = kSplit ? (batch.width + 15) / 16 : 0, all = crossed + panels.steps / 2;
@@ -93,7 +87,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     stages.copy_four(to + 2 * kSlot, high + column_at);
     stages.copy_four(to + 3 * kSlot, second + column_at);
   };
-  float product[Share::kRows][Share::kColumns] = {};
   copy(0);
 #pragma unroll 1
   for (int stage = 0; stage < all; ++stage) {
@@ -113,6 +106,22 @@ __global__ void __launch_bounds__(kThreads, 2)
       product[i][j] *= rests.get(Share::row(i)) * rests.get(kTile + Share::column(j));
     }
   }
+}
+
+// One tile a block, as `search_pairs`.
+template <Numbers kNumbers, bool kBeyond>
+__global__ void __launch_bounds__(kThreads, 2)
+    search_pairs_mma(Batch<float> batch, Prepared<float> prepared, Panels panels, Winners winners, Pass pass) {
+  using Share = MmaShare<kNumbers != Numbers::split>;
+  constexpr int kTile = Share::kTile;
+  __shared__ Stages stages;
+  __shared__ Ends<float, kTile> ends;
+  __shared__ Shared<float, 2 * kTile> rests;
+  __shared__ Tops<Share> tops;
+  const Place at = place<kTile>(batch);
+  if (!load_ends<kBeyond>(batch, prepared, winners, at, pass, ends)) return;
+  float product[Share::kRows][Share::kColumns] = {};
+  multiply_tile_mma<kNumbers>(batch, panels, at, stages, rests, product);
   search_tile<Share, kBeyond>(product, pass, winners, ends, tops);
 }
 

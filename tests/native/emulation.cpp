@@ -88,14 +88,17 @@ struct Held {
         work(batch, slots, gradient_rows, arena) {}
 };
 
-struct HeldPanels {
+template <typename T>
+struct HeldScratch {
   Guarded<char> memory;
   Arena arena;
-  Panels panels;
+  Scratch<T> scratch;
 
   template <typename In>
-  HeldPanels(const Batch<In>& batch, Numbers numbers)
-      : memory(bytes_of_panels(batch, numbers)), arena{memory.data()}, panels(make_panels(batch, numbers, arena)) {}
+  HeldScratch(const Batch<In>& batch, const Settings& settings, const Machine& machine, int gradient_rows)
+      : memory(bytes_of<Scratch<T>>(batch, settings, machine, gradient_rows)),
+        arena{memory.data()},
+        scratch(batch, settings, machine, gradient_rows, arena) {}
 };
 
 template <typename In>
@@ -105,27 +108,25 @@ py::tuple run_forward(const Batch<In>& batch, const Settings& settings, Machine 
   Guarded<T> losses(batch.anchors), loss(1);
   Guarded<int64_t> count(1), positive(batch.anchors), negative(batch.anchors);
   Held<T> held(batch, slots_of(settings.mining), 0);
-  HeldPanels panels(batch, numbers_of(machine, batch, settings));
-  forward(launch, machine, batch, settings, held.work, panels.panels,
+  HeldScratch<T> held_scratch(batch, settings, machine, 0);
+  forward(launch, machine, batch, settings, held.work, held_scratch.scratch,
           Outputs<T>{losses.data(), loss.data(), count.data(), positive.data(), negative.data()});
   held.memory.check();
-  panels.memory.check();
+  held_scratch.memory.check();
   const py::ssize_t rows = batch.anchors;
   return py::make_tuple(loss.array({1}), losses.array({rows}), count.array({1}), positive.array({rows}),
                         negative.array({rows}));
 }
 
 template <typename T, typename In>
-py::array run_backward(Emulated& launch, const Batch<In>& batch, const Settings& settings, const Workspace<T>& work,
-                       const py::array& grad, const int64_t* count, int gradient_rows) {
-  Guarded<char> memory(bytes_of<AllWorkspace<T>>(batch, gradient_rows));
-  Arena arena{memory.data()};
-  const AllWorkspace<T> space(batch, gradient_rows, arena);
+py::array run_backward(Emulated& launch, const Batch<In>& batch, const Settings& settings, Machine machine,
+                       const Workspace<T>& work, const py::array& grad, const int64_t* count, int gradient_rows) {
+  HeldScratch<T> held(batch, settings, machine, gradient_rows);
   Guarded<In> gradient(int64_t(gradient_rows) * batch.width);
   const int64_t stride = settings.reduction == Reduction::none ? grad.strides(0) / int64_t(sizeof(T)) : 0;
   const Upstream<T> up{static_cast<const T*>(grad.data()), stride, count};
-  backward(launch, batch, settings, work, space, up, gradient.data(), gradient_rows);
-  memory.check();
+  backward(launch, batch, settings, work, held.scratch, up, gradient.data(), gradient_rows);
+  held.memory.check();
   using Bits = std::conditional_t<sizeof(In) == 2, uint16_t, In>;
   return gradient.template array<Bits>({gradient_rows, batch.width});
 }
@@ -144,23 +145,25 @@ py::tuple run_both(const Batch<In>& batch, const Settings& settings, Machine mac
   Held<T> held(batch, slots_of(settings.mining), listed_rows(settings, gradient_rows));
   Outputs<T> out{nullptr, nullptr, held.work.count, nullptr, nullptr};
   (settings.reduction == Reduction::none ? out.losses : out.loss) = loss.data();
-  HeldPanels panels(batch, numbers_of(machine, batch, settings));
-  forward(launch, machine, batch, settings, held.work, panels.panels, out);
-  const auto gradient = run_backward<T>(launch, batch, settings, held.work, grad, held.work.count, gradient_rows);
+  HeldScratch<T> held_scratch(batch, settings, machine, 0);
+  forward(launch, machine, batch, settings, held.work, held_scratch.scratch, out);
+  const auto gradient =
+      run_backward<T>(launch, batch, settings, machine, held.work, grad, held.work.count, gradient_rows);
   held.memory.check();
   return py::make_tuple(loss.array({py::ssize_t(loss.count)}), gradient, launch.launches);
 }
 
 // Gradients, without that.
 template <typename In>
-py::array run_backward_alone(const Batch<In>& batch, const Settings& settings, unsigned seed, const py::array& grad,
-                             const py::array_t<int64_t>& count, const py::array_t<int64_t>& positive,
-                             const py::array_t<int64_t>& negative, int gradient_rows) {
+py::array run_backward_alone(const Batch<In>& batch, const Settings& settings, Machine machine, unsigned seed,
+                             const py::array& grad, const py::array_t<int64_t>& count,
+                             const py::array_t<int64_t>& positive, const py::array_t<int64_t>& negative,
+                             int gradient_rows) {
   using T = decltype(widen(In()));
   Emulated launch{seed};
   Held<T> held(batch, 0, listed_rows(settings, gradient_rows));
   recompute(launch, batch, settings, held.work, positive.data(), negative.data());
-  const auto gradient = run_backward<T>(launch, batch, settings, held.work, grad, count.data(), gradient_rows);
+  const auto gradient = run_backward<T>(launch, batch, settings, machine, held.work, grad, count.data(), gradient_rows);
   held.memory.check();
   return gradient;
 }
@@ -247,11 +250,12 @@ PYBIND11_MODULE(emulation, m) {
     });
   });
   m.def("backward", [](const std::string& type, py::array x, py::array labels, int anchors, bool vectors, Codes codes,
-                       unsigned seed, py::array grad, int gradient_rows, py::array_t<int64_t> count,
-                       py::array_t<int64_t> positive, py::array_t<int64_t> negative) {
+                       int processors, bool tensor_cores, unsigned seed, py::array grad, int gradient_rows,
+                       py::array_t<int64_t> count, py::array_t<int64_t> positive, py::array_t<int64_t> negative) {
     return by_type(type, [&](auto in) {
       const auto batch = make_batch<decltype(in)>(x, labels, anchors, vectors);
-      return run_backward_alone(batch, settings_of(codes), seed, grad, count, positive, negative, gradient_rows);
+      return run_backward_alone(batch, settings_of(codes), {processors, tensor_cores}, seed, grad, count, positive,
+                                negative, gradient_rows);
     });
   });
   m.def("mixed_tiles", mixed_tiles);

@@ -143,8 +143,8 @@ PYBIND11_MODULE(wide, m) {
     return by_type(
         type, [&](auto in) { return run_forward(OwningBatch<decltype(in)>(x, labels, anchors), settings_of(codes)); });
   });
-  m.def("backward", [](const std::string& type, py::array x, py::array labels, int anchors, bool, Codes codes, unsigned,
-                       py::array grad, int gradient_rows, py::object, py::array_t<int64_t> positive,
+  m.def("backward", [](const std::string& type, py::array x, py::array labels, int anchors, bool, Codes codes, int,
+                       bool, unsigned, py::array grad, int gradient_rows, py::object, py::array_t<int64_t> positive,
                        py::array_t<int64_t> negative) {
     return by_type(type, [&](auto in) {
       const OwningBatch<decltype(in)> batch(x, labels, anchors);
