@@ -126,46 +126,60 @@ def test_kernels_keep_everything_in_registers(kernels, architecture):
         "search_pairs_mma<bfloat16, true>",
         "search_pairs_mma<split, false>",
         "row_gradient<float, float>",
+        "measure_pairs<double, double>",
+        "measure_pairs_mma<split, float>",
+        "measure_pairs_mma<bfloat16, Bfloat16>",
+        "pull_rows<float, float>",
     } <= names
-    assert len(names) == len(found) > 40
+    assert len(names) == len(found) > 60
     assert [kernel for kernel in found if kernel.stack or kernel.spilled] == []
     assert [kernel for kernel in found if kernel.shared > 48 << 10] == []  # what a block has without asking for more
 
 
 @needs_nvcc
-def test_two_blocks_of_the_searches_share_a_processor(kernels):
-    searches = [kernel for kernel in kernels[90] if kernel.name.startswith("search_pairs")]
-    assert len(searches) == 20 and all(kernel.blocks(H100) >= 2 for kernel in searches)
+def test_two_blocks_of_the_product_tiles_share_a_processor(kernels):
+    tiles = [kernel for kernel in kernels[90] if re.match("search_pairs|measure_pairs", kernel.name)]
+    assert len(tiles) == 29 and all(kernel.blocks(H100) >= 2 for kernel in tiles)
+
+
+def loops_of(code: str) -> list[list[str]]:
+    """The operations of each loop in a function's machine code, without their modifiers."""
+    lines = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", code)]
+    operations = [re.sub(r"^@\S+ +", "", what).split()[0].split(".")[0] for _, what in lines]
+    assert not {"LDL", "STL"} & {*operations}  # local memory
+    place, loops = {at: n for n, (at, _) in enumerate(lines)}, []
+    for n, (_, what) in enumerate(lines):
+        target = re.search(r"BRA .*?0x([0-9a-f]+)", what)
+        if target and (start := place.get(int(target[1], 16), n)) < n:
+            loops.append(operations[start : n + 1])
+    return loops
 
 
 @needs_nvcc
-def test_the_machine_code_of_the_searches(kernels, folder):
-    """No local memory; in a loop over the columns of a tile, few instructions beside the products."""
+def test_the_machine_code_of_loops(kernels, folder):
+    """Few instructions beside the products in a loop over columns or pairs of rows; four or five for a triplet."""
     disassembler = importlib.util.find_spec("triton").submodule_search_locations[0] + "/backends/nvidia/bin/cuobjdump"
     command = [disassembler, "-sass", folder / "sm_90.cubin"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = re.split(r"Function : (\S+)", text)[1:]
-    found = {}
+    on_tensor_cores = in_triplets = 0
     for name, code in zip(functions[::2], functions[1::2], strict=True):
-        lines = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", code)]
-        operations = [re.sub(r"^@\S+ +", "", what).split()[0].split(".")[0] for _, what in lines]
-        assert not {"LDL", "STL"} & {*operations}, name
-        if "search_pairs" not in name:
-            continue
-        place, product = {at: n for n, (at, _) in enumerate(lines)}, "HMMA" if "mma" in name else "FFMA"
-        loops = []
-        for n, (_, what) in enumerate(lines):
-            target = re.search(r"BRA .*?0x([0-9a-f]+)", what)
-            if target and (start := place.get(int(target[1], 16), n)) < n:
-                body = operations[start : n + 1]
-                loops.append((body.count(product), len(body)))
-        found[name] = max(loops)
-    for name, (products, length) in found.items():
-        if "mma" in name:
+        loops = loops_of(code)
+        if re.search(r"gpu\d+\w+_(pairs|rows|triplets)Id", name):
+            continue  # of doubles
+        if "pairs_mma" in name:
+            products, length = max((body.count("HMMA"), len(body)) for body in loops)
             assert products in (32, 64) and length <= 4 * products, (name, products, length)
-        elif "d" not in name.partition("search_pairsI")[2][:2]:  # not of doubles
-            assert products >= 128 and length <= 2 * products, (name, products, length)
-    assert sum("mma" in name for name in found) == 6
+            on_tensor_cores += 1
+        elif re.search("search_pairs|measure_pairs|pull_rows", name):
+            products, length = max((body.count("FFMA"), len(body)) for body in loops)
+            most = 3 if "pull_rows" in name else 2
+            assert products >= 128 and length <= most * products, (name, products, length)
+        elif "_triplets" in name:
+            length = min(len(body) for body in loops if body.count("FADD") >= 64)  # 4 positives x 8 negatives
+            assert length <= 32 * 5.5, (name, length)
+            in_triplets += 1
+    assert (on_tensor_cores, in_triplets) == (11, 6)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("oneshot_C_cuda") is None and not REQUIRED, reason="built without CUDA")

@@ -72,7 +72,7 @@ __device__ void store_distances(const Batch<In>& batch, Distance distance, const
       const T length = norms.get(Share::row(i)) + norms.get(Share::kTile + column);
       const T squared = fma(T(-2), product[i][j], length);
       const bool far = cosine || squared > T(kNear) * length + T(1e-30);  // below that, numbers may be denormal
-      near |= uint64_t(!far) << (i * Share::kColumns + j);
+      if (!far) near |= uint64_t(1) << (i * Share::kColumns + j);
       const T apart = distance == Distance::euclidean ? sqrt(squared) * unit : squared * unit * unit;
       own[column] = cosine ? 1 - product[i][j] : apart;
     }
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   const bool cosine = distance == Distance::cosine;
   const int t = int(threadIdx.x);
   const Part part = part_of(batch, round, gradient_rows);
-  T next_x[4], next_factors[4], own[4][4], sum[4][4] = {};
+  T next_x[4], next_factors[4], own[4][4] = {}, sum[4][4] = {};
   const auto row_at = [&](int i) { return part.row + Share::row(i); };
   const auto column_at = [&](int c) { return part.column + Share::column(c); };
   const auto for_own = [&](auto&& f) {
@@ -366,12 +366,20 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
       next_factors[c] = inside ? round.factors[round.at(anchor, batch.candidates) + candidate] : T(0);
     }
   };
+  const auto add = [&](int buffer, auto&& difference) {
+#pragma unroll
+    for (int d = 0; d < kStep; ++d) {
+      T right[4], left[4];
+      x.get_four(buffer + d * kPitch + Share::column(0), right);
+      factors.get_four(buffer + d * kPitch + Share::row(0), left);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum[i][c] = fma(left[i], difference(own[i][c], right[c]), sum[i][c]);
+      }
+    }
+  };
   load(0);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) own[i][c] = 0;
-  }
   if (!cosine) for_own([&](int i, int c) { own[i][c] = T(widen(batch.row(row_at(i))[column_at(c)])); });
   for (int begin = 0; begin < part.count; begin += kStep) {
     const int buffer = begin / kStep % 2 * kStep * kPitch;
@@ -383,16 +391,10 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     }
     __syncthreads();  // one barrier a step: the other buffer was read before it
     if (begin + kStep < part.count) load(begin + kStep);
-#pragma unroll
-    for (int d = 0; d < kStep; ++d) {
-      T right[4], left[4];
-      x.get_four(buffer + d * kPitch + Share::column(0), right);
-      factors.get_four(buffer + d * kPitch + Share::row(0), left);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) sum[i][c] = fma(left[i], own[i][c] - right[c], sum[i][c]);
-      }
+    if (cosine) {
+      add(buffer, [](T, T y) { return -y; });
+    } else {
+      add(buffer, [](T x, T y) { return x - y; });
     }
   }
   if (part.row >= round.first && part.row < round.end()) {
