@@ -33,8 +33,9 @@ __host__ __device__ inline int64_t tiles_of_sums(int rows, int width) {
 
 // ----------------------------------------------------------------------------------------------------------- distances
 
-// Squared distances below this share of |x|^2 + |y|^2 (of rows as the search sees them) are computed by differences,
-// so those above have at most 64 times the relative error of products: 64 Rounding.share, in practice 64 units or so.
+// Squared distances below this share of |x|^2 + |y|^2, of rows as the search sees them, are summed up from differences.
+// Others come from products, whose rounding moves them by Rounding.share of |x|^2 + |y|^2 at most: 64 times that share
+// of the squared distance itself.
 constexpr float kNear = 1.f / 64;
 
 // Tile b of the round's anchors and all candidates, column by column of tiles; the others begin a column.
