@@ -133,7 +133,9 @@ def test_all_triplets_of_more_anchors_than_are_taken_at_a_time(emulation, kind, 
 
 @pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("rows", "width", "others"), [(2, 5, 1), (130, 1, 0), (145, 40, 140), (9, 129, 3), (9, 512, 0)])
+@pytest.mark.parametrize(
+    ("rows", "width", "others"), [(2, 5, 1), (130, 1, 0), (145, 40, 140), (9, 129, 3), (9, 512, 0)]
+)
 def test_all_triplets_on_tensor_cores(emulation, kind, dtype, rows, width, others):
     """Edges of tiles, own and others'; as many columns as tiles of gradients do not divide."""
     width += width == 1 and kind == "cosine"  # of one column the gradients are 0
