@@ -54,6 +54,22 @@ def test_agrees_with_the_torch_implementation(kind, mining, dtype):
         assert (grad - exact_grad).norm() <= 3 * close * exact_grad.norm()
 
 
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_triplets_on_tensor_cores(kind, dtype):
+    """Against the op in float64, which takes no tensor cores; every tenth row is near another."""
+    x, labels, _ = on("cuda", batch(2500, width=64, classes=300, dtype=dtype))
+    x[::10] = x[1::10] + x[::10] * 0.01
+    found = []
+    for rows in (x, x.double()):
+        leaf = rows.requires_grad_()
+        loss = triplet_loss(leaf, labels, distance=kind, mining="all", impl="native")
+        found += [loss.double(), torch.autograd.grad(loss, leaf)[0].double()]
+    loss, grad, exact, exact_grad = found
+    assert torch.isclose(loss, exact, rtol=1e-4)
+    assert (grad - exact_grad).norm() <= (1e-2 if dtype == torch.bfloat16 else 3e-4) * exact_grad.norm()
+
+
 def test_the_same_bits_on_every_run():
     x, labels, others = on("cuda", batch(5000, width=64, classes=300, dtype=torch.float32, others=3000))
     runs = []
