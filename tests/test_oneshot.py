@@ -414,7 +414,7 @@ def test_the_documented_examples_run(tmp_path, monkeypatch, capsys):
     exec(recognise, names)
     printed = capsys.readouterr().out
     assert printed.startswith("Comparison(similarity=") and printed.count("Candidate(name='cat'") == 2
-    assert names["z"].shape == (2, 128)
+    assert names["z"].shape == (2, 256)
     tiny.run(export, "weights/classic-90-10.pt", "--out", "classic-90-10.onnx")
     exec(client, names)
     assert np.allclose(names["embedding"], names["recogniser"].embed("new1.jpg")[0], atol=2e-3)

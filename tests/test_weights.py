@@ -131,10 +131,12 @@ def test_a_run_starts_where_another_ended(train, tmp_path):
 @pytest.mark.parametrize("script", [train_classic, train_reptile])
 def test_training_that_does_harm_leaves_the_given_weights_the_best(npz, tmp_path, script):
     """Good weights, and an optimiser whose steps are far too long."""
-    tiny.run(train_classic, "--data", npz, "--out", tmp_path / "good", *SMALL, "--epochs", "30", "--batch-classes", "4")
+    good = ["--out", tmp_path / "good", "--epochs", "30", "--batch-classes", "4", "--penultimate", "0"]
+    tiny.run(train_classic, "--data", npz, *SMALL, *good)
     given = tmp_path / "good" / "best.pt"
     before, out = given.read_bytes(), tmp_path / "harmed"
     harm = ["--weights", given, "--freeze", 0, "--muon-lr", "3", "--lr", "3", "--precision", "float32"]
+    harm += ["--penultimate", "0"]
     tiny.run(script, "--data", npz, "--out", out, *ONE_STEP[script], *harm)
     best, given_state = model.load_checkpoint(out / "best.pt"), model.load_checkpoint(given)
     assert tiny.same(best["model"], given_state["model"]) and best["step"] == 0
