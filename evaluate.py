@@ -136,6 +136,8 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         raise ValueError(f"{path} is a bare state dict: --store needs a checkpoint of the training scripts")
     if ours and options.pixel_mean is not None:
         raise ValueError(f"{path} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
+    if options.penultimate and ":" in backbone:
+        raise ValueError(f"--penultimate is for CIFAR ResNets; {path} is of {backbone}")
     if options.adapt_steps is not None and ":" in backbone:
         raise ValueError(f"--adapt-steps trains the last block of a CIFAR ResNet; {path} is of {backbone}")
     if not (options.runs or options.data) and source not in NAMED and not Path(source).exists():
