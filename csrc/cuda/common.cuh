@@ -1,6 +1,6 @@
 // The triplet loss on CUDA: what all kernels share. Preparation of a batch: prepare.cuh; search for the mined rows:
-// search.cuh, search_mma.cuh; which they are where rounding leaves doubt: decide.cuh; their loss and gradients:
-// mined.cuh; all triplets: all.cuh; the order of the launches: launch.cuh. No PyTorch headers:
+// search.cuh, search_simt.cuh, search_mma.cuh; which they are where rounding leaves doubt: decide.cuh; their loss and
+// gradients: mined.cuh; all triplets: all.cuh, pull.cuh; the order of the launches: launch.cuh. No PyTorch headers:
 // tests/native/emulation.cpp compiles the same source with g++.
 #pragma once
 

@@ -4,10 +4,11 @@
 
 #include <limits>
 
-#include "cuda/all.cuh"
 #include "cuda/mined.cuh"
-#include "cuda/search_mma.cuh"
 #include "cuda/prepare.cuh"
+#include "cuda/pull.cuh"
+#include "cuda/search_mma.cuh"
+#include "cuda/search_simt.cuh"
 
 namespace triplet::gpu {
 
