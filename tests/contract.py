@@ -135,6 +135,14 @@ def check_integers(positive, negative, x, labels, kind, mining):
         assert (positive[a], negative[a]) == expected, (x.shape, a)
 
 
+def two_poles(rows: int) -> torch.Tensor:
+    """Rows (N, 4) near one point and near another, in turn."""
+    x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(0)) / 50
+    x[::2, 0] += 1
+    x[1::2, 0] -= 1
+    return x
+
+
 def batches_in_doubt(width):
     """Name to 300 rows (300, width) whose distances are equal or nearly so, in any units; and their labels."""
     generator = torch.Generator().manual_seed(width)

@@ -56,9 +56,10 @@ class Case(NamedTuple):
     processors: int = LARGE
     tensor_cores: bool = False
     seed: int = 0
+    temperature: float = 0.5
 
     def settings(self) -> Settings:
-        return Settings(self.kind, self.mining, self.soft, 0.3, 0.5, self.reduction)
+        return Settings(self.kind, self.mining, self.soft, 0.3, self.temperature, self.reduction)
 
     def rows(self) -> torch.Tensor:
         """All candidates (B + M, D), float64."""
@@ -123,7 +124,7 @@ def hold_against_the_oracle(module, case: Case) -> None:
         given = list(zip(found["positive"].tolist(), found["negative"].tolist(), strict=True))
         check_mined(given, rows, names, case.kind, case.mining, slack)
     losses, count, gradient = oracle.triplet_loss(
-        rows, names, len(case.x), case.kind, case.mining, 0.3, case.soft, 0.5, given=given
+        rows, names, len(case.x), case.kind, case.mining, 0.3, case.soft, case.temperature, given=given
     )
     summands = float(len(names)) ** 2 if case.mining == "all" else 1.0
     rtol = 1e-4 * (case.x.dtype != torch.float64)

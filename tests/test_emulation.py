@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import triplet
-from contract import MININGS, TYPES, batch, batches_in_doubt, check_integers, integer_batches
+from contract import MININGS, TYPES, batch, batches_in_doubt, check_integers, integer_batches, two_poles
 from kernels import LARGE, SMALL, Case, compiled, hold_against_the_oracle, hold_against_torch, run
 from triplet import DISTANCES
 
@@ -129,6 +129,23 @@ def test_all_triplets_of_more_anchors_than_are_taken_at_a_time(emulation, kind, 
     hold_against_torch(emulation, Case(x * 0.2, labels, others, kind, "all", tensor_cores=tensor_cores))
     x, labels, others = batch(3, width=6, classes=3, dtype=torch.float32, others=2200)
     hold_against_torch(emulation, Case(x, labels, others, kind, "all", soft=True, tensor_cores=tensor_cores))
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("temperature", [0.003, 0.06, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_soft_margin_of_all_triplets_near_and_far(emulation, kind, temperature, dtype):
+    """Losses from next to nothing to hundreds keep their digits, and so do gradients, whether a product has room for
+    the factors of many triplets, of four, or none."""
+    x, weights = two_poles(1100).to(dtype), torch.tensor([1.0, -0.5])
+    for labels in (torch.arange(1100) % 2, torch.arange(1100) // 9, torch.arange(1100).clamp(max=1030) // 2):
+        case = Case(x[:2], labels[:2], (x[2:], labels[2:]), kind, "all", soft=True, temperature=temperature)
+        found, rows = run(emulation, case, weights), case.rows().requires_grad_()
+        losses, _ = triplet.losses_and_counts(rows[:2], labels[:2], (rows[2:], labels[2:]), case.settings())
+        rtol = 1e-11 if dtype == torch.float64 else 1e-5 + 2e-6 / temperature
+        assert np.allclose(found["losses"], losses.detach().numpy(), rtol=rtol, atol=1e-30)
+        (exact,) = torch.autograd.grad(losses, rows, weights.double())
+        assert (found["grads"].double() - exact).abs().max() <= 100 * rtol * exact.abs().max() + 1e-25
 
 
 @pytest.mark.parametrize("kind", DISTANCES)

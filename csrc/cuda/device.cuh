@@ -48,6 +48,14 @@ __device__ inline uint16_t float_to_half(float value) {
   return bits;
 }
 
+// 1 / x of a normal number up to 2^126, to a unit in the last place
+__device__ inline float reciprocal(float x) {
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  return inverse;
+}
+__device__ inline double reciprocal(double x) { return 1 / x; }
+
 // acc (16, 8) += a (16, 16) b (16, 8)^T of bfloat16 or float16 in a warp's registers (PTX ISA, mma.m16n8k16)
 template <bool kBfloat16>
 __device__ inline void mma_16x8x16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

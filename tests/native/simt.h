@@ -319,6 +319,9 @@ inline void wait_for_copies() {
   simt::threads[simt::current].copies.clear();
 }
 
+inline float reciprocal(float x) { return std::nextafter(1 / x, 0.f); }
+inline double reciprocal(double x) { return 1 / x; }
+
 inline float half_to_float(uint16_t bits) {
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   const float sign = bits >> 15 ? -1.f : 1.f;
