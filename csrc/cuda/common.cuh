@@ -1,7 +1,7 @@
 // The triplet loss on CUDA: what all kernels share. Preparation of a batch: prepare.cuh; search for the mined rows:
 // search.cuh, search_simt.cuh, search_mma.cuh; which they are where rounding leaves doubt: decide.cuh; their loss and
-// gradients: mined.cuh; all triplets: all.cuh, pull.cuh; the order of the launches: launch.cuh. No PyTorch headers:
-// tests/native/emulation.cpp compiles the same source with g++.
+// gradients: mined.cuh; all triplets: all.cuh, triplets.cuh, pull.cuh; the order of the launches: launch.cuh. No
+// PyTorch headers: tests/native/emulation.cpp compiles the same source with g++.
 #pragma once
 
 #ifdef __CUDACC__

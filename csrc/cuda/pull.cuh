@@ -1,7 +1,7 @@
-// The gradients of all triplets: sums of the rows' differences, by the factors that all.cuh leaves, in tiles.
+// The gradients of all triplets: sums of the rows' differences, by the factors that triplets.cuh leaves, in tiles.
 #pragma once
 
-#include "cuda/all.cuh"
+#include "cuda/triplets.cuh"
 
 namespace triplet::gpu {
 
