@@ -1,10 +1,12 @@
 """Class cross-validation: each class is unseen once. Trains and evaluates ten folds, one after the other.
 
-    python benchmarks/folds.py results/folds-classic.json train_classic.py --minutes 10 --compile
-    python benchmarks/folds.py results/folds-reptile.json train_reptile.py --minutes 10 --compile
+    python benchmarks/folds.py results/folds-classic.json train_classic.py --epochs 4 --compile
+    python benchmarks/folds.py results/folds-reptile.json train_reptile.py --iters 668 --compile
+    python benchmarks/folds.py --compare results/folds-classic.json results/folds-reptile.json
 
 What comes after the script's name goes to it. A fold that is done is not repeated, one that was stopped goes on.
-Figures are of the last checkpoint: their mean over folds, and its 95 % interval, by Student's t over the folds.
+Figures are of the last checkpoint: their mean over folds, and its 95 % interval, by Student's t over the folds. The
+third command prints the differences of the second file from the first, fold by fold, in the same way.
 """
 
 import json
@@ -27,8 +29,18 @@ def figures(report: dict) -> dict[str, float]:
     return found | {name: report["unseen"]["few_shot"][name]["accuracy"] for name in ("5w1s", "5w5s", "10w1s")}
 
 
-def main(out: str, script: str, *options: str) -> None:
-    rows = []
+def mean_of(values: list[float]) -> dict[str, float]:
+    half = T95 * statistics.stdev(values) / math.sqrt(FOLDS)
+    return {"mean": statistics.mean(values), "ci95": half, "lowest": min(values), "highest": max(values)}
+
+
+def show(means: dict[str, dict[str, float]]) -> None:
+    for name, of in means.items():
+        print(f"{name}: {of['mean']:.1f} +- {of['ci95']:.1f} ({of['lowest']:.1f} to {of['highest']:.1f})")
+
+
+def run_folds(out: str, script: str, *options: str) -> None:
+    rows, trainings = [], []
     for fold in range(1, FOLDS + 1):
         run = Path("runs") / Path(out).stem / f"{fold}"
         report = run / "report.json"
@@ -42,16 +54,20 @@ def main(out: str, script: str, *options: str) -> None:
             known = [word for pair in data for word in pair]
             evaluate = ["evaluate.py", str(run / "last.pt"), *known, "--json", str(report)]
             subprocess.run([sys.executable, *evaluate], check=True)
-        rows.append(figures(json.loads(report.read_text())))
+        found = json.loads(report.read_text())
+        rows.append(figures(found))
+        trainings.append({name: found["training"][name] for name in ("images", "seconds", "threads")})
         print(f"fold {fold}: {rows[-1]}", flush=True)
-    means = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        half = T95 * statistics.stdev(values) / math.sqrt(FOLDS)
-        means[name] = {"mean": statistics.mean(values), "ci95": half, "lowest": min(values), "highest": max(values)}
-        print(f"{name}: {means[name]['mean']:.1f} +- {half:.1f} ({min(values):.1f} to {max(values):.1f})")
-    cli.write_json(out, {"command": " ".join((script, *options)), "folds": rows, "mean": means})
+    means = {name: mean_of([row[name] for row in rows]) for name in rows[0]}
+    show(means)
+    found = {"command": " ".join((script, *options)), "trainings": trainings, "folds": rows, "mean": means}
+    cli.write_json(out, found)
+
+
+def compare(first: str, second: str) -> None:
+    pairs = list(zip(*(json.loads(Path(each).read_text())["folds"] for each in (first, second)), strict=True))
+    show({name: mean_of([new[name] - old[name] for old, new in pairs]) for name in pairs[0][0]})
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    compare(*sys.argv[2:]) if sys.argv[1:2] == ["--compare"] else run_folds(*sys.argv[1:])
