@@ -34,9 +34,11 @@ sys.path.insert(0, str(ROOT))
 import triplet  # noqa: E402
 from triplet import triplet_loss  # noqa: E402
 
-MARGIN = 0.3
+MARGIN, TEMPERATURE = 0.3, 0.1
 PER_CLASS = 8  # images a class
 IN_A_ROW = 20  # calls between two events
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Case(NamedTuple):
@@ -46,6 +48,11 @@ class Case(NamedTuple):
     distance: str
     mining: str
     data: str = "sorted"  # by class; or "shuffled", or "collapsed": all rows equal
+    soft: bool = False  # the soft margin of the trainings
+
+    def loss(self, impl: str) -> Loss:
+        keywords = {"distance": self.distance, "mining": self.mining, "soft_margin": self.soft}
+        return lambda x, labels: triplet_loss(x, labels, MARGIN, temperature=TEMPERATURE, impl=impl, **keywords)
 
 
 CASES = [
@@ -57,6 +64,7 @@ CASES = [
     Case(4096, 128, "bfloat16", "cosine", "semihard", "shuffled"),
     *(Case(4096, 128, "float32", distance, "hard", "collapsed") for distance in ("cosine", "euclidean")),
     *(Case(rows, 128, "float32", "euclidean", "all") for rows in (256, 1024, 4096)),
+    *(Case(rows, 128, "float32", "cosine", "all", soft=True) for rows in (256, 4096)),
 ]
 
 
@@ -66,25 +74,18 @@ class Options:
     json: str | None = None  # write the figures to this file
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
 def contenders(case: Case) -> dict[str, tuple[Loss, bool]]:
     """Name to (loss, TF32 allowed) of those that run this case in reasonable time and memory."""
-    rows, distance, mining = case.rows, case.distance, case.mining
-
-    def ours(impl: str) -> Loss:
-        return lambda x, labels: triplet_loss(x, labels, MARGIN, distance=distance, mining=mining, impl=impl)
-
-    found: dict[str, tuple[Loss, bool]] = {"native": (ours("native"), False)}
+    rows, mining = case.rows, case.mining
+    found: dict[str, tuple[Loss, bool]] = {"native": (case.loss("native"), False)}
     free = torch.cuda.mem_get_info()[0]
     if 10 * 4 * rows**2 > free or (mining == "all" and rows > 1024) or case.data != "sorted":
         return found
-    found |= {"torch": (ours("torch"), False), "torch TF32": (ours("torch"), True)}
+    found |= {"torch": (case.loss("torch"), False), "torch TF32": (case.loss("torch"), True)}
     if mining != "all" and rows >= 4096:  # all, compiled, would hold (B, B, B); and compiling takes a while
-        found["compiled TF32"] = (torch.compile(ours("torch")), True)
-    if mining != "semihard":  # its semihard triplets are others
-        found["pml"] = (metric_learning(distance, mining), True)
+        found["compiled TF32"] = (torch.compile(case.loss("torch")), True)
+    if mining != "semihard" and not case.soft:  # its semihard triplets are others
+        found["pml"] = (metric_learning(case.distance, mining), True)
     return found
 
 
@@ -204,11 +205,11 @@ def medians(contenders: dict[str, Callable[[], float]], seconds: float) -> dict[
     return {name: median(found) for name, found in results.items()}
 
 
-def check(found: dict[str, tuple[Loss, bool]], x: Tensor, labels: Tensor, distance: str, mining: str) -> None:
+def check(found: dict[str, tuple[Loss, bool]], x: Tensor, labels: Tensor, case: Case) -> None:
     """Hold the loss of each contender against float64. Raises AssertionError."""
-    if len(x) > 4096 or (mining == "all" and len(x) > 1024):
+    if len(x) > 4096 or (case.mining == "all" and len(x) > 1024):
         return
-    exact = triplet_loss(x.detach().double(), labels, MARGIN, distance=distance, mining=mining, impl="torch").item()
+    exact = case.loss("torch")(x.detach().double(), labels).item()
     for name, (loss, tf32) in found.items():
         torch.backends.cuda.matmul.allow_tf32 = tf32
         value = loss(x, labels).item()
@@ -236,14 +237,15 @@ def main() -> None:
         torch.compiler.reset()
         found = contenders(case)
         batches, labels = inputs(case)
-        check(found, batches[0], labels, case.distance, case.mining)
+        check(found, batches[0], labels, case)
         times = measure(found, batches, labels, options.seconds)
         replays = measure_replays(found, batches[0], labels, case.mining, options.seconds)
         host = on_the_host(found["native"][0], batches[0], labels)
         tflops = case.rows**2 * case.width / replays["native"] / 1e9
         row = {"case": case, "calls": times, "replays": replays, "host": host, "tflops": tflops}  # milliseconds
         report["rows"].append(row)
-        print(f"{case.rows:6d} x {case.width:<4d}{case.kind:9}{case.distance:10}{case.mining:9}{case.data:10}", end="")
+        print(f"{case.rows:6d} x {case.width:<4d}{case.kind:9}{case.distance:10}{case.mining:9}", end="")
+        print(f"{case.data:10}{'soft' if case.soft else '':5}", end="")
         print(f"{tflops:6.1f} TFLOP/s, {100 * tflops / rates[case.kind]:3.0f} % of a product's", end="")
         for what, taken in (("call", times), ("replay", replays)):
             cells = [f"{name} {value / taken['native']:.1f}x" for name, value in taken.items() if name != "native"]
