@@ -12,8 +12,8 @@ constexpr int kFar = 8;  // negatives of a thread at a time
 template <typename T>
 struct Circle {
   Shared<int, kThreads> rows;
-  Shared<T, kThreads> near;   // their distances plus `margin`; then -inf up to a multiple of four
-  Shared<T, kThreads> grown;  // soft margin: exp((near - farthest) / temperature)
+  Shared<T, kThreads> near;          // their distances plus `margin`; then -inf up to a multiple of four
+  Shared<T, kThreads> exponentials;  // soft margin: exp((near - farthest) / temperature)
   Shared<int, kWarps> found;
 };
 
@@ -50,9 +50,9 @@ __device__ int gather_positives(const Batch<In>& batch, int anchor, const T* dis
   return gathered;
 }
 
-// Fills `grown` and returns the distance of the farthest positive.
+// Fills `exponentials` and returns the distance of the farthest positive.
 template <typename T>
-__device__ T grow(Circle<T>& circle, int positives, T rate) {
+__device__ T exponentiate(Circle<T>& circle, int positives, T rate) {
   T farthest = -INFINITY;
   for (int p = 0; p < positives; p += 4) {
     T near[4];
@@ -61,7 +61,7 @@ __device__ T grow(Circle<T>& circle, int positives, T rate) {
     for (int k = 0; k < 4; ++k) farthest = near[k] > farthest ? near[k] : farthest;
   }
   const int t = int(threadIdx.x);
-  if (t < (positives + 3) / 4 * 4) circle.grown.set(t, exp((circle.near.get(t) - farthest) * rate));
+  if (t < (positives + 3) / 4 * 4) circle.exponentials.set(t, exp((circle.near.get(t) - farthest) * rate));
   __syncthreads();
   return farthest;
 }
@@ -75,7 +75,7 @@ __device__ void walk(const Batch<In>& batch, const Settings& settings, int ancho
   const int64_t label = batch.labels[anchor];
   const T margin = settings.soft_margin ? T(0) : T(settings.margin);
   for (int from = 0, positives; (positives = gather_positives(batch, anchor, distances, margin, from, circle));) {
-    const T farthest = settings.soft_margin ? grow(circle, positives, T(1 / settings.temperature)) : T(0);
+    const T farthest = settings.soft_margin ? exponentiate(circle, positives, T(1 / settings.temperature)) : T(0);
     for (int begin = 0; begin < batch.candidates; begin += kFar * kThreads) {
       T far[kFar];
 #pragma unroll
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
           total.sum += double(log1p(product));
           product = 0;
         };
-        for_fours(circle.grown, positives, multiply, [](int) {});
+        for_fours(circle.exponentials, positives, multiply, [](int) {});
       } else {
         const auto add = [&](const T(&near)[4], int c) {
 #pragma unroll
@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
 #pragma unroll
         for (int k = 0; k < 4; ++k) add(slope[k], k, c);
       };
-      for_fours(circle.grown, positives, add_four, done);
+      for_fours(circle.exponentials, positives, add_four, done);
     } else {
       add_fours([&](T near, T far) { return far == far ? cost_slope(near - far, settings) : T(0); });
     }
