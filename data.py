@@ -157,10 +157,21 @@ def for_choosing(data: Data, seen: list[int], validation: list[int]) -> Data:
     return Data(data.name, data.train, test, data.class_names)
 
 
+def is_standard(split: str) -> bool:
+    """Is this a split of the few-shot literature, which uses the test images of all classes as well?"""
+    return split.removesuffix("+val") in STANDARD_SPLITS
+
+
 def few_shot_images(data: Data, classes: list[int], split: str) -> Images:
-    """Images for N-way K-shot: the test images; with the standard splits all of them, as the literature does."""
+    """Images for N-way K-shot: the test images; with the standard splits all of them."""
     test = data.test.of(classes)
-    return data.train.of(classes) + test if split.removesuffix("+val") in STANDARD_SPLITS else test
+    return data.train.of(classes) + test if is_standard(split) else test
+
+
+def without_seen_tests(data: Data, seen: list[int], unseen: list[int]) -> Data:
+    """For networks that were trained on test images of the seen classes: these are replaced by held-back images."""
+    test = hold_back(data.train.of(seen))[1] + data.test.of(unseen)
+    return Data(data.name, data.train, test, data.class_names)
 
 
 def copies(train: Images, test: Images) -> tuple[int, int]:
@@ -395,6 +406,8 @@ def load_for_training(options: DataOptions, seed: int, device: torch.device) -> 
     if loaded.own_split and not withheld:
         withheld = loaded.own_split[1]
     kept, held_back = hold_back(loaded.train.of(seen))
+    if is_standard(split):
+        kept = kept + loaded.test.of(seen)
     others = loaded.train.of(withheld)
     validation = others.part(torch.full((len(loaded.class_names),), VALIDATION))[1] if withheld else None
     counts = torch.bincount(kept.labels, minlength=len(loaded.class_names)).tolist()
@@ -405,7 +418,7 @@ def load_for_training(options: DataOptions, seed: int, device: torch.device) -> 
         if images is not None and len(images.labels.unique()) < 2:
             raise ValueError(f"two {kind} classes need 4 training images or more: some are held back to measure")
     facts = {"name": loaded.name, "source": options.data, "classes": loaded.class_names}
-    facts |= {"seen": seen, "validation": withheld, "unseen": unseen}
+    facts |= {"seen": seen, "validation": withheld, "unseen": unseen, "trained_on_test": is_standard(split)}
     facts["fingerprint"] = fingerprint(kept, held_back, facts)
     generator = torch.Generator().manual_seed(seed)
     tasks = generator

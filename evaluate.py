@@ -162,6 +162,8 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
             raise ValueError(f"--on validation: {path} has no validation classes here; train with --withhold 0.1")
         seen, unseen, split = facts["seen"], facts["validation"], f"{split}, validation classes"
         loaded = data.for_choosing(loaded, seen, unseen)
+    elif facts.get("trained_on_test"):
+        loaded = data.without_seen_tests(loaded, seen, unseen)
     if not seen:  # nothing was trained on, so all images are for testing
         loaded = data.Data(loaded.name, loaded.train.of([]), loaded.train + loaded.test, names)
     kept, held_back = data.hold_back(loaded.train.of(seen))

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -156,6 +157,22 @@ def test_few_shot_images_are_all_of_them_in_standard_splits():
         images = data.few_shot_images(made, [1, 2], split)
         assert images.images[:, 0, 0, 0].tolist() == [1, 2, 3, 11, 12, 13]
         assert images.labels.tolist() == [1, 2, 1, 1, 2, 1]
+
+
+def test_standard_splits_train_on_the_test_images_of_seen_classes(tmp_path):
+    """As the literature does. The seen classes are then measured on held-back images, the others on all theirs."""
+    npz = tmp_path / "cifar.npz"
+    np.savez(npz, **tiny.arrays(classes=100, train=8, test=3) | {"class_names": np.array(CIFAR100)})
+    for split, images in (("80-20", 6), ("fc100", 6 + 3), ("fc100+val", 6 + 3)):
+        train = data.load_for_training(cli.DataOptions(str(npz), image_size=16, split=split), 0, torch.device("cpu"))
+        assert torch.bincount(train.kept.labels)[train.facts["seen"]].unique().tolist() == [images]
+        assert torch.bincount(train.held_back.labels)[train.facts["seen"]].unique().tolist() == [2]
+    options = ["--data", npz, "--split", "fc100", "--width", 4, "--device", "cpu", "--epochs", 0.2]
+    tiny.run(train_classic, *options, "--image-size", 16, "--out", tmp_path / "run")
+    loaded = evaluate.load(str(tmp_path / "run/last.pt"), evaluate.Options(()), torch.device("cpu"))
+    own = loaded.data.test.of(loaded.seen)
+    assert torch.equal(own.images, data.hold_back(loaded.data.train.of(loaded.seen))[1].images)
+    assert len(loaded.data.test.of(loaded.unseen)) == 20 * 3 and len(loaded.pictures) == 20 * (8 + 3)
 
 
 def test_held_back_are_the_last_images_of_each_class():
