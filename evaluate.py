@@ -162,7 +162,9 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
             raise ValueError(f"--on validation: {path} has no validation classes here; train with --withhold 0.1")
         seen, unseen, split = facts["seen"], facts["validation"], f"{split}, validation classes"
         loaded = data.for_choosing(loaded, seen, unseen)
-    elif facts.get("trained_on_test"):
+    same = seen and loaded.name == facts.get("name")
+    replaced = same and options.on == "test" and facts.get("trained_on_test")
+    if replaced:
         loaded = data.without_seen_tests(loaded, seen, unseen)
     if not seen:  # nothing was trained on, so all images are for testing
         loaded = data.Data(loaded.name, loaded.train.of([]), loaded.train + loaded.test, names)
@@ -175,6 +177,8 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     new = [names[label] for label in seen if ours and names[label] not in learned]
     texts = {"of the checkpoint's classes are missing here": missing, "of the seen classes were not trained on": new}
     notes = [f"{len(of)} {text}: {textwrap.shorten(', '.join(of), 100)}" for text, of in texts.items() if of]
+    if replaced:
+        notes.append("seen classes are measured on held-back images: their test images were trained on")
     calibrates = new and metrics.enough(held_back.labels)  # the threshold, on these images
     threshold = saved["threshold"] if as_trained and not calibrates else None
     return Loaded(path, net.to(device).eval(), loaded, seen, unseen, split, notes, saved, threshold)

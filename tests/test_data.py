@@ -170,6 +170,7 @@ def test_standard_splits_train_on_the_test_images_of_seen_classes(tmp_path):
     options = ["--data", npz, "--split", "fc100", "--width", 4, "--device", "cpu", "--epochs", 0.2]
     tiny.run(train_classic, *options, "--image-size", 16, "--out", tmp_path / "run")
     loaded = evaluate.load(str(tmp_path / "run/last.pt"), evaluate.Options(()), torch.device("cpu"))
+    assert "their test images were trained on" in loaded.notes[-1]
     own = loaded.data.test.of(loaded.seen)
     assert torch.equal(own.images, data.hold_back(loaded.data.train.of(loaded.seen))[1].images)
     assert len(loaded.data.test.of(loaded.unseen)) == 20 * 3 and len(loaded.pictures) == 20 * (8 + 3)
