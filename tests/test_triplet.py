@@ -6,19 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import contract
 import oracle
 import triplet
-from contract import (
-    IMPLS,
-    MININGS,
-    TYPES,
-    batch,
-    batches_in_doubt,
-    check_integers,
-    compare,
-    integer_batches,
-    two_poles,
-)
+from contract import IMPLS, MININGS, TYPES, batch, batches_in_doubt, check_integers, compare, integer_batches
 from triplet import DISTANCES, mine, triplet_loss
 
 COMPILED = [impl for impl in IMPLS if impl.values[0] != "torch"]
@@ -325,7 +316,7 @@ def test_compiles_to_one_graph(impl, device, mining):
 @pytest.mark.parametrize("temperature", [0.02, 0.09, 0.1, 1.0])
 def test_soft_margin_of_all_triplets_near_and_far(impl, device, kind, temperature):
     """Rows at two poles: losses from next to nothing to hundreds keep their digits, and so do gradients."""
-    x = two_poles(26)
+    x = contract.two_poles(26)
     rows = x.double().tolist()
     for labels in (torch.arange(26) % 2, torch.arange(26) // 9, torch.arange(26) // 2):
         losses, _, gradient = oracle.triplet_loss(rows, labels.tolist(), 26, kind, "all", 0, True, temperature)
