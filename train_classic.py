@@ -31,6 +31,8 @@ class OptimisationOptions:
     triplet_weight: float = 3.0  # weight of the triplet loss; 0 leaves it out
     softmax_weight: float = 1.0  # weight of the normalised softmax over the seen classes; 0 leaves it out
     softmax_scale: float = 16.0  # factor of the softmax's cosines
+    teacher: cli.Checkpoints = ()  # trained networks; the similarities they see between a batch's images are imitated
+    teacher_weight: float = 10.0  # weight of the divergence from the teachers' similarities
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ import training
 from muon import Muon, split_for_muon
 from triplet import triplet_loss
 
+TEACHER_TEMPERATURE = 0.2
+
 
 class NormalisedSoftmax(nn.Module):
     """Cross-entropy over scaled cosines between embeddings and one learned direction a class.
@@ -71,6 +75,35 @@ class NormalisedSoftmax(nn.Module):
         """`embeddings` (B, D), `target` (B,) int64 in 0..n_classes-1 -> scalar loss."""
         cosine = F.normalize(embeddings.float()) @ F.normalize(self.weight).T
         return F.cross_entropy(self.scale * cosine, target)
+
+
+def divergence(embeddings: Tensor, taught: Tensor) -> Tensor:
+    """How far the similarities of images in `embeddings` (B, D) are from those in `taught` (B, D'): a scalar.
+
+    A row's cosines to the other rows, through a softmax, are its distribution; the result is the mean Kullback-Leibler
+    divergence of the student's from the teacher's (Roth et al. 2021, arXiv:2009.08348, eq. 3).
+    """
+    itself = torch.eye(len(taught), dtype=torch.bool, device=taught.device)
+    rows = (F.normalize(z.float()) for z in (embeddings, taught))
+    own, target = ((z @ z.T / TEACHER_TEMPERATURE).masked_fill(itself, -1e4).log_softmax(1) for z in rows)
+    return F.kl_div(own, target, reduction="batchmean", log_target=True)
+
+
+def learn_from(teachers: Sequence[str], train: data.TrainingData, net: model.Embedder, dtype: torch.dtype) -> Tensor:
+    """The teachers' embeddings side by side, each of length 1, of all training images as they are: (N, D').
+
+    Raises ValueError or OSError.
+    """
+    found = []
+    for path in teachers:
+        teacher, saved = model.load(path)
+        training.note_learned(path, saved, train)
+        if teacher.size != net.size:
+            raise ValueError(f"{path} takes images of {teacher.size} pixels, not {net.size}; give --image-size")
+        print(f"embedding {len(train.kept)} images by {path}", flush=True)
+        with torch.autocast(train.device.type, dtype, enabled=dtype != torch.float32):
+            found.append(F.normalize(model.embed(teacher.to(train.device), train.kept)))
+    return torch.cat(found, 1).to(train.device)
 
 
 def schedule(progress: float, options: Options) -> float:
@@ -99,8 +132,9 @@ def make_optimizers(options: Options, net: nn.Module, head: nn.Module) -> dict[s
     return made
 
 
-def draw(train: data.TrainingData, net: model.Embedder, seen: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """This process's part of a batch: images (B, 3, H, W) float32 and targets (B,) int64, class after class.
+def draw(train: data.TrainingData, net: model.Embedder, seen: Tensor, options: Options) -> tuple[Tensor, ...]:
+    """This process's part of a batch: images (B, 3, H, W) float32, targets (B,) int64, class after class, and the
+    images' places among the training images (B,).
 
     A target is a class's place in `seen` (C,), plus C times the way in which it is turned.
     """
@@ -108,7 +142,7 @@ def draw(train: data.TrainingData, net: model.Embedder, seen: Tensor, options: O
     index = train.sampler.batch(classes, options.images_per_class)
     turns = train.turns(len(classes)).repeat_interleave(options.images_per_class)
     images, labels = train.batch(net.normalise, index, turns)
-    return images, torch.searchsorted(seen, labels) + len(seen) * turns.to(seen.device)
+    return images, torch.searchsorted(seen, labels) + len(seen) * turns.to(seen.device), index
 
 
 def gradients(module: nn.Module) -> list[Tensor]:
@@ -122,7 +156,16 @@ def check(options: Options) -> None:
     if not options.epochs and (options.minutes or not (options.weights or options.pretrained)):
         raise ValueError("--epochs 0 takes given weights as they are: give --pretrained or --weights, no --minutes")
     cli.require(options, "lr", "muon_lr", "softmax_scale")
-    cli.require(options, "warmup", "triplet_weight", "softmax_weight", "weight_decay", "muon_weight_decay", least=0)
+    cli.require(
+        options,
+        "warmup",
+        "triplet_weight",
+        "softmax_weight",
+        "teacher_weight",
+        "weight_decay",
+        "muon_weight_decay",
+        least=0,
+    )
     cli.require(options, "batch_classes", "images_per_class", least=2, most=100_000)
     if options.warmup >= 1:
         raise ValueError(f"--warmup is a fraction of the run, below 1, got {options.warmup}")
@@ -130,7 +173,7 @@ def check(options: Options) -> None:
         cli.require(options, "backbone_lr")
         if options.optimizer == "muon":
             raise ValueError("--backbone-lr is for --optimizer sgd or adam")
-    if not (options.triplet_weight or options.softmax_weight):
+    if not (options.triplet_weight or options.softmax_weight or options.teacher):
         raise ValueError("--triplet-weight and --softmax-weight are both 0: there is nothing to learn from")
     training.check(options)
 
@@ -153,13 +196,15 @@ def main(args: Sequence[str] | None = None) -> None:
         total = max(1, round(options.epochs * steps_per_epoch)) if options.epochs else 0
         train.facts["trained"] = total > 0
         validate_every = max(1, round(options.validate_every * steps_per_epoch))
+        if options.teacher:
+            taught = learn_from(options.teacher, train, net, training.pick_precision(options.precision, device))
         run = training.Run(options, train, net, total, validate_every, head=head, **optimizers)
     for progress in run.steps():
         rate = schedule(progress, options)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
-        images, labels = draw(train, net, seen, options)
+        images, labels, index = draw(train, net, seen, options)
         embeddings = run.forward(images)
         embeddings, labels = distributed.gather(embeddings), distributed.gather(labels)
         loss = embeddings.new_zeros((), dtype=torch.float32)
@@ -167,6 +212,10 @@ def main(args: Sequence[str] | None = None) -> None:
             loss = loss + options.triplet_weight * triplet_loss(embeddings, labels, **options.triplet)
         if options.softmax_weight:
             loss = loss + options.softmax_weight * head(embeddings, labels)
+        if options.teacher:
+            upright = labels < len(seen)  # the teachers were shown no turned images
+            imitated = distributed.gather(taught[index.to(taught.device)])[upright]
+            loss = loss + options.teacher_weight * divergence(embeddings[upright], imitated)
         loss.backward()
         distributed.add(gradients(net))  # each process has those of its own images
         distributed.average(gradients(head))  # all have the whole

@@ -148,10 +148,7 @@ def given_weights(options: cli.NetworkOptions, train: data.TrainingData) -> tupl
     if model.is_ours(saved):
         if options.pixel_mean is not None:
             raise ValueError(f"{options.weights} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
-        learned = model.trained_classes(saved["data"])
-        if learned & {train.facts["classes"][label] for label in train.facts["unseen"]}:
-            raise ValueError(f"{options.weights} was trained on classes that are unseen here; give it its own --split")
-        train.facts["learned_before"] = sorted(learned)
+        note_learned(options.weights, saved, train)
         settings = model.settings_of(saved)
         statistics = settings["mean"], settings["std"]
     elif options.pixel_mean is not None:
@@ -159,6 +156,14 @@ def given_weights(options: cli.NetworkOptions, train: data.TrainingData) -> tupl
     else:
         statistics = usual
     return model.bare_state(saved, options.weights), statistics
+
+
+def note_learned(path: str, saved: dict, train: data.TrainingData) -> None:
+    """Note the classes that a checkpoint was trained on, as known here before. Raises ValueError if one is unseen."""
+    facts, learned = train.facts, model.trained_classes(saved["data"])
+    if learned & {facts["classes"][label] for label in facts["unseen"]}:
+        raise ValueError(f"{path} was trained on classes that are unseen here; give it its own --split")
+    facts["learned_before"] = sorted(learned | {*facts.get("learned_before", [])})
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
