@@ -8,6 +8,8 @@ CUDA events, on inputs that rotate through more memory than the second-level cac
 kernels counts. Replays of a CUDA graph, where one can capture the contender: the kernels alone, on the same input each
 time. Host: how long a call of the op keeps the host, and the same with the backward pass on the caller's thread.
 
+Kernels: microseconds of each in a call, by the profiler.
+
 Rates count B^2 D operations, as the search sees every pair once, and are compared with the best matrix product of the
 same type here, in operations of the same kind.
 """
@@ -15,6 +17,7 @@ same type here, in operations of the same kind.
 import itertools
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -177,8 +180,8 @@ def measure(found: dict[str, tuple[Loss, bool]], batches: list[Tensor], labels: 
 
 
 def on_the_host(loss: Loss, x: Tensor, labels: Tensor) -> dict[str, float]:
-    """Milliseconds that a call keeps the host: as usual, and with the backward pass on the caller's thread; what
-    launching one small kernel takes there; and the kernels of a call."""
+    """Milliseconds that a call keeps the host: as usual, and with the backward pass on the caller's thread; and what
+    launching one small kernel takes there."""
 
     def time_of(call: Callable[[], object]) -> float:
         taken = []
@@ -198,11 +201,21 @@ def on_the_host(loss: Loss, x: Tensor, labels: Tensor) -> dict[str, float]:
     figures = {"call": time_of(call), "small kernel": time_of(one.zero_)}
     with torch.autograd.set_multithreading_enabled(False):
         figures["call, one thread"] = time_of(call)
+    return figures
+
+
+def kernel_times(loss: Loss, x: Tensor, labels: Tensor) -> dict[str, float]:
+    """Microseconds of a call in each kernel, in the order of their first launches."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
+        for _ in range(IN_A_ROW):
+            torch.autograd.grad(loss(x, labels), x)
         torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return figures | {"kernels": len(kernels)}
+    found: dict[str, float] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            name = re.sub(r"^void |\(triplet::gpu::Numbers\)|triplet::(gpu::)?|\(.*|at::native::", "", event.name)
+            found[name] = found.get(name, 0.0) + event.time_range.elapsed_us() / IN_A_ROW
+    return found
 
 
 def measure_replays(found: dict[str, tuple[Loss, bool]], x: Tensor, labels: Tensor, seconds: float) -> dict:
@@ -267,6 +280,7 @@ def main() -> None:
         host = on_the_host(found["native"][0], batches[0], labels)
         tflops = case.rows**2 * case.width / replays["native"] / 1e9
         row = {"case": case, "calls": times, "replays": replays, "host": host, "tflops": tflops}  # milliseconds
+        row["kernels"] = kernel_times(found["native"][0], batches[0], labels)
         report["rows"].append(row)
         print(f"{case.rows:6d} x {case.width:<4d}{case.kind:9}{case.distance:10}{case.mining:9}", end="")
         print(f"{case.data:10}{'soft' if case.soft else '':5}", end="")
@@ -274,7 +288,8 @@ def main() -> None:
         for what, taken in (("call", times), ("replay", replays)):
             cells = [f"{name} {value / taken['native']:.1f}x" for name, value in taken.items() if name != "native"]
             print(f"   {what} {taken['native']:.3f} ms", *cells, sep="  ", end="")
-        print("   host", *(f"{name} {value:.3g}" for name, value in host.items()), sep="  ", flush=True)
+        print("   host", *(f"{name} {value:.3g}" for name, value in host.items()), sep="  ")
+        print("      ", *(f"{name} {value:.1f} us" for name, value in row["kernels"].items()), sep="  ", flush=True)
     if options.json:
         partial_file = Path(f"{options.json}.{os.getpid()}")
         partial_file.write_text(json.dumps(report, indent=1) + "\n")
