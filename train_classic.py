@@ -99,7 +99,7 @@ def learn_from(teachers: Sequence[str], train: data.TrainingData, net: model.Emb
         teacher, saved = model.load(path)
         training.note_learned(path, saved, train)
         if teacher.size != net.size:
-            raise ValueError(f"{path} takes images of {teacher.size} pixels, not {net.size}; give --image-size")
+            raise ValueError(f"{path} was trained on images of {teacher.size} pixels, these have {net.size}")
         print(f"embedding {len(train.kept)} images by {path}", flush=True)
         with torch.autocast(train.device.type, dtype, enabled=dtype != torch.float32):
             found.append(F.normalize(model.embed(teacher.to(train.device), train.kept)))

@@ -150,6 +150,8 @@ CLASSIC = [
     ("--triplet-weight -1", "--triplet-weight must be at least 0"),
     ("--softmax-weight nan", "--softmax-weight must be at least 0"),
     ("--softmax-weight 0 --triplet-weight 0", "are both 0"),
+    ("--teacher missing.pt", "no such file: missing.pt"),
+    ("--teacher-weight -1", "--teacher-weight must be at least 0"),
     ("--softmax-scale 0", "--softmax-scale must be above 0"),
 ]
 REPTILE = [

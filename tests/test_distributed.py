@@ -10,6 +10,7 @@ import pytest
 
 import model
 import tiny
+import train_classic
 from tiny import CLASSIC, REPTILE, same
 
 pytestmark = pytest.mark.slow
@@ -90,6 +91,9 @@ def test_two_processes_take_the_step_of_one(tmp_path):
 def test_two_processes_train_one_network(tmp_path, script, arguments):
     npz = tiny.write_npz(tmp_path / "tiny.npz")
     options = ["--data", npz, *arguments, *(["--iters", "24"] if script == "train_reptile" else [])]
+    if script == "train_classic":  # learn from a teacher alone, or nearly so
+        tiny.run(train_classic, *options, "--epochs", 20, "--out", tmp_path / "teacher")
+        options += ["--teacher", tmp_path / "teacher" / "best.pt", "--triplet-weight", "1e-6", "--softmax-weight", "0"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = launch(tmp_path, RUN, script, 0, "--out", whole, *options)
     assert done.returncode == 0, done.stderr

@@ -246,6 +246,17 @@ def test_normalised_softmax_is_cross_entropy_of_scaled_cosines():
     assert torch.allclose(head(embeddings * 9, target), expected, atol=1e-6)
 
 
+def test_divergence_is_that_of_similarities_to_the_other_rows():
+    own, taught, expected = torch.randn(5, 3), torch.randn(5, 7), 0.0
+    for row in range(5):
+        others = [other for other in range(5) if other != row]
+        p, q = (torch.softmax(torch.cosine_similarity(z[row], z[others]) / 0.2, 0) for z in (taught, own))
+        expected += float((p * (p / q).log()).sum()) / 5
+    assert float(train_classic.divergence(own, taught)) == pytest.approx(expected, abs=1e-5)
+    turned = 3 * taught @ torch.linalg.qr(torch.randn(7, 7))[0]
+    assert float(train_classic.divergence(turned, taught)) == pytest.approx(0, abs=1e-5)
+
+
 def test_a_mirror_averages_both_views_when_not_training():
     net, images = model.build("resnet20", 4, mirror=True).eval(), torch.randn(3, 3, 32, 32)
     with torch.no_grad():

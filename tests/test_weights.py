@@ -4,6 +4,7 @@ import csv
 import http.server
 import json
 import runpy
+import shutil
 import sys
 import threading
 import urllib.request
@@ -14,6 +15,7 @@ import pytest
 import sklearn.datasets
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from huggingface_hub import constants
 from safetensors.torch import save_file
@@ -174,10 +176,35 @@ def test_a_state_dict_brings_its_pixel_statistics(train, arguments, tmp_path, re
     assert "give --weights FILE with them" in refusal(train_classic, *arguments(train_classic, *pixels))
 
 
-def test_weights_that_know_the_unseen_classes_are_refused(train, arguments, tmp_path, refusal):
+@pytest.mark.parametrize(("script", "option"), [(train_reptile, "--weights"), (train_classic, "--teacher")])
+def test_weights_that_know_the_unseen_classes_are_refused(train, arguments, tmp_path, refusal, script, option):
     train(train_classic)
-    more = ["--weights", tmp_path / "train_classic" / "last.pt", "--split", "50-50"]
-    assert "was trained on classes that are unseen here" in refusal(train_reptile, *arguments(train_reptile, *more))
+    shutil.copy(tmp_path / "train_classic" / "last.pt", tmp_path / "given.pt")
+    more = [option, tmp_path / "given.pt", "--split", "50-50"]
+    assert "was trained on classes that are unseen here" in refusal(script, *arguments(script, *more))
+
+
+def test_a_student_sees_the_similarities_its_teachers_see(train, npz, arguments, tmp_path, refusal):
+    longer = ["--epochs", 20, "--batch-classes", 6, "--images-per-class", 4, "--penultimate", 0]
+    teachers = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    for seed, path in enumerate(teachers):
+        train(train_classic, *longer, "--seed", seed)
+        shutil.copy(tmp_path / "train_classic" / "last.pt", path)
+    images = data.load(npz).test.of(range(6))
+    taught = torch.cat([F.normalize(model.embed(model.load(path)[0], images)) for path in teachers], 1)
+
+    def apart(*more):
+        saved = train(train_classic, *longer, "--seed", 2, *more)
+        net = model.load(tmp_path / "train_classic" / "last.pt")[0]
+        return saved, float(train_classic.divergence(model.embed(net, images), taught))
+
+    alone = apart()[1]
+    student, distance = apart("--triplet-weight", 0, "--softmax-weight", 0, "--teacher", *teachers)
+    assert distance < 0.5 * alone
+    assert student["data"]["learned_before"] == [f"class {label}" for label in range(6)]
+    larger = tiny.write_npz(tmp_path / "larger.npz", train=8, test=3, side=32)
+    errors = refusal(train_classic, *arguments(train_classic, "--teacher", teachers[0], "--data", larger))
+    assert "a.pt was trained on images of 16 pixels, these have 32" in errors
 
 
 @pytest.mark.parametrize(
