@@ -1,4 +1,4 @@
-.PHONY: build test lint format bench docs fuzz sanitize
+.PHONY: build test lint format bench gpu docs fuzz sanitize
 
 CPP = $(wildcard csrc/*.* csrc/*/*.* tests/native/*.*)
 
@@ -20,6 +20,13 @@ format:
 
 bench: build
 	python benchmarks/bench_triplet.py
+
+gpu:  ## on a machine with a GPU: tests of the CUDA kernels, also under compute-sanitizer, and their times
+	ONESHOT_CUDA=1 python setup.py -q build_ext --inplace
+	pytest -q -m gpu
+	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --kernel-name kns=triplet --error-exitcode 9 \
+	python benchmarks/sanitize_cuda.py || exit; done
+	python benchmarks/bench_triplet_cuda.py --json results/bench_cuda.json
 
 docs:  ## the pictures of README and docs/results.md, from a trained network: make docs CKPT=runs/classic/best.pt
 	python evaluate.py $(or $(CKPT),runs/classic/best.pt) $(if $(DATA),--data $(DATA)) --report build/report
