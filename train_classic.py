@@ -2,6 +2,7 @@
 
     python train_classic.py                                 # CIFAR-100, 90 seen and 10 unseen classes
     python train_classic.py --data my.npz --split 80-20 --out runs/mine
+    python train_classic.py --weights A.pt --freeze 0 --lr 0.1 --muon-lr 0.02 --teacher A.pt B.pt  # a second round
     python train_classic.py --data photos/ --backbone torchvision:resnet18 --pretrained --epochs 0  # no training
 
 Writes best.pt, last.pt and log.csv into --out; `python evaluate.py runs/classic/best.pt --threshold auto` evaluates
@@ -89,20 +90,23 @@ def divergence(embeddings: Tensor, taught: Tensor) -> Tensor:
     return F.kl_div(own, target, reduction="batchmean", log_target=True)
 
 
-def learn_from(teachers: Sequence[str], train: data.TrainingData, net: model.Embedder, dtype: torch.dtype) -> Tensor:
-    """The teachers' embeddings side by side, each of length 1, of all training images as they are: (N, D').
-
-    Raises ValueError or OSError.
-    """
-    found = []
-    for path in teachers:
+def load_teachers(paths: Sequence[str], train: data.TrainingData, net: model.Embedder) -> list[model.Embedder]:
+    """The networks that `net` learns from. Raises ValueError or OSError."""
+    teachers = []
+    for path in paths:
         teacher, saved = model.load(path)
         training.note_learned(path, saved, train)
         if teacher.size != net.size:
             raise ValueError(f"{path} was trained on images of {teacher.size} pixels, these have {net.size}")
-        print(f"embedding {len(train.kept)} images by {path}", flush=True)
-        with torch.autocast(train.device.type, dtype, enabled=dtype != torch.float32):
-            found.append(F.normalize(model.embed(teacher.to(train.device), train.kept)))
+        teachers.append(teacher)
+    return teachers
+
+
+def embed_by(teachers: Sequence[model.Embedder], train: data.TrainingData, dtype: torch.dtype) -> Tensor:
+    """Their embeddings of all training images as they are, each of length 1, side by side: (N, D')."""
+    print(f"{len(train.kept)} images are embedded by {len(teachers)} teachers", flush=True)
+    with torch.autocast(train.device.type, dtype, enabled=dtype != torch.float32):
+        found = [F.normalize(model.embed(teacher.to(train.device), train.kept)) for teacher in teachers]
     return torch.cat(found, 1).to(train.device)
 
 
@@ -196,9 +200,10 @@ def main(args: Sequence[str] | None = None) -> None:
         total = max(1, round(options.epochs * steps_per_epoch)) if options.epochs else 0
         train.facts["trained"] = total > 0
         validate_every = max(1, round(options.validate_every * steps_per_epoch))
-        if options.teacher:
-            taught = learn_from(options.teacher, train, net, training.pick_precision(options.precision, device))
+        teachers = load_teachers(options.teacher, train, net)
         run = training.Run(options, train, net, total, validate_every, head=head, **optimizers)
+        if teachers:
+            taught = embed_by(teachers, train, run.dtype)
     for progress in run.steps():
         rate = schedule(progress, options)
         for optimizer in optimizers.values():
@@ -212,7 +217,7 @@ def main(args: Sequence[str] | None = None) -> None:
             loss = loss + options.triplet_weight * triplet_loss(embeddings, labels, **options.triplet)
         if options.softmax_weight:
             loss = loss + options.softmax_weight * head(embeddings, labels)
-        if options.teacher:
+        if teachers:
             upright = labels < len(seen)  # the teachers were shown no turned images
             imitated = distributed.gather(taught[index.to(taught.device)])[upright]
             loss = loss + options.teacher_weight * divergence(embeddings[upright], imitated)

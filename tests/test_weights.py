@@ -205,6 +205,7 @@ def test_a_student_sees_the_similarities_its_teachers_see(train, npz, arguments,
     larger = tiny.write_npz(tmp_path / "larger.npz", train=8, test=3, side=32)
     errors = refusal(train_classic, *arguments(train_classic, "--teacher", teachers[0], "--data", larger))
     assert "a.pt was trained on images of 16 pixels, these have 32" in errors
+    assert (tmp_path / "train_classic" / "last.pt").exists()  # what --overwrite would replace
 
 
 @pytest.mark.parametrize(
