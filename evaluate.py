@@ -370,6 +370,8 @@ def training_facts(saved: dict) -> dict | None:
     options = {name: value for name, value in saved["options"].items() if name not in places}
     if options.get("weights"):
         options["weights"] = Path(options["weights"]).name
+    if options.get("teacher"):
+        options["teacher"] = [Path(path).name for path in options["teacher"]]
     return lengths | {"options": options}
 
 

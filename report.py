@@ -244,6 +244,8 @@ def facts(report: dict) -> list[str]:
     given = "ImageNet" if training["options"].get("pretrained") else training["options"].get("weights")
     if given:
         title += f", trained on from the weights of {given}"
+    if training["options"].get("teacher"):
+        title += f", with the teachers {', '.join(training['options']['teacher'])}"
     text = network["backbone"] + (f", width {network['width']}" if "width" in network else "")
     text += f", {network['parameters'] / 1e6:.2f} M parameters, images of {network['size']} x {network['size']} pixels"
     if training.get("seconds") is not None:
