@@ -325,6 +325,9 @@ class Run:
                 if interrupted:
                     done = f"step {self.step}, {100 * self.progress:.0f} % of the run"
                     self.end(f"stopped at {done}, saved; go on with --resume", 128 + int(interrupted))
+            if self.best.get("step") == 0 < self.step:
+                out, why = self.options.out, "nothing later did better on held-back images of seen classes"
+                self.bar.write(f"{out}/best.pt has the given weights: {why}; {out}/last.pt has those of the end")
         except Stopped as error:
             self.end(f"stopped at step {self.step}: {error}", 1)
         except OSError as error:

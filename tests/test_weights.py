@@ -131,7 +131,7 @@ def test_a_run_starts_where_another_ended(train, tmp_path):
 
 
 @pytest.mark.parametrize("script", [train_classic, train_reptile])
-def test_training_that_does_harm_leaves_the_given_weights_the_best(npz, tmp_path, script):
+def test_training_that_does_harm_leaves_the_given_weights_the_best(npz, tmp_path, script, capsys):
     """Good weights, and an optimiser whose steps are far too long."""
     good = ["--out", tmp_path / "good", "--epochs", "30", "--batch-classes", "4", "--penultimate", "0"]
     tiny.run(train_classic, "--data", npz, *SMALL, *good)
@@ -139,7 +139,9 @@ def test_training_that_does_harm_leaves_the_given_weights_the_best(npz, tmp_path
     before, out = given.read_bytes(), tmp_path / "harmed"
     harm = ["--weights", given, "--freeze", 0, "--muon-lr", "3", "--lr", "3", "--precision", "float32"]
     harm += ["--penultimate", "0"]
+    assert "has the given weights" not in capsys.readouterr().out
     tiny.run(script, "--data", npz, "--out", out, *ONE_STEP[script], *harm)
+    assert f"{out}/best.pt has the given weights: nothing later did better" in capsys.readouterr().out
     best, given_state = model.load_checkpoint(out / "best.pt"), model.load_checkpoint(given)
     assert tiny.same(best["model"], given_state["model"]) and best["step"] == 0
     assert best["validation"]["auc"] == pytest.approx(given_state["validation"]["auc"])
