@@ -202,7 +202,7 @@ def main(args: Sequence[str] | None = None) -> None:
         validate_every = max(1, round(options.validate_every * steps_per_epoch))
         teachers = load_teachers(options.teacher, train, net)
         run = training.Run(options, train, net, total, validate_every, head=head, **optimizers)
-        if teachers:
+        if teachers and run.progress < 1:
             taught = embed_by(teachers, train, run.dtype)
     for progress in run.steps():
         rate = schedule(progress, options)

@@ -82,7 +82,8 @@ def contenders(case: Case) -> dict[str, tuple[Loss, bool]]:
     """Name to (loss, TF32 allowed) of those that run this case in reasonable time and memory."""
     rows, mining = case.rows, case.mining
     found: dict[str, tuple[Loss, bool]] = {"native": (case.loss("native"), False)}
-    if (mining == "all" and rows > 1024) or case.data != "sorted":
+    free = torch.cuda.mem_get_info()[0]
+    if 10 * 4 * rows**2 > free or (mining == "all" and rows > 1024) or case.data != "sorted":
         return found
     found["reference"] = case.loss("torch"), False
     if mining != "all":

@@ -86,14 +86,19 @@ def test_two_processes_take_the_step_of_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments"), [("train_classic", CLASSIC), ("train_reptile", [*REPTILE, "--meta-batch", "2"])]
+    ("script", "arguments", "taught"),
+    [
+        ("train_classic", CLASSIC, False),
+        ("train_classic", [*CLASSIC, "--triplet-weight", "1e-6", "--softmax-weight", "0"], True),
+        ("train_reptile", [*REPTILE, "--meta-batch", "2"], False),
+    ],
 )
-def test_two_processes_train_one_network(tmp_path, script, arguments):
+def test_two_processes_train_one_network(tmp_path, script, arguments, taught):
     npz = tiny.write_npz(tmp_path / "tiny.npz")
     options = ["--data", npz, *arguments, *(["--iters", "24"] if script == "train_reptile" else [])]
-    if script == "train_classic":  # learn from a teacher alone, or nearly so
-        tiny.run(train_classic, *options, "--epochs", 20, "--out", tmp_path / "teacher")
-        options += ["--teacher", tmp_path / "teacher" / "best.pt", "--triplet-weight", "1e-6", "--softmax-weight", "0"]
+    if taught:  # by a teacher alone, or nearly so
+        tiny.run(train_classic, "--data", npz, *CLASSIC, "--epochs", 20, "--out", tmp_path / "teacher")
+        options += ["--teacher", tmp_path / "teacher" / "best.pt"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = launch(tmp_path, RUN, script, 0, "--out", whole, *options)
     assert done.returncode == 0, done.stderr
