@@ -72,7 +72,7 @@ class SupportAdaptation:
         `episodes` (E, way, shot + queries) as from `metrics.draw_episodes`. The same seed gives the same answers.
         """
         generator = torch.Generator().manual_seed(seed)
-        block = copy.deepcopy(self.net.layer3[-1]).eval()
+        block = copy.deepcopy(self.net.blocks[-1]).eval()
         sides = (pictures.images, pictures.images.flip(3)) if self.net.mirror else (pictures.images,)
         inputs = torch.stack([self.block_inputs(side) for side in sides], 1)  # (N, 1 or 2, C, H', W')
         supports, place = episodes[:, :, :shot].unique(return_inverse=True)  # (S,), (E, way, shot)

@@ -66,8 +66,8 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    backbone: Backbone = "resnet20"  # resnet20, 32, 44 or 56, for small images; any of torchvision or timm, for photos
-    width: int = 32  # channels of a CIFAR ResNet's first stage; the embedding has 4 * width numbers
+    backbone: Backbone = "resnet20"  # resnet12, 20, 32, 44 or 56, for small images; any of torchvision or timm
+    width: int = 32  # channels of a small ResNet's first stage; embeddings have 4 * width numbers, of resnet12 10 * width
     weights: OptionalFile = None  # start from the weights in this file: a state dict, or a checkpoint of a run
     pretrained: bool = False  # start from the weights that torchvision or timm has for the backbone (downloaded)
     freeze: Number = None  # first stages left as given: 1 is the first convolution, each more a layer; with --weights 3

@@ -15,13 +15,13 @@ import os
 import textwrap
 import zipfile
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}  # blocks in each of the three stages
 CENTRE_IMAGES = 2000  # enough for means of features
 OPTIONAL = ("num_batches_tracked", "mean_embedding", "penultimate_mean", "penultimate_std")  # a state dict may lack
 UNLIKE = ("googlenet", "inception_v3", "vit_h_14")  # torchvision builds these otherwise for their weights
@@ -50,7 +50,7 @@ class Block(nn.Module):
 class Embedder(nn.Module):
     """A network that maps images to embeddings."""
 
-    classifier: Sequence[str] = ("linear", "fc")  # names of layers that given weights may have and the network lacks
+    classifier: Sequence[str] = ("linear", "fc", "classifier")  # names of layers that given weights may have and the network lacks
     dimension: int  # of the embedding
     settings: dict  # the arguments with which `build` makes it again
     size: int  # side of its images in pixels
@@ -140,32 +140,36 @@ def to_centre(images: Tensor) -> Tensor:
 
 
 class ResNet(Embedder):
-    """The CIFAR ResNet; embeddings of 4 * width numbers, twice as many with `penultimate`.
+    """What the ResNets for small images have in common: a stem, blocks, and the average over the pixels.
 
-    The features before the last block know less of the training classes and more of others.
+    The features before the last block know less of the training classes and more of others. Those of `penultimate` are
+    standardised by their mean and standard deviation.
     """
 
-    def __init__(self, blocks: int, width: int = 16):
+    blocks: Sequence[nn.Module]
+
+    def __init__(self, dimension: int, before_last: int):
+        """`dimension` features after the last block, `before_last` before it."""
         super().__init__()
-        self.dimension = 4 * width
-        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = stage(width, width, blocks, stride=1)
-        self.layer2 = stage(width, 2 * width, blocks, stride=2)
-        self.layer3 = stage(2 * width, 4 * width, blocks, stride=2)
-        self.register_buffer("penultimate_mean", torch.zeros(4 * width))
-        self.register_buffer("penultimate_std", torch.ones(4 * width))
+        self.dimension = dimension
+        self.register_buffer("penultimate_mean", torch.zeros(before_last))
+        self.register_buffer("penultimate_std", torch.ones(before_last))
+
+    def initialise(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # whose numbers PyTorch's compiler makes
                 nn.init.kaiming_normal_(module.weight)
 
+    def stem(self, x: Tensor) -> Tensor:
+        return x
+
     def embed(self, x: Tensor) -> Tensor:
-        return self.finish(self.before_last(x), self.layer3[-1])
+        return self.finish(self.before_last(x), self.blocks[-1])
 
     def before_last(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) normalised images -> the last block's inputs (B, C, H', W')."""
-        x = self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x)), inplace=True)))
-        for block in list(self.layer3)[:-1]:
+        x = self.stem(x)
+        for block in self.blocks[:-1]:
             x = block(x)
         return x
 
@@ -180,17 +184,77 @@ class ResNet(Embedder):
         was_training = self.training
         self.eval()
         with torch.inference_mode():
+            device = self.penultimate_mean.device
             parts = to_centre(images).split(250)
-            device = self.conv1.weight.device
             before = torch.cat([self.before_last(self.normalise(part.to(device))).mean((2, 3)) for part in parts])
             self.penultimate_mean.copy_(before.mean(0))
             self.penultimate_std.copy_(before.std(0, correction=0).clamp(min=1e-6))
         self.train(was_training)
 
 
+class CifarResNet(ResNet):
+    """Three stages of `blocks` blocks, of `width`, 2 and 4 times as many channels; embeddings of 4 * width numbers."""
+
+    def __init__(self, blocks: int, width: int = 16):
+        super().__init__(4 * width, 4 * width)
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = stage(width, width, blocks, stride=1)
+        self.layer2 = stage(width, 2 * width, blocks, stride=2)
+        self.layer3 = stage(2 * width, 4 * width, blocks, stride=2)
+        self.initialise()
+
+    def stem(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)), inplace=True)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [*self.layer1, *self.layer2, *self.layer3]
+
+
 def stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
     first = Block(in_channels, channels, stride)
     return nn.Sequential(first, *(Block(channels, channels, 1) for _ in range(blocks - 1)))
+
+
+class Block12(nn.Module):
+    """Three 3x3 convolutions beside a 1x1 convolution, then the largest of each 2x2 pixels."""
+
+    def __init__(self, in_channels: int, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.downsample = nn.Sequential(nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.leaky_relu(self.bn1(self.conv1(x)), 0.1, inplace=True)
+        out = F.leaky_relu(self.bn2(self.conv2(out)), 0.1, inplace=True)
+        out = F.leaky_relu(self.bn3(self.conv3(out)) + self.downsample(x), 0.1, inplace=True)
+        return F.max_pool2d(out, 2, ceil_mode=True)
+
+
+class ResNet12(ResNet):
+    """The usual network of few-shot learning (Lee et al. 2019, arXiv:1904.03758, sec. 4.1): four blocks of `width`, 2.5, 5
+    and 10 times as many channels; embeddings of 10 * width numbers."""
+
+    def __init__(self, width: int = 64):
+        super().__init__(10 * width, 5 * width)
+        self.layer1 = nn.Sequential(Block12(3, width))
+        self.layer2 = nn.Sequential(Block12(width, 5 * width // 2))
+        self.layer3 = nn.Sequential(Block12(5 * width // 2, 5 * width))
+        self.layer4 = nn.Sequential(Block12(5 * width, 10 * width))
+        self.initialise()
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
+
+
+RESNETS = {"resnet12": ResNet12} | {f"resnet{6 * blocks + 2}": partial(CifarResNet, blocks) for blocks in (3, 5, 7, 9)}
 
 
 class LibraryNetwork(Embedder):
@@ -231,7 +295,7 @@ def made_for(backbone: str) -> dict:
     """What a network of torchvision or timm was made for: "input_size" in pixels, "interpolation" to it, "pixels" (mean
     and standard deviation), and the "url" of its weights. {} for a CIFAR ResNet. Raises ValueError."""
     library, _, name = backbone.partition(":")
-    if backbone in DEPTHS:
+    if backbone in RESNETS:
         return {}
     if library == "timm":
         import timm
@@ -240,9 +304,9 @@ def made_for(backbone: str) -> dict:
     else:
         from torchvision import models  # takes a second or two
 
-        known = [*DEPTHS, *(f"torchvision:{each}" for each in models.list_models(models, exclude=UNLIKE))]
+        known = [*RESNETS, *(f"torchvision:{each}" for each in models.list_models(models, exclude=UNLIKE))]
     if backbone not in known:
-        near = difflib.get_close_matches(backbone, known, 5, 0.5) or [*DEPTHS, "torchvision:NAME", "timm:NAME"]
+        near = difflib.get_close_matches(backbone, known, 6, 0.5) or [*RESNETS, "torchvision:NAME", "timm:NAME"]
         raise ValueError(f"unknown backbone {backbone!r}; near ones: {', '.join(near)}")
     if library == "timm":
         made = timm.get_pretrained_cfg(name)
@@ -303,8 +367,8 @@ def build(
     """
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")
-    if backbone in DEPTHS:
-        net, own = ResNet(DEPTHS[backbone], width), {"width": width}
+    if backbone in RESNETS:
+        net, own = RESNETS[backbone](width), {"width": width}
         net.penultimate = penultimate
         own |= {"penultimate": penultimate} if penultimate else {}
     else:

@@ -9,8 +9,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5; Jordan chose them to
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """Push all singular values of matrices (N, rows, columns) towards 1; they end between about 0.7 and 1.2.
 
-    Newton-Schulz iterations of a fifth-degree polynomial, which need only products (Jordan et al. 2024, "Muon: an
-    optimizer for hidden layers in neural networks").
+    Newton-Schulz iterations of a fifth-degree polynomial, which need only products and little precision: bfloat16 will do
+    (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
     """
     a, b, c = COEFFICIENTS
     x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
@@ -37,9 +37,18 @@ class Muon(torch.optim.Optimizer):
     Adam's typically have (Liu et al. 2025, arXiv:2502.16982, eq. 4). Weights of one shape are processed together.
     """
 
-    def __init__(self, parameters, lr: float = 0.02, momentum: float = 0.9, weight_decay: float = 0.05):
-        """`weight_decay` is decoupled: each step multiplies the weights by 1 - lr * weight_decay."""
+    def __init__(
+        self,
+        parameters,
+        lr: float = 0.02,
+        momentum: float = 0.9,
+        weight_decay: float = 0.05,
+        dtype: torch.dtype = torch.float32,
+    ):
+        """`weight_decay` is decoupled: each step multiplies the weights by 1 - lr * weight_decay. Matrices are made
+        orthogonal in `dtype`."""
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -61,7 +70,7 @@ class Muon(torch.optim.Optimizer):
         velocities = [self.state[weight]["momentum"] for weight in weights]
         torch._foreach_lerp_(velocities, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, velocities, momentum)
-        steps = orthogonalise(torch.stack([each.flatten(1) for each in ahead]).float())
+        steps = orthogonalise(torch.stack([each.flatten(1) for each in ahead]).to(self.dtype))
         scale = 0.2 * max(steps.shape[-2:]) ** 0.5
         torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
         moves = [step.view(weight.shape).to(weight.dtype) for step, weight in zip(steps, weights, strict=True)]

@@ -123,7 +123,8 @@ def make_optimizers(options: Options, net: nn.Module, head: nn.Module) -> dict[s
     if options.optimizer == "muon":
         hidden, trained = split_for_muon(net)
         groups = [{"params": hidden, "peak": options.muon_lr}]
-        made["muon"] = Muon(groups, options.muon_lr, weight_decay=options.muon_weight_decay)
+        dtype = training.pick_precision(options.precision, head.weight.device)
+        made["muon"] = Muon(groups, options.muon_lr, weight_decay=options.muon_weight_decay, dtype=dtype)
     else:
         trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     peak = options.lr if options.backbone_lr is None else options.backbone_lr

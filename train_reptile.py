@@ -61,7 +61,8 @@ def make_optimizers(options: Options, net: nn.Module) -> list[torch.optim.Optimi
     made: list[torch.optim.Optimizer] = []
     if options.optimizer == "muon":
         hidden, trained = split_for_muon(net)
-        made.append(Muon([{"params": hidden}], options.muon_lr, options.beta1, options.muon_weight_decay))
+        dtype = training.pick_precision(options.precision, next(net.parameters()).device)
+        made.append(Muon([{"params": hidden}], options.muon_lr, options.beta1, options.muon_weight_decay, dtype))
     else:
         trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     return [*made, torch.optim.Adam(trained, options.lr, betas=(options.beta1, 0.999), fused=True)]

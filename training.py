@@ -70,7 +70,7 @@ def with_defaults(options: Options, penultimate: float = 0.0, **usual: float) ->
         found = {"crop": 0.0, "jitter": 0.0, "cutout": 0.375, "rotate": 0.25}
     share = 0.1 if options.weights or options.pretrained else 1.0
     found |= {"image_size": size, "freeze": 3 if options.weights else 0}
-    found |= {"penultimate": penultimate if options.backbone in model.DEPTHS else 0.0}
+    found |= {"penultimate": penultimate if options.backbone in model.RESNETS else 0.0}
     found |= {name: share * rate for name, rate in usual.items()}
     return dataclasses.replace(options, **{n: value for n, value in found.items() if getattr(options, n) is None})
 

@@ -29,6 +29,19 @@ def test_multiply_adds_are_the_known_ones():
         assert round((found + 650) / 1e6, 2) == parameters
 
 
+def test_the_size_of_resnet12_is_the_known_one():
+    """Known: 12.4 million parameters with 64, 160, 320 and 640 channels."""
+    net = model.build("resnet12", 64)
+    parameters, multiply_adds = model.count(net, 32)
+    channels, sides = (3, 64, 160, 320, 640), (32, 16, 8, 4)
+    products = norms = work = 0
+    for before, after, side in zip(channels, channels[1:], sides, strict=False):
+        weights = 9 * before * after + 2 * 9 * after * after + before * after
+        products, norms, work = products + weights, norms + 4 * 2 * after, work + weights * side * side
+    assert (parameters, multiply_adds) == (products + norms, work) and round(parameters / 1e6, 1) == 12.4
+    assert net.dimension == 640 and model.build("resnet12", 5).dimension == 50
+
+
 def test_counts_of_resnet18_are_torchvisions():
     meta = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.meta
     net = model.build("torchvision:resnet18").train()
@@ -112,7 +125,7 @@ def test_the_stages_of_any_network(backbone, parts, first, last):
         net.freeze(parts)
 
 
-@pytest.mark.parametrize(("backbone", "stages"), [("resnet20", 2), ("resnet20", 0)])
+@pytest.mark.parametrize(("backbone", "stages"), [("resnet20", 2), ("resnet20", 0), ("resnet12", 3)])
 def test_frozen_stages_stay_as_they_are(backbone, stages):
     net = model.build(backbone, width=4)
     net.freeze(stages)
@@ -121,13 +134,14 @@ def test_frozen_stages_stay_as_they_are(backbone, stages):
     net.eval().train()
     net(torch.randn(4, 3, 16, 16)).square().sum().backward()
     optimizer.step()
-    frozen = ["penultimate_", *["conv1.", "bn1.", "layer1.", "layer2."][: stages + 1 if stages else 0]]
+    first = "layer1. layer2. layer3." if backbone == "resnet12" else "conv1. bn1. layer1." if stages else ""
+    frozen = ["penultimate_", *first.split()]
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, before[name]) == name.startswith(tuple(frozen)), name
 
 
 def test_freezing_everything_is_refused():
-    for backbone, stages in (("resnet20", 4), ("resnet20", -1)):
+    for backbone, stages in (("resnet20", 4), ("resnet20", -1), ("resnet12", 4)):
         with pytest.raises(ValueError, match="--freeze must be in 0"):
             model.build(backbone).freeze(stages)
 
@@ -139,22 +153,23 @@ def test_parameter_names_are_the_familys():
     assert not [name for name in names if "shortcut" in name or "linear" in name]
 
 
+def conv_bn(state: dict, x: torch.Tensor, conv: str, bn: str, stride: int = 1) -> torch.Tensor:
+    weight = state[f"{conv}.weight"]
+    x = F.conv2d(x, weight, stride=stride, padding=weight.shape[3] // 2)
+    mean, var = state[f"{bn}.running_mean"], state[f"{bn}.running_var"]
+    scale = state[f"{bn}.weight"] / (var + 1e-5).sqrt()
+    return x * scale[:, None, None] + (state[f"{bn}.bias"] - mean * scale)[:, None, None]
+
+
 def reference(state: dict, x: torch.Tensor, blocks: int) -> torch.Tensor:
-    """The network in evaluation mode, written from its parameters alone."""
-
-    def conv_bn(x, conv, bn, stride):
-        x = F.conv2d(x, state[f"{conv}.weight"], stride=stride, padding=1)
-        mean, var = state[f"{bn}.running_mean"], state[f"{bn}.running_var"]
-        scale = state[f"{bn}.weight"] / (var + 1e-5).sqrt()
-        return x * scale[:, None, None] + (state[f"{bn}.bias"] - mean * scale)[:, None, None]
-
-    x = conv_bn(x, "conv1", "bn1", 1).relu()
+    """A CIFAR ResNet in evaluation mode, written from its parameters alone."""
+    x = conv_bn(state, x, "conv1", "bn1").relu()
     for layer in (1, 2, 3):
         for block in range(blocks):
             stride = 2 if layer > 1 and block == 0 else 1
             name = f"layer{layer}.{block}"
-            out = conv_bn(x, f"{name}.conv1", f"{name}.bn1", stride).relu()
-            out = conv_bn(out, f"{name}.conv2", f"{name}.bn2", 1)
+            out = conv_bn(state, x, f"{name}.conv1", f"{name}.bn1", stride).relu()
+            out = conv_bn(state, out, f"{name}.conv2", f"{name}.bn2")
             if stride == 2:  # option A: every other pixel, new channels zero on both sides
                 shortcut = torch.zeros_like(out)
                 quarter = out.shape[1] // 4
@@ -164,14 +179,31 @@ def reference(state: dict, x: torch.Tensor, blocks: int) -> torch.Tensor:
     return x.flatten(2).mean(2)
 
 
-def test_forward_agrees_with_a_reference():
-    net = model.build("resnet20", width=4).double()
+def reference_12(state: dict, x: torch.Tensor) -> torch.Tensor:
+    """A ResNet-12 in evaluation mode, written from its parameters alone."""
+    for layer in (1, 2, 3, 4):
+        name, out = f"layer{layer}.0", x
+        for number in (1, 2, 3):
+            out = conv_bn(state, out, f"{name}.conv{number}", f"{name}.bn{number}")
+            if number == 3:
+                out = out + conv_bn(state, x, f"{name}.downsample.0", f"{name}.downsample.1")
+            out = torch.where(out > 0, out, 0.1 * out)
+        rows, columns = out.shape[2:]
+        blank = F.pad(out, (0, columns % 2, 0, rows % 2), value=-torch.inf)
+        x = blank.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5))
+    return x.flatten(2).mean(2)
+
+
+@pytest.mark.parametrize(("backbone", "side"), [("resnet20", 16), ("resnet12", 32), ("resnet12", 28), ("resnet12", 8)])
+def test_forward_agrees_with_a_reference(backbone, side):
+    net = model.build(backbone, width=4).double()
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             for tensor in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
                 tensor.uniform_(0.5, 1.5)
-    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
-    assert torch.allclose(net.eval()(images), reference(net.state_dict(), images, 3))
+    images, state = torch.randn(3, 3, side, side, dtype=torch.float64), net.state_dict()
+    expected = reference_12(state, images) if backbone == "resnet12" else reference(state, images, 3)
+    assert torch.allclose(net.eval()(images), expected)
 
 
 def test_published_weights_load():
@@ -267,9 +299,10 @@ def test_a_mirror_averages_both_views_when_not_training():
     assert model.count(net, 32) == model.count(model.build("resnet20", 4), 32)
 
 
-def test_features_before_the_last_block_are_appended_when_not_training():
+@pytest.mark.parametrize("backbone", ["resnet20", "resnet12"])
+def test_features_before_the_last_block_are_appended_when_not_training(backbone):
     pixels = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
-    net = model.build("resnet20", 4, penultimate=0.5, mean=[0.5] * 3, std=[0.25] * 3).eval()
+    net = model.build(backbone, 4, penultimate=0.5, mean=[0.5] * 3, std=[0.25] * 3).eval()
     plain = model.build(**net.settings | {"penultimate": 0.0}).eval()
     net.centre(pixels)
     plain.load_state_dict(net.state_dict())
@@ -277,8 +310,9 @@ def test_features_before_the_last_block_are_appended_when_not_training():
     with torch.no_grad():
         z, inputs = net(images), plain.before_last(images).mean((2, 3)).double()
         standard = (inputs - inputs.mean(0)) / inputs.std(0, correction=0)
-        assert torch.equal(z[:, :16], torch.nn.functional.normalize(plain(images)))
-        assert torch.allclose(z[:, 16:].double(), 0.5 * torch.nn.functional.normalize(standard), atol=1e-5)
+        last, before = z.split([net.dimension, inputs.shape[1]], 1)
+        assert torch.equal(last, torch.nn.functional.normalize(plain(images)))
+        assert torch.allclose(before.double(), 0.5 * torch.nn.functional.normalize(standard), atol=1e-5)
         assert torch.equal(net.train()(images), plain.train()(images))
     assert model.build(**net.settings).penultimate == 0.5 and "penultimate" not in plain.settings
 
@@ -316,7 +350,7 @@ def test_turned_views_are_appended_when_not_training(mirror):
     ("backbone", "settings", "message"),
     [
         ("resnet20", {"width": 0}, "width must be at least 1"),
-        ("nothing", {}, "unknown backbone 'nothing'; near ones: resnet20, .*torchvision:NAME, timm:NAME"),
+        ("nothing", {}, "unknown backbone 'nothing'; near ones: resnet12, resnet20, .*torchvision:NAME, timm:NAME"),
         ("resnet18", {}, "unknown backbone 'resnet18'; near ones: .*torchvision:resnet18"),
         ("torchvision:resnet20", {}, "near ones: torchvision:resnet"),
         ("torchvision:googlenet", {}, "unknown backbone"),

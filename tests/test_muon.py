@@ -22,6 +22,18 @@ def test_singular_values_come_near_one_and_vectors_stay(shape):
     assert (inner - torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))).abs().max() < 1e-3
 
 
+def test_bfloat16_will_do():
+    x = torch.randn(2, 64, 576, generator=torch.Generator().manual_seed(0))
+    exact, rough = orthogonalise(x), orthogonalise(x.bfloat16())
+    assert rough.dtype == torch.bfloat16 and (rough - exact).norm() / exact.norm() < 0.02
+    weights = [torch.ones(64, 64, 3, 3).requires_grad_() for _ in range(2)]
+    for weight, dtype in zip(weights, (torch.float32, torch.bfloat16), strict=True):
+        weight.grad = x[0].view(64, 64, 3, 3).clone()
+        Muon([weight], dtype=dtype).step()
+    moved, expected = ((weight - 1).flatten() for weight in reversed(weights))
+    assert 0 < (moved - expected).norm() / expected.norm() < 0.02 and not torch.equal(moved, expected)
+
+
 def test_a_gradient_of_zeros_moves_nothing():
     assert not orthogonalise(torch.zeros(2, 4, 9)).any()
 
