@@ -67,7 +67,7 @@ class DataOptions:
 @dataclass(frozen=True)
 class NetworkOptions:
     backbone: Backbone = "resnet20"  # resnet12, 20, 32, 44 or 56, for small images; any of torchvision or timm
-    width: int = 32  # channels of a small ResNet's first stage; embeddings have 4 * width numbers, of resnet12 10 * width
+    width: int = 32  # channels of a resnetN's first stage; embeddings have 4 * width numbers, resnet12's 10 * width
     weights: OptionalFile = None  # start from the weights in this file: a state dict, or a checkpoint of a run
     pretrained: bool = False  # start from the weights that torchvision or timm has for the backbone (downloaded)
     freeze: Number = None  # first stages left as given: 1 is the first convolution, each more a layer; with --weights 3

@@ -1,10 +1,9 @@
 """The embedding networks, their weights and checkpoints.
 
-CIFAR ResNets (He et al. 2015, arXiv:1512.03385, sec. 4.2) and the networks of torchvision and timm, without a
-classifier: the embedding is the pooled feature vector, 4 * width numbers for a CIFAR ResNet. Parameters of CIFAR
-ResNets are named as in the widely used CIFAR ResNet code (conv1, bn1, layer1.0.conv1, ...; shortcut option A), those of
-the others as in their library, so that published weights load. A network owns the statistics that its pixels are
-normalised with.
+CIFAR ResNets (He et al. 2015, arXiv:1512.03385, sec. 4.2), the ResNet-12 of few-shot learning, and the networks of
+torchvision and timm, without a classifier: the embedding is the pooled feature vector. Parameters of CIFAR ResNets are
+named as in the widely used code (conv1, bn1, layer1.0.conv1, ...; shortcut option A), those of the others as in theirs,
+so that published weights load. A network owns the statistics that its pixels are normalised with.
 """
 
 import difflib
@@ -50,7 +49,7 @@ class Block(nn.Module):
 class Embedder(nn.Module):
     """A network that maps images to embeddings."""
 
-    classifier: Sequence[str] = ("linear", "fc", "classifier")  # names of layers that given weights may have and the network lacks
+    classifier: Sequence[str] = ("linear", "fc", "classifier")  # layers that given weights may have, the network not
     dimension: int  # of the embedding
     settings: dict  # the arguments with which `build` makes it again
     size: int  # side of its images in pixels
@@ -238,8 +237,10 @@ class Block12(nn.Module):
 
 
 class ResNet12(ResNet):
-    """The usual network of few-shot learning (Lee et al. 2019, arXiv:1904.03758, sec. 4.1): four blocks of `width`, 2.5, 5
-    and 10 times as many channels; embeddings of 10 * width numbers."""
+    """The usual network of few-shot learning (Lee et al. 2019, arXiv:1904.03758, sec. 4.1).
+
+    Four blocks of `width`, 2.5, 5 and 10 times as many channels; embeddings of 10 * width numbers.
+    """
 
     def __init__(self, width: int = 64):
         super().__init__(10 * width, 5 * width)

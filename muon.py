@@ -9,8 +9,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5; Jordan chose them to
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """Push all singular values of matrices (N, rows, columns) towards 1; they end between about 0.7 and 1.2.
 
-    Newton-Schulz iterations of a fifth-degree polynomial, which need only products and little precision: bfloat16 will do
-    (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+    Newton-Schulz iterations of a fifth-degree polynomial, which need only products, and little precision: bfloat16 will
+    do (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
     """
     a, b, c = COEFFICIENTS
     x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
