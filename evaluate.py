@@ -136,10 +136,10 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         raise ValueError(f"{path} is a bare state dict: --store needs a checkpoint of the training scripts")
     if ours and options.pixel_mean is not None:
         raise ValueError(f"{path} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
-    if options.penultimate and ":" in backbone:
-        raise ValueError(f"--penultimate is for CIFAR ResNets; {path} is of {backbone}")
-    if options.adapt_steps is not None and ":" in backbone:
-        raise ValueError(f"--adapt-steps trains the last block of a CIFAR ResNet; {path} is of {backbone}")
+    for option in ("penultimate", "adapt_steps"):
+        if getattr(options, option) and ":" in backbone:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is for resnet12, resnet20 and their like; {path} is of {backbone}")
     if not (options.runs or options.data) and source not in NAMED and not Path(source).exists():
         raise ValueError(f"{path} was trained on {source}, which is not found from {Path.cwd()}; give --data PATH")
     size = options.image_size or own.get("size") or model.made_for(backbone).get("input_size", 32)

@@ -56,7 +56,7 @@ class Embedder(nn.Module):
     border: int  # pixels that a picture file loses at each side after it is scaled
     mirror = False  # in evaluation mode, average the embeddings of an image and of its mirror image
     turned = 0.0  # in evaluation mode, append those of turned and, without `mirror`, mirrored views, times this
-    penultimate = 0.0  # in evaluation mode, append the features before a CIFAR ResNet's last block, times this
+    penultimate = 0.0  # in evaluation mode, append the features before a `ResNet`'s last block, times this
     frozen: Iterable[nn.Module] = ()
 
     def set_pixel_statistics(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -294,7 +294,7 @@ class LibraryNetwork(Embedder):
 
 def made_for(backbone: str) -> dict:
     """What a network of torchvision or timm was made for: "input_size" in pixels, "interpolation" to it, "pixels" (mean
-    and standard deviation), and the "url" of its weights. {} for a CIFAR ResNet. Raises ValueError."""
+    and standard deviation), and the "url" of its weights. {} for one of RESNETS. Raises ValueError."""
     library, _, name = backbone.partition(":")
     if backbone in RESNETS:
         return {}
@@ -362,7 +362,7 @@ def build(
 ) -> Embedder:
     """A network by name, randomly initialised and stored channels last. Raises ValueError.
 
-    `width` and `penultimate` are for CIFAR ResNets, `input_size` is for the others; `mirror`, `turned`, `penultimate`,
+    `width` and `penultimate` are for RESNETS, `input_size` is for the others; `mirror`, `turned`, `penultimate`,
     `size` and `border` are those of `Embedder`; `mean` and `std` are of the training images' channels, on the scale
     0..1.
     """

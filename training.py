@@ -42,7 +42,7 @@ def check(options: cli.RunOptions) -> None:
     cli.require(options, "image_size", least=8, most=4096)
     cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
     if options.penultimate and ":" in options.backbone:
-        raise ValueError("--penultimate is for the CIFAR ResNets")
+        raise ValueError("--penultimate is for resnet12, resnet20 and their like")
     if options.seed >= 2**63:
         raise ValueError(f"--seed must be below 2**63, got {options.seed}")
     if options.pretrained and ":" not in options.backbone:
@@ -58,7 +58,7 @@ def check(options: cli.RunOptions) -> None:
 def with_defaults(options: Options, penultimate: float = 0.0, **usual: float) -> Options:
     """The options with what was not given of image size, augmentation, `freeze`, `penultimate` and the learning rates.
 
-    `penultimate` is for CIFAR ResNets; `usual` are the learning rates where no weights are given: given ones move at a
+    `penultimate` is for `model.ResNet`; `usual` are the learning rates where no weights are given: given ones move at a
     tenth of these, and the first three stages of --weights not at all, or a few pictures make a network forget what it
     knew of other classes. Photographs are picture files of PHOTOGRAPH pixels or more.
     """

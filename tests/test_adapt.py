@@ -260,8 +260,8 @@ def test_evaluation_reports_both(known, monkeypatch, tmp_path, capsys):
         (["--adapt-steps", "2", "--adapt-lr", "nan"], "--adapt-lr must be above 0, got nan"),
         (["--adapt-steps", "2", "--split", "62-38"], "--adapt-steps needs 5 or more unseen classes"),
         (["--adapt-steps", "2", "--split", "100-0"], "there are 0"),
-        (["--adapt-steps", "2", "--backbone", "torchvision:resnet18"], "trains the last block of a CIFAR ResNet"),
-        (["--penultimate", "0.5", "--backbone", "torchvision:resnet18"], "--penultimate is for CIFAR ResNets"),
+        (["--adapt-steps", "2", "--backbone", "torchvision:resnet18"], "--adapt-steps is for resnet12, resnet20"),
+        (["--penultimate", "0.5", "--backbone", "torchvision:resnet18"], "--penultimate is for resnet12, resnet20"),
         (["--adapt-published", "--split", "0-100"], "--adapt-published takes negatives from seen classes"),
     ],
 )

@@ -103,7 +103,7 @@ BOTH = [
     ("--weights nowhere.pt", "no such file: nowhere.pt"),
     ("--pretrained", "--pretrained is for --backbone torchvision:NAME and timm:NAME"),
     ("--backbone torchvision:resnet19", "near ones: torchvision:resnet18"),
-    ("--backbone torchvision:resnet18 --penultimate 0.5", "--penultimate is for the CIFAR ResNets"),
+    ("--backbone torchvision:resnet18 --penultimate 0.5", "--penultimate is for resnet12, resnet20"),
     ("--penultimate 2", "--penultimate must be at least 0 and at most 1, got 2"),
     ("--backbone torchvision:resnet18 --image-size 7", "--image-size must be at least 8 and at most 4096, got 7"),
     ("--distance manhattan", "manhattan"),
