@@ -298,18 +298,24 @@ def test_a_checkpoint_of_ours_without_training(train, npz, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["torchvision:squeezenet1_1", "timm:test_vit", "timm:test_efficientnet"])
+@pytest.mark.parametrize(
+    "backbone", ["resnet12", "torchvision:squeezenet1_1", "timm:test_vit", "timm:test_efficientnet"]
+)
 def test_any_network_is_trained_evaluated_exported_and_used(arguments, tmp_path, backbone, capsys):
-    """Weights from a .safetensors file for those of timm; images of 16 pixels become 64, or what the network wants."""
-    library, name = backbone.split(":")
-    if library == "timm":
+    """Weights from a .safetensors file for those of timm, with a classifier for all; images of 16 pixels become 64 for
+    the libraries', or what the network wants."""
+    library, _, name = backbone.partition(":")
+    if library == "resnet12":
+        given = tmp_path / "net.pth"
+        torch.save(model.build(backbone, 4).state_dict() | {"classifier.weight": torch.zeros(64, 40)}, given)
+    elif library == "timm":
         net = timm.create_model(name)
         given = tmp_path / "model.safetensors"
         save_file(net.state_dict(), given)
     else:
         given = tmp_path / "net.pth"
         torch.save(torchvision.models.get_model(name).state_dict(), given)
-    size = [] if name == "test_vit" else ["--image-size", 64]
+    size = [] if name in ("", "test_vit") else ["--image-size", 64]
     usual = ["--backbone", backbone, "--weights", given, *size]
     tiny.run(train_classic, *arguments(train_classic, *usual, "--images-per-class", 4))
     tiny.run(train_reptile, *arguments(train_reptile, *usual))
