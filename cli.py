@@ -70,7 +70,7 @@ class NetworkOptions:
     width: int = 32  # channels of a resnetN's first stage; embeddings have 4 * width numbers, resnet12's 10 * width
     weights: OptionalFile = None  # start from the weights in this file: a state dict, or a checkpoint of a run
     pretrained: bool = False  # start from the weights that torchvision or timm has for the backbone (downloaded)
-    freeze: Number = None  # first stages left as given: 1 is the first convolution, each more a layer; with --weights 3
+    freeze: Number = None  # first stages left as given, each a layer or a first convolution; 3 with --weights
     pixel_mean: PixelStatistics = None  # channel means (0..1) that a state dict was trained with
     pixel_std: PixelStatistics = None  # its standard deviations; default: those of the training data
     mirror: bool = True  # outside training, average an image's and its mirror image's embedding, unless --no-flip

@@ -88,9 +88,9 @@ class Embedder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) normalised images -> (B, D): `embed` in training mode; else of all views.
 
-        With `penultimate`, D is twice the dimension. With `turned`, it is 4 times as much, 8 times without `mirror`. A
-        network that learned turned classes as classes of their own sees other features in a turned image (as in the
-        aggregated inference of Lee et al. 2020, arXiv:1910.05872).
+        With `penultimate`, D also counts the features before the last block. With `turned`, it is 4 times as much, 8
+        times without `mirror`. A network that learned turned classes as classes of their own sees other features in a
+        turned image (as in the aggregated inference of Lee et al. 2020, arXiv:1910.05872).
         """
         if self.training or not (self.mirror or self.turned):
             return self.join(self.embed(x))
@@ -106,7 +106,8 @@ class Embedder(nn.Module):
     def freeze(self, stages: int) -> None:
         """Never train the first `stages` stages again; their batch norm keeps its statistics. Raises ValueError.
 
-        A stage is one of the `parts`, with the normalisation after it: conv1 and bn1 are a CIFAR ResNet's first.
+        A stage is one of the `parts`, with the normalisation after it: a CIFAR ResNet's first is conv1 and bn1, a
+        ResNet-12's is layer1.
         """
         found = parts(self, len(list(self.parameters())) // 2)
         starts = [place for place, part in enumerate(found) if any(each.ndim > 1 for each in part.parameters())]
@@ -242,7 +243,7 @@ class ResNet12(ResNet):
     Four blocks of `width`, 2.5, 5 and 10 times as many channels; embeddings of 10 * width numbers.
     """
 
-    def __init__(self, width: int = 64):
+    def __init__(self, width: int):
         super().__init__(10 * width, 5 * width)
         self.layer1 = nn.Sequential(Block12(3, width))
         self.layer2 = nn.Sequential(Block12(width, 5 * width // 2))
