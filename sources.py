@@ -141,8 +141,7 @@ def load(source: str, data_root: str | os.PathLike = "data", image_size: int = 3
     or of a .csv table of pictures.
 
     Downloads and caches live in `data_root`. Picture files become `image_size` pixels wide and high, and `border` more
-    at each side, which only training sees. Raises ValueError
-    or OSError with a message for the user.
+    at each side, which only training sees. Raises ValueError or OSError with a message for the user.
     """
     if source == "glyphs":
         import glyphs
