@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distributed
+from checkpoints import trained_classes
 from cli import DataOptions
-from model import trained_classes
 from sources import Data, Images, OwnSplit, listed, load, load_runs  # noqa: F401 (data.load is how scripts read a data set)
 
 HELD_BACK = 25  # images of each seen class, or an eighth, its last training images, to validate and calibrate with

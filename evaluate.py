@@ -81,6 +81,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import adapt
+import checkpoints
 import data
 import metrics
 import model
@@ -125,10 +126,10 @@ load_data, load_runs = functools.cache(data.load), functools.cache(data.load_run
 
 def load(path: str, options: Options, device: torch.device) -> Loaded:
     """A checkpoint of the training scripts, or a bare state dict. Raises ValueError or OSError."""
-    saved = model.load_checkpoint(path)
-    state, ours = model.bare_state(saved, path), model.is_ours(saved)
+    saved = checkpoints.read(path)
+    state, ours = checkpoints.bare_state(saved, path), checkpoints.is_ours(saved)
     saved = saved if ours else BARE
-    trained, facts, own = saved["options"], saved["data"], model.settings_of(saved)
+    trained, facts, own = saved["options"], saved["data"], checkpoints.settings_of(saved)
     source, backbone = options.runs or options.data or trained.get("data"), options.backbone or trained.get("backbone")
     if source is None or backbone is None:
         raise ValueError(f"{path} is a bare state dict: give --backbone and --data (and --split) with it")
@@ -147,7 +148,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     loaded = (
         load_runs(Path(source), size, border) if options.runs else load_data(source, options.data_root, size, border)
     )
-    names, learned = loaded.class_names, model.trained_classes(facts)
+    names, learned = loaded.class_names, checkpoints.trained_classes(facts)
     asked = "0-100" if options.runs else options.split
     seen, unseen, split = data.pick_classes(loaded, trained, facts, asked, options.split_seed)
     leaked = [names[label] for label in unseen if names[label] in learned]
@@ -191,7 +192,7 @@ def load_network(
 
     A bare state dict is normalised by the pixel statistics of `images`, unless there are others. Raises ValueError.
     """
-    settings = model.settings_of(saved)
+    settings = checkpoints.settings_of(saved)
     if options.pixel_mean is not None:
         settings |= {"mean": options.pixel_mean, "std": options.pixel_std}
     elif "mean" not in settings:
@@ -205,7 +206,7 @@ def load_network(
         settings["mirror"] = options.mirror == "yes"
     given = {"turned": options.turned, "penultimate": options.penultimate}
     settings |= {name: value for name, value in given.items() if value is not None}
-    net, ignored = model.build_with_weights(settings, state)
+    net, ignored = checkpoints.build_with_weights(settings, state)
     if options.penultimate and "penultimate_mean" not in state:
         net.centre(images)
     if ignored:

@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import model
+import checkpoints
 import sources
 from model import Embedder, PixelEmbedder
 
@@ -106,7 +106,7 @@ def describe(net: Embedder, saved: dict, pixels: str) -> dict[str, str]:
         "logistic": json.dumps(threshold["logistic"]),
         "classes": json.dumps(facts["classes"]),
         "seen": json.dumps(facts["seen"]),
-        "recogniser": json.dumps(model.recogniser_facts(net, saved)),
+        "recogniser": json.dumps(checkpoints.recogniser_facts(net, saved)),
         "input": f"{pixels} RGB pixels 0..255, {size} x {size}",
         "preprocessing": PREPROCESSING.format(size + 2 * net.border, size),
         "data": facts["name"],
@@ -117,7 +117,7 @@ def describe(net: Embedder, saved: dict, pixels: str) -> dict[str, str]:
 def main(args: Sequence[str] | None = None) -> None:
     options = cli.parse(Options, __doc__, args)
     with cli.user_errors():
-        net, saved = model.load(options.checkpoint)
+        net, saved = checkpoints.load(options.checkpoint)
         recogniser, size = PixelEmbedder(net).eval(), net.size
         out = Path(options.out or Path(options.checkpoint).with_suffix(SUFFIXES[options.format]))
         cli.check_output("--out", out, options.checkpoint, *([options.data] if options.data else []))

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-if __package__:  # installed by pip: a package of three modules
+if __package__:  # installed by pip: a package of four modules
     from . import pictures
 else:
     import pictures
@@ -133,12 +133,13 @@ def load(path: str | os.PathLike, device: str = "auto") -> Recogniser:
         network, facts = load_exported(Path(path))
     else:
         if __package__:
-            from . import model
+            from . import checkpoints, model
         else:
+            import checkpoints
             import model
-        net, saved = model.load(path)
+        net, saved = checkpoints.load(path)
         net.to(model.pick_device(device))
-        facts = model.recogniser_facts(net, saved)
+        facts = checkpoints.recogniser_facts(net, saved)
 
         def network(pixels: np.ndarray) -> np.ndarray:
             return normalised(model.embed(net, model.torch.from_numpy(pixels)).numpy())

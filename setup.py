@@ -188,13 +188,13 @@ def extensions() -> list[Extension]:
 
 
 class BuildPackage(build_py):
-    """oneshot.py is installed as a package, with the two modules it needs inside; in the checkout all are flat."""
+    """oneshot.py is installed as a package, with the three modules it needs inside; in the checkout all are flat."""
 
     def find_modules(self) -> list[tuple[str, str, str]]:
         found = super().find_modules()
         if self.editable_mode:
             return found
-        inside = {"oneshot": "__init__", "model": "model", "pictures": "pictures"}
+        inside = {"oneshot": "__init__"} | {name: name for name in ("checkpoints", "model", "pictures")}
         return [("oneshot", inside[name], file) if name in inside else ("", name, file) for _, name, file in found]
 
 

@@ -51,6 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checkpoints
 import data
 import distributed
 import model
@@ -94,7 +95,7 @@ def load_teachers(paths: Sequence[str], train: data.TrainingData, net: model.Emb
     """The networks that `net` learns from. Raises ValueError or OSError."""
     teachers = []
     for path in paths:
-        teacher, saved = model.load(path)
+        teacher, saved = checkpoints.load(path)
         training.note_learned(path, saved, train)
         if teacher.size != net.size:
             raise ValueError(f"{path} was trained on images of {teacher.size} pixels, these have {net.size}")

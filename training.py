@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import checkpoints
 import cli
 import data
 import distributed
@@ -119,7 +120,7 @@ def make_network(options: cli.NetworkOptions, train: data.TrainingData) -> model
     settings |= {"mirror": mirror, "turned": options.turned, "penultimate": options.penultimate}
     settings |= {"mean": mean, "std": std}
     settings |= {"size": train.kept.size, "border": train.kept.border}
-    net = model.build(**settings) if state is None else model.build_with_weights(settings, state)[0]
+    net = model.build(**settings) if state is None else checkpoints.build_with_weights(settings, state)[0]
     net.freeze(options.freeze)
     if state is None and len(train.kept) < FEW:
         print(
@@ -144,23 +145,23 @@ def given_weights(options: cli.NetworkOptions, train: data.TrainingData) -> tupl
         return model.pretrained_weights(options.backbone), usual
     if options.weights is None:
         return None, train.pixel_statistics
-    saved = model.load_checkpoint(options.weights)
-    if model.is_ours(saved):
+    saved = checkpoints.read(options.weights)
+    if checkpoints.is_ours(saved):
         if options.pixel_mean is not None:
             raise ValueError(f"{options.weights} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
         note_learned(options.weights, saved, train)
-        settings = model.settings_of(saved)
+        settings = checkpoints.settings_of(saved)
         statistics = settings["mean"], settings["std"]
     elif options.pixel_mean is not None:
         statistics = options.pixel_mean, options.pixel_std
     else:
         statistics = usual
-    return model.bare_state(saved, options.weights), statistics
+    return checkpoints.bare_state(saved, options.weights), statistics
 
 
 def note_learned(path: str, saved: dict, train: data.TrainingData) -> None:
     """Note the classes that a checkpoint was trained on, as known here before. Raises ValueError if one is unseen."""
-    facts, learned = train.facts, model.trained_classes(saved["data"])
+    facts, learned = train.facts, checkpoints.trained_classes(saved["data"])
     if learned & {facts["classes"][label] for label in facts["unseen"]}:
         raise ValueError(f"{path} was trained on classes that are unseen here; give it its own --split")
     facts["learned_before"] = sorted(learned | {*facts.get("learned_before", [])})
@@ -227,7 +228,7 @@ class Run:
         with distributed.first_process_first():
             self.folder = cli.RunFolder(out, self.options.resume, self.options.overwrite) if first else None
         try:
-            self.rows = self.restore(model.load_checkpoint(out / "last.pt")) if self.options.resume else []
+            self.rows = self.restore(checkpoints.read(out / "last.pt")) if self.options.resume else []
             self.tensorboard = tensorboard_writer(self.options.log_dir if first else None, self.step)
             if first:
                 self.folder.start(FIELDS, self.rows)
@@ -256,7 +257,7 @@ class Run:
         if len(generators) != distributed.world():
             raise ValueError(f"{folder} was trained by {len(generators)} processes; resume it with as many")
         try:
-            model.load_weights(self.net, state["net"])
+            checkpoints.load_weights(self.net, state["net"])
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.train.sampler.tasks.set_state(state.get("tasks", generators[0].clone()))

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import checkpoints
 import cli
 import metrics
 import model
@@ -67,7 +68,7 @@ def small_set(cifar: dict, first: int, pictures: int, seed: int, path: Path) -> 
 
 def measure(checkpoint: Path | str, test: np.lib.npyio.NpzFile) -> dict:
     """AUC and 10-way 1-shot accuracy, each of the own and of the new classes, in percent."""
-    net = model.load(checkpoint)[0].eval()
+    net = checkpoints.load(checkpoint)[0].eval()
     images, labels = torch.from_numpy(test["test_images"]).permute(0, 3, 1, 2), torch.from_numpy(test["test_labels"])
     z, found = F.normalize(model.embed(net, images)), {}
     for side, rows in (("own", labels < 10), ("new", labels >= 10)):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import checkpoints
 import cli
 import data
 import metrics
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--last", type=int, required=True)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
-    net, saved = model.load(options.checkpoint)
+    net, saved = checkpoints.load(options.checkpoint)
     net.mirror, net.turned, net.penultimate = True, 0.0, 0.0
     loaded = data.load(options.data, "data", net.size)
     sides = {}

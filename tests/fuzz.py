@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import model  # noqa: E402
+import checkpoints  # noqa: E402
 import sources  # noqa: E402
 import tiny  # noqa: E402
 import triplet  # noqa: E402
@@ -106,7 +106,7 @@ def fuzz(seconds: float, seed: int) -> dict[str, int]:
         npz, pt = tiny.write_npz(Path(folder) / "whole.npz"), Path(folder) / "whole.pt"
         tiny.train_classic(npz, Path(folder) / "run", "--epochs", "0.1")
         pt.write_bytes((Path(folder) / "run" / "best.pt").read_bytes())
-        files = {"checkpoint": (pt.read_bytes(), model.load_checkpoint), "npz": (npz.read_bytes(), arrays_of)}
+        files = {"checkpoint": (pt.read_bytes(), checkpoints.read), "npz": (npz.read_bytes(), arrays_of)}
         counts = dict.fromkeys(("loss", *files), 0)
         number, end = seed, time.monotonic() + seconds
         while time.monotonic() < end:

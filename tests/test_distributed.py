@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import model
+import checkpoints
 import tiny
 import train_classic
 from tiny import CLASSIC, REPTILE, same
@@ -109,10 +109,10 @@ def test_two_processes_train_one_network(tmp_path, script, arguments, taught):
 
     done = launch(tmp_path, RUN, script, 20, "--out", parts, *options)
     assert done.returncode != 0 and done.stderr.count("go on with --resume") == 1
-    stopped = model.load_checkpoint(parts / "last.pt")
+    stopped = checkpoints.read(parts / "last.pt")
     done = launch(tmp_path, RUN, script, 0, "--out", parts, *options, "--resume")
     assert done.returncode == 0, done.stderr
-    ends = [model.load_checkpoint(out / "last.pt") for out in (whole, parts)]
+    ends = [checkpoints.read(out / "last.pt") for out in (whole, parts)]
     assert 0 < stopped["step"] < ends[0]["step"]
     assert same(*ends)
     assert len(ends[0]["training"]["generator"]) == 2

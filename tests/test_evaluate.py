@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
+import checkpoints
 import evaluate
 import metrics
 import model
@@ -31,7 +32,7 @@ UNSEEN = SIDE | {"published_protocol", "constant_answer", "few_shot", "adapted"}
 
 def stored(path) -> dict:
     """A checkpoint's threshold as a report tells it."""
-    threshold = model.load_checkpoint(path)["threshold"]
+    threshold = checkpoints.read(path)["threshold"]
     assert threshold.pop("strangers")
     return threshold
 
@@ -136,7 +137,7 @@ def test_threshold(folder, tmp_path):
 
 def test_a_bare_state_dict_equals_its_checkpoint(folder, tmp_path, capsys):
     """The published family's files: prefixed names, a classifier, wrapped in a dict; calibrated on held-back images."""
-    state = model.load_checkpoint(folder / "run" / "best.pt")["model"]
+    state = checkpoints.read(folder / "run" / "best.pt")["model"]
     published = {f"module.{name}": tensor for name, tensor in state.items()} | {
         "module.linear.weight": torch.zeros(9, 16)
     }
@@ -153,7 +154,7 @@ def test_a_bare_state_dict_equals_its_checkpoint(folder, tmp_path, capsys):
 def test_a_bare_state_dict_can_come_with_its_pixel_statistics(folder, tmp_path, refusal):
     """By default it gets those of the training images; a checkpoint has its own."""
     best = folder / "run" / "best.pt"
-    saved = model.load_checkpoint(best)
+    saved = checkpoints.read(best)
     torch.save(saved["model"], tmp_path / "net.pt")
     bare = ["--backbone", "resnet20", "--width", 4, "--data", folder / "tiny.npz", "--split", "75-25"]
     own = ["--pixel-mean", *saved["network"]["mean"], "--pixel-std", *saved["network"]["std"]]
@@ -185,7 +186,7 @@ def test_pictures_of_a_folder_are_scaled_as_wished(tmp_path):
 
 def test_a_threshold_goes_with_the_size_of_the_pictures(folder, tmp_path):
     path, large = str(folder / "run" / "best.pt"), tiny.write_npz(tmp_path / "large.npz", classes=12, side=32)
-    stored = model.load_checkpoint(path)["threshold"]
+    stored = checkpoints.read(path)["threshold"]
     for data, wanted in ((None, stored), (str(large), None)):
         loaded = evaluate.load(path, evaluate.Options((path,), data=data), torch.device("cpu"))
         assert loaded.calibration == wanted
@@ -214,7 +215,7 @@ def test_thresholds_side_by_side(folder, tmp_path):
         *("oracle", "always different"),
     ]
     assert rows["auto far:0.05"]["value"] == report["threshold"]["value"] and report["threshold"]["false_accept"] <= 5
-    assert rows["auto balanced"]["value"] == model.load_checkpoint(folder / "run" / "best.pt")["threshold"]["value"]
+    assert rows["auto balanced"]["value"] == checkpoints.read(folder / "run" / "best.pt")["threshold"]["value"]
     for side in ("seen", "unseen"):
         assert rows["auto far:0.05"][side]["1:1"] == pytest.approx(report[side]["pair_accuracy"])
         assert rows["oracle"][side]["1:1"] == pytest.approx(report[side]["pair_accuracy_oracle"])
@@ -230,10 +231,10 @@ def test_store(folder, tmp_path):
     """The checkpoint takes the new threshold, nothing else of it changes, and evaluation then goes by it."""
     path = tmp_path / "best.pt"
     path.write_bytes((folder / "run" / "best.pt").read_bytes())
-    before = model.load_checkpoint(path)
+    before = checkpoints.read(path)
     assert before["threshold"]["criterion"] == "balanced" and before["threshold"]["logistic"][0] > 0
     tiny.run(evaluate, path, "--criterion", "far:0.02", "--store", "--json", tmp_path / "r.json")
-    after = model.load_checkpoint(path)
+    after = checkpoints.read(path)
     assert after["threshold"]["criterion"] == "far:0.02" and after["threshold"]["false_accept"] <= 2
     assert stored(path) == json.loads((tmp_path / "r.json").read_text())["threshold"]
     assert after["threshold"]["logistic"] == before["threshold"]["logistic"]
@@ -242,17 +243,17 @@ def test_store(folder, tmp_path):
     older = {name: value for name, value in after["threshold"].items() if name != "strangers"}
     torch.save(after | {"threshold": older}, path)
     tiny.run(evaluate, path, "--criterion", "far:0.02", "--store")
-    assert model.load_checkpoint(path)["threshold"] == after["threshold"]
+    assert checkpoints.read(path)["threshold"] == after["threshold"]
 
 
 def test_features_before_the_last_block_can_be_added_to_an_older_checkpoint(folder, tmp_path):
     """Their statistics are measured on the training images, as at the end of a training, and stored."""
-    path, whole = tmp_path / "older.pt", model.load_checkpoint(folder / "run" / "best.pt")
+    path, whole = tmp_path / "older.pt", checkpoints.read(folder / "run" / "best.pt")
     own = {name: tensor for name, tensor in whole["model"].items() if not name.startswith("penultimate")}
     network = {name: value for name, value in whole["network"].items() if name != "penultimate"}
     torch.save(whole | {"model": own, "network": network, "threshold": None}, path)
     tiny.run(evaluate, path, "--penultimate", "0.5", "--store")
-    net, saved = model.load(path)
+    net, saved = checkpoints.load(path)
     assert net.penultimate == whole["network"]["penultimate"] == 0.5 and saved["network"] == whole["network"]
     assert saved["threshold"] == whole["threshold"] and saved["model"]["penultimate_std"].std() > 0
     assert all(torch.allclose(saved["model"][name], tensor, atol=1e-6) for name, tensor in whole["model"].items())
@@ -261,7 +262,7 @@ def test_features_before_the_last_block_can_be_added_to_an_older_checkpoint(fold
 @pytest.mark.slow
 def test_checkpoints_are_compared_on_the_same_images(folder, tmp_path, capsys):
     best, untrained = folder / "run" / "best.pt", tmp_path / "untrained.pt"
-    saved = model.load_checkpoint(best)
+    saved = checkpoints.read(best)
     torch.manual_seed(0)
     older = {name: fact for name, fact in saved["data"].items() if name != "validation"}  # as in older checkpoints
     torch.save(saved | {"model": model.build("resnet20", 4).state_dict(), "data": older}, untrained)
@@ -303,7 +304,7 @@ def test_json_is_written_before_anything_that_may_fail(folder, tmp_path, monkeyp
 def test_figures_arrive_in_any_encoding_and_soon(folder, tmp_path):
     """Class names that a terminal without UTF-8 lacks; without a page neither matplotlib nor the compiler is loaded."""
     arrays = dict(np.load(folder / "tiny.npz"))
-    names, saved = [f"東京 {label}" for label in range(12)], model.load_checkpoint(folder / "run" / "best.pt")
+    names, saved = [f"東京 {label}" for label in range(12)], checkpoints.read(folder / "run" / "best.pt")
     np.savez(tmp_path / "names.npz", **arrays | {"class_names": np.array(names)})
     saved["data"]["classes"] = names
     torch.save(saved, tmp_path / "best.pt")
@@ -372,7 +373,7 @@ def test_classes_are_known_by_name(folder, tmp_path, capsys, refusal, gone, adde
 
 
 def test_weights_it_started_from_count_as_training(folder, tmp_path):
-    saved = model.load_checkpoint(folder / "run" / "best.pt")
+    saved = checkpoints.read(folder / "run" / "best.pt")
     saved["data"] |= {"classes": ["x", "y"], "seen": [0, 1], "unseen": [], "learned_before": ["class 3", "class 5"]}
     torch.save(saved, tmp_path / "best.pt")
     loaded = evaluate.load(str(tmp_path / "best.pt"), evaluate.Options(()), torch.device("cpu"))
@@ -403,7 +404,7 @@ def test_a_threshold_is_calibrated_on_enough_pictures_or_is_the_checkpoints(fold
         loaded = evaluate.load(str(best), options, torch.device("cpu"))
         assert evaluate.pick_thresholds(loaded, options)[0]["calibrated_on"].startswith(source)
         assert loaded.notes[0].startswith(f"{split[0]} of the seen classes were not trained on: a, b, c")
-    torch.save(model.load_checkpoint(best)["model"], bare)
+    torch.save(checkpoints.read(best)["model"], bare)
     for arguments in ([best, "--criterion", "eer"], [best, "--mirror", "no"], [bare, *BARE[:4]]):
         message = refusal(evaluate, *arguments, "--data", path, "--split", "0-100")
         assert "has no threshold by --criterion" in message and "give --threshold a number" in message
@@ -498,7 +499,7 @@ def write_runs(path, arrays, runs=6, way=4, labels=lambda text: text):
 
 def test_runs(folder, tmp_path, capsys):
     """Without the checkpoint's data; zipped or not. One query of four is of none of the known classes: mostly wrong."""
-    saved = model.load_checkpoint(folder / "run" / "best.pt")
+    saved = checkpoints.read(folder / "run" / "best.pt")
     torch.save(saved | {"options": saved["options"] | {"data": "gone.npz"}}, tmp_path / "best.pt")
     runs = write_runs(tmp_path / "runs.zip", np.load(folder / "tiny.npz"))
     shutil.unpack_archive(runs, tmp_path / "unpacked")
@@ -510,7 +511,7 @@ def test_runs(folder, tmp_path, capsys):
     assert found[0]["runs"] == found[1]["runs"] and found[0]["network"]["size"] == 16
     assert all(found[0][name] is None for name in ("seen", "unseen", "threshold")) and found[0]["thresholds"] == []
     assert found[0]["measured"] == {"runs": 6, "trials": 24} and found[0]["data"] == "runs"
-    net, _ = model.load(tmp_path / "best.pt")
+    net, _ = checkpoints.load(tmp_path / "best.pt")
     with zipfile.ZipFile(runs) as archive:
         wrong = []
         for run in range(1, 7):
@@ -539,7 +540,7 @@ def test_two_checkpoints_are_compared_on_the_same_runs(folder, tmp_path, capsys)
 
 def tiny_untrained(path):
     """A checkpoint with the weights of a network that was not trained."""
-    saved = model.load_checkpoint(path)
+    saved = checkpoints.read(path)
     torch.manual_seed(0)
     return saved | {"model": model.build(**saved["network"]).state_dict()}
 

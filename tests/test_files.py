@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
 import cli
 import evaluate
 import export
@@ -92,7 +93,7 @@ def test_inputs_are_not_overwritten(trained, tmp_path, refusal):
 def test_outputs_are_checked_before_the_work(trained, tmp_path, refusal, monkeypatch):
     """No permission: simulated, since root may write anywhere."""
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setattr(model, "load_checkpoint", lambda path: pytest.fail("work began"))
+    monkeypatch.setattr(checkpoints, "read", lambda path: pytest.fail("work began"))
     best = trained / "run" / "best.pt"
     for arguments in (["--json", tmp_path / "a.json"], ["--store"], ["--report", tmp_path / "page"]):
         assert "no permission to write" in refusal(evaluate, best, *arguments)
@@ -143,13 +144,13 @@ def test_a_damaged_block_never_gives_another_answer(trained, tmp_path):
         place = whole.index(archive_data(whole, info), info.header_offset) + info.file_size // 2
         (tmp_path / "a.pt").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         with pytest.raises(ValueError, match="it is damaged, cut short or of another kind"):
-            model.load_checkpoint(tmp_path / "a.pt")
+            checkpoints.read(tmp_path / "a.pt")
         found += 1
     assert found >= 20
     entry = whole.rindex(b"PK\x01\x02", 0, whole.rindex(b"data/3"))  # in the list of files at the end
     (tmp_path / "a.pt").write_bytes(whole[: entry + 38] + b"\x10" + whole[entry + 39 :])  # now said to be a folder
     with pytest.raises(ValueError, match="it is damaged"):
-        model.load_checkpoint(tmp_path / "a.pt")
+        checkpoints.read(tmp_path / "a.pt")
 
 
 def archive_data(whole: bytes, info: zipfile.ZipInfo) -> bytes:

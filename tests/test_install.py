@@ -14,7 +14,7 @@ import pytest
 import setup as build
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("triplet.py", "oneshot.py", "model.py", "pictures.py")
+MODULES = ("triplet.py", "oneshot.py", "checkpoints.py", "model.py", "pictures.py")
 
 
 def toolkit(home: Path, version: str = "13.0", nvcc=True, headers=True, runtime=True) -> Path:
@@ -138,7 +138,7 @@ def test_oneshot_is_installed_as_a_package(tmp_path):
     assert run_setup(tmp_path, "build", ONESHOT_NATIVE="0").returncode == 0
     built = tmp_path / "build" / "lib"
     found = {str(path.relative_to(built)) for path in built.rglob("*.py")}
-    assert found == {"triplet.py", "oneshot/__init__.py", "oneshot/model.py", "oneshot/pictures.py"}
+    assert found == {"triplet.py", *(f"oneshot/{name}.py" for name in ("__init__", "checkpoints", "model", "pictures"))}
     script = (
         "import sys, oneshot, numpy\n"
         "assert 'torch' not in sys.modules\n"

@@ -1,4 +1,4 @@
-"""model.py: the networks' shape, size, names and arithmetic, frozen stages, published weights, embedding."""
+"""model.py, checkpoints.py: the networks' shape, names and arithmetic, frozen stages, published weights, embedding."""
 
 import pytest
 import timm
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+import checkpoints
 import model
 import train_classic
 
@@ -71,7 +72,7 @@ def test_embeddings_are_what_the_librarys_classifier_gets(backbone):
     """Its weights are taken over, with the classifier left out; images are scaled to the network's input size."""
     net, peer = library_network(backbone)
     state = {f"module.{name}": tensor for name, tensor in peer.state_dict().items()}
-    left_out = model.load_weights(net.eval(), state)
+    left_out = checkpoints.load_weights(net.eval(), state)
     layer = left_out[0].rpartition(".")[0]
     assert {f"{layer}.weight", f"{layer}.bias"} == {*left_out}
     inputs, images, side = [], torch.randn(2, 3, 32, 32), net.input_size
@@ -97,7 +98,7 @@ def test_a_network_is_centred_on_images(backbone):
         net.centre(images)
         centred = model.embed(net, images)
         assert torch.allclose(centred, raw - raw.mean(0), atol=1e-5) and centred.mean(0).norm() < 1e-5
-    again, left_out = model.build_with_weights(net.settings | {"mirror": True}, net.state_dict())
+    again, left_out = checkpoints.build_with_weights(net.settings | {"mirror": True}, net.state_dict())
     assert torch.equal(model.embed(again, images), centred) and not left_out
 
 
@@ -212,16 +213,16 @@ def test_published_weights_load():
         f"module.{name}": torch.randn_like(t) if t.is_floating_point() else t for name, t in net.state_dict().items()
     }
     state |= {"module.linear.weight": torch.zeros(10, 64), "module.linear.bias": torch.zeros(10)}
-    assert model.load_weights(net, state) == ["linear.weight", "linear.bias"]
+    assert checkpoints.load_weights(net, state) == ["linear.weight", "linear.bias"]
     assert torch.equal(net.layer3[1].conv2.weight, state["module.layer3.1.conv2.weight"])
     with pytest.raises(ValueError, match=r"wrong --backbone or --width.*60 missing \(layer1.3.conv1.weight"):
-        model.load_weights(model.build("resnet32"), state)
+        checkpoints.load_weights(model.build("resnet32"), state)
     wide = r"of another shape \(conv1.weight \[16, 3, 3, 3\] for \[8, 3, 3, 3\]"
     with pytest.raises(ValueError, match=wide):
-        model.load_weights(model.build("resnet20", 8), state)
+        checkpoints.load_weights(model.build("resnet20", 8), state)
     state["module.conv0.weight"] = state.pop("module.conv1.weight")
     with pytest.raises(ValueError, match=r"1 missing \(conv1.weight\); 1 left over \(conv0.weight\)$"):
-        model.load_weights(net, state)
+        checkpoints.load_weights(net, state)
 
 
 def test_embed_needs_no_training_mode_and_does_not_depend_on_the_batch():
@@ -258,15 +259,15 @@ def test_an_older_checkpoint_keeps_its_pixel_statistics_with_the_data(tmp_path):
         "center": None,
     }
     torch.save(saved | older, tmp_path / "older.pt")
-    loaded, _ = model.load(tmp_path / "older.pt")
+    loaded, _ = checkpoints.load(tmp_path / "older.pt")
     assert loaded.settings == net.settings and not loaded.training
     torch.save(saved | older | {"center": torch.zeros(16)}, tmp_path / "centred.pt")
     with pytest.raises(ValueError, match="subtracts a mean embedding"):
-        model.load(tmp_path / "centred.pt")
+        checkpoints.load(tmp_path / "centred.pt")
     older["network"] = {"backbone": "resnet18", "stem": "full", "enlarge": 4}
     torch.save(saved | older, tmp_path / "resnet18.pt")
     with pytest.raises(ValueError, match="of a former backbone, resnet18; train --backbone torchvision:resnet18 anew"):
-        model.load(tmp_path / "resnet18.pt")
+        checkpoints.load(tmp_path / "resnet18.pt")
 
 
 def test_normalised_softmax_is_cross_entropy_of_scaled_cosines():

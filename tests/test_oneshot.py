@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import checkpoints
 import export
 import metrics
 import model
@@ -39,7 +40,7 @@ def recogniser(folder):
 def test_all_kinds_of_pictures_are_embedded_alike(folder, recogniser):
     paths = sorted(folder.glob("support/*/*.png"))[:3]
     z = recogniser.embed(paths)
-    net, _ = model.load(folder / "best.pt")
+    net, _ = checkpoints.load(folder / "best.pt")
     arrays = [np.asarray(Image.open(path)) for path in paths]
     expected = torch.nn.functional.normalize(model.embed(net, torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)))
     assert z.shape == (3, 2 * net.dimension) and np.allclose(z, expected, atol=1e-6)
@@ -195,7 +196,7 @@ def test_a_gallery_belongs_to_one_network(folder, recogniser, tmp_path):
     with oneshot.Gallery(path, recogniser) as gallery:
         gallery.enrol("a", next(folder.glob("support/*/*.png")))
     before = path.read_bytes()
-    saved = model.load_checkpoint(folder / "best.pt")
+    saved = checkpoints.read(folder / "best.pt")
     saved["model"]["conv1.weight"] = saved["model"]["conv1.weight"] * 1.01
     torch.save(saved, tmp_path / "other.pt")
     other = oneshot.load(tmp_path / "other.pt")
@@ -390,7 +391,7 @@ def test_enrolled_pictures_left_out_in_turn():
 
 
 def test_an_older_checkpoint_has_the_threshold_of_one_pair(folder, tmp_path, capsys):
-    saved = model.load_checkpoint(folder / "best.pt")
+    saved = checkpoints.read(folder / "best.pt")
     del saved["threshold"]["strangers"]
     torch.save(saved, tmp_path / "old.pt")
     arguments = ["--support", folder / "support", "--query", folder / "queries"]

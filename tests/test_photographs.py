@@ -14,10 +14,10 @@ import sklearn.datasets
 import torch
 from PIL import Image
 
+import checkpoints
 import data
 import evaluate
 import export
-import model
 import oneshot
 import pictures
 import predict
@@ -325,7 +325,7 @@ def test_from_photographs_to_an_exported_network(tmp_path, on_disk, capsys):
     usual += ["--backbone", "timm:tf_efficientnet_lite0", "--weights", tmp_path / "lite0.pt", "--image-size", 112]
     tiny.run(train_classic, *usual, "--epochs", 0, "--out", tmp_path / "frozen")
     best = tmp_path / "frozen" / "best.pt"
-    assert model.load_checkpoint(best)["network"]["border"] == 8
+    assert checkpoints.read(best)["network"]["border"] == 8
     tiny.run(evaluate, best, "--data-root", tmp_path / "root", "--json", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["unseen"]["triplet_accuracy"] > 95 and report["unseen"]["auc"] > 90
@@ -350,5 +350,5 @@ def test_from_photographs_to_an_exported_network(tmp_path, on_disk, capsys):
 
     more = ["--epochs", 2, "--batch-classes", 4, "--freeze", 5, "--optimizer", "sgd", "--out", tmp_path / "tuned"]
     tiny.run(train_classic, *usual, *more)
-    tuned = model.load_checkpoint(tmp_path / "tuned" / "last.pt")
+    tuned = checkpoints.read(tmp_path / "tuned" / "last.pt")
     assert tuned["step"] > 0 and tuned["options"]["crop"] == 0.25 and tuned["validation"]["auc"] > 90

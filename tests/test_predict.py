@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
+import checkpoints
 import data
 import export
 import model
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_recogniser_is_what_evaluation_uses(folder):
-    net, saved = model.load(folder / "best.pt")
+    net, saved = checkpoints.load(folder / "best.pt")
     images = data.load(str(folder / "tiny.npz")).test.images
     plain = model.build(**saved["network"])
     plain.load_state_dict(saved["model"])
@@ -56,7 +57,7 @@ def test_queries(folder, tmp_path, capsys):
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(found["answers"]) == len(rows) == 21
-    recogniser = model.PixelEmbedder(model.load(folder / "best.pt")[0])
+    recogniser = model.PixelEmbedder(checkpoints.load(folder / "best.pt")[0])
     with oneshot.Gallery(":memory:", oneshot.load(folder / "best.pt")) as gallery:
         gallery.synchronise(folder / "support")
         gallery.calibrate()
@@ -176,7 +177,7 @@ def test_a_broken_query_does_not_stop_the_others(folder, tmp_path, refusal):
     ],
 )
 def test_bad_input_gives_one_message(folder, tmp_path, refusal, arguments, message):
-    saved = model.load_checkpoint(folder / "best.pt")
+    saved = checkpoints.read(folder / "best.pt")
     saved["threshold"] = {name: saved["threshold"][name] for name in ("mode", "value", "calibrated_on")}
     torch.save(saved, tmp_path / "old.pt")
     (tmp_path / "empty").mkdir()
@@ -195,7 +196,7 @@ def test_export(folder, tmp_path, capsys, form, pixels):
     tiny.run(export, folder / "best.pt", "--format", form, "--pixels", pixels, "--out", out)
     assert "largest difference from PyTorch" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
-    net, saved = model.load(folder / "best.pt")
+    net, saved = checkpoints.load(folder / "best.pt")
     recogniser = model.PixelEmbedder(net)
     images = data.load(str(folder / "tiny.npz")).test.images.contiguous().to(getattr(torch, pixels))
     if form == "onnx":
@@ -221,7 +222,7 @@ def test_export(folder, tmp_path, capsys, form, pixels):
 
 @pytest.mark.slow
 def test_export_needs_no_data_set(folder, tmp_path, capsys):
-    saved = model.load_checkpoint(folder / "best.pt")
+    saved = checkpoints.read(folder / "best.pt")
     saved["options"]["data"] = "nowhere.npz"
     torch.save(saved, tmp_path / "best.pt")
     tiny.run(export, tmp_path / "best.pt", "--format", "torch")

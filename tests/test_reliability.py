@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints
 import cli
-import model
 import tiny
 import train_classic
 import train_reptile
@@ -116,7 +116,7 @@ def test_a_killed_training_goes_on_bit_for_bit(train, npz, tmp_path, script, arg
         process.wait()
     train(script, arguments, out, "--resume")
     for name in ("last.pt", "best.pt"):
-        assert same(*(model.load_checkpoint(folder / name) for folder in (whole, out))), name
+        assert same(*(checkpoints.read(folder / name) for folder in (whole, out))), name
 
 
 def without_seconds(path: Path) -> list[dict]:
@@ -148,8 +148,8 @@ def test_a_stopped_training_goes_on_bit_for_bit(train, tmp_path, monkeypatch, sc
         monkeypatch.setattr(script, "triplet_loss", original)
         train(script, arguments, out, "--resume")
         assert without_seconds(whole / "log.csv") == without_seconds(out / "log.csv")
-        assert same(*(model.load_checkpoint(folder / "best.pt") for folder in (whole, out)))
-        first, second = (model.load_checkpoint(folder / "last.pt") for folder in (whole, out))
+        assert same(*(checkpoints.read(folder / "best.pt") for folder in (whole, out)))
+        first, second = (checkpoints.read(folder / "last.pt") for folder in (whole, out))
         for state in (first, second):
             for row in state["training"]["log"]:
                 row.pop("seconds")
@@ -217,7 +217,7 @@ def test_temporaries_of_killed_runs_are_removed(tmp_path):
 def test_a_full_disk_ends_the_run_with_one_message(train, npz, tmp_path, monkeypatch, refusal, where):
     """Simulated: writing fails as it does on a full disk. The run's last state stays and goes on."""
     out = train(train_reptile, REPTILE, tmp_path / "run", "--iters", "6")
-    before = model.load_checkpoint(out / "last.pt")["step"]
+    before = checkpoints.read(out / "last.pt")["step"]
     save, write = torch.save, cli.RunFolder.write_row
 
     def full(content, path):
@@ -236,4 +236,4 @@ def test_a_full_disk_ends_the_run_with_one_message(train, npz, tmp_path, monkeyp
     errors = refusal(train_reptile, *arguments)
     assert "cannot write to" in errors and "--resume" in errors
     monkeypatch.undo()
-    assert model.load_checkpoint(out / "last.pt")["step"] == before
+    assert checkpoints.read(out / "last.pt")["step"] == before

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import checkpoints
 import data
 import model
 import train_reptile
@@ -29,7 +30,7 @@ def test_a_domain_is_one_class_against_all_others(train, tmp_path, monkeypatch):
     )
     tasks = own.view(60, 3, 4)
     assert (tasks == tasks[:, :1]).all() and set(own.flatten().tolist()) == set(range(6))
-    assert model.load_checkpoint(out / "best.pt")["validation"]["triplet_accuracy"] > 80
+    assert checkpoints.read(out / "best.pt")["validation"]["triplet_accuracy"] > 80
 
 
 @pytest.mark.slow
@@ -72,5 +73,5 @@ def test_reptile_keeps_its_weights_at_meta_step_size_0(train, tmp_path):
     out = train(train_reptile, REPTILE, tmp_path / "run", "--iters", "1", "--meta-step-size", "1e-30", "--lr", "0.1")
     torch.manual_seed(0)
     fresh = dict(model.build("resnet20", 4).named_parameters())
-    saved = model.load_checkpoint(out / "last.pt")["model"]
+    saved = checkpoints.read(out / "last.pt")["model"]
     assert all(torch.allclose(saved[name], parameter, rtol=0, atol=1e-25) for name, parameter in fresh.items())

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import browser
+import checkpoints
 import model
 import oneshot
 import serve
@@ -342,7 +343,7 @@ def test_faults_of_the_server_are_one_line(server, monkeypatch, capfd):
 def test_what_cannot_be_served(folder, recogniser, refusal, tmp_path):
     """A gallery of another network, one that is none, a port in use, wrong options."""
     best, path = folder / "best.pt", tmp_path / "a.gallery"
-    saved = model.load_checkpoint(best)
+    saved = checkpoints.read(best)
     saved["model"]["conv1.weight"] = saved["model"]["conv1.weight"] * 1.01
     model.torch.save(saved, tmp_path / "other.pt")
     with oneshot.Gallery(path, recogniser):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+import checkpoints
 import cli
 import data
 import evaluate
@@ -32,7 +33,7 @@ def test_validation_classes_are_measured_and_not_trained_on(train, tmp_path, mon
     with open(out / "log.csv", newline="") as file:
         row = [row for row in csv.DictReader(file) if row["auc"]][-1]
     assert all(0 < float(row[name]) <= 100 for name in ("new_triplet_accuracy", "new_pair_accuracy", "new_one_shot"))
-    facts = model.load_checkpoint(out / "best.pt")["data"]
+    facts = checkpoints.read(out / "best.pt")["data"]
     assert facts["seen"] == [0, 1, 2, 3] and facts["validation"] == [4, 5] and facts["unseen"] == [6, 7]
     loaded = evaluate.load(str(out / "best.pt"), evaluate.Options((str(out / "best.pt"),)), torch.device("cpu"))
     assert loaded.seen == facts["seen"] and loaded.unseen == facts["unseen"] and loaded.calibration is not None
@@ -42,7 +43,7 @@ def test_validation_classes_are_measured_and_not_trained_on(train, tmp_path, mon
 def test_training_learns_and_leaves_its_files(train, tmp_path, script, arguments):
     out = train(script, arguments, tmp_path / "run", *(["--iters", "40"] if script is train_reptile else []))
     assert sorted(path.name for path in out.iterdir()) == ["best.pt", "last.pt", "log.csv"]
-    best = model.load_checkpoint(out / "best.pt")
+    best = checkpoints.read(out / "best.pt")
     assert best["validation"]["triplet_accuracy"] > 80  # 50 is chance
     assert best["options"]["width"] == 4 and best["data"]["unseen"] == [6, 7]
     assert "training" not in best
@@ -71,10 +72,10 @@ def test_resuming_gives_the_same_bits(train, tmp_path, monkeypatch, script, argu
     with pytest.raises(SystemExit) as stop:
         train(script, arguments, tmp_path / "parts")
     assert stop.value.code == 130
-    stopped = model.load_checkpoint(tmp_path / "parts" / "last.pt")
+    stopped = checkpoints.read(tmp_path / "parts" / "last.pt")
     monkeypatch.setattr(script, "triplet_loss", original)
     parts = train(script, arguments, tmp_path / "parts", "--resume")
-    ends = [model.load_checkpoint(out / "last.pt") for out in (whole, parts)]
+    ends = [checkpoints.read(out / "last.pt") for out in (whole, parts)]
     assert stopped["step"] < ends[0]["step"]
     assert same(*ends)
 
@@ -84,21 +85,21 @@ def test_resuming_gives_the_same_bits(train, tmp_path, monkeypatch, script, argu
 def test_a_run_can_be_as_long_as_there_is_time(train, tmp_path, script, arguments):
     """Whatever the number of steps; the rate falls to 0 by the clock."""
     out = train(script, arguments, tmp_path / "run", "--minutes", "0.04")
-    saved = model.load_checkpoint(out / "last.pt")
+    saved = checkpoints.read(out / "last.pt")
     assert saved["seconds"] >= 2.4
     with open(out / "log.csv", newline="") as file:
         rates = [float(row["rate"]) for row in csv.DictReader(file)]
     assert rates[-1] < 0.3 * max(rates)
     before = (out / "best.pt").read_bytes()
     train(script, arguments, out, "--minutes", "0.04", "--resume")  # it is at its end
-    assert (out / "best.pt").read_bytes() == before and model.load_checkpoint(out / "last.pt")["step"] == saved["step"]
+    assert (out / "best.pt").read_bytes() == before and checkpoints.read(out / "last.pt")["step"] == saved["step"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
 def test_two_runs_agree_and_another_seed_differs(train, tmp_path, script, arguments):
     runs = [train(script, arguments, tmp_path / str(i), *more) for i, more in enumerate(([], [], ["--seed", "1"]))]
-    first, second, other = (model.load_checkpoint(run / "last.pt")["model"] for run in runs)
+    first, second, other = (checkpoints.read(run / "last.pt")["model"] for run in runs)
     assert same(first, second) and not same(first, other)
 
 
@@ -158,7 +159,7 @@ def test_ctrl_c_in_a_shell_saves_and_says_how_to_go_on(npz, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
     assert re.search("stopping: validating and saving.*go on with --resume", errors, re.DOTALL)
-    assert model.load_checkpoint(tmp_path / "run" / "last.pt")["step"] > 0
+    assert checkpoints.read(tmp_path / "run" / "last.pt")["step"] > 0
 
 
 PUBLISHED_CLASSIC = (
@@ -190,13 +191,13 @@ def test_the_published_settings_are_available(train, tmp_path, monkeypatch, scri
 
     monkeypatch.setattr(script, "triplet_loss", recording)
     out = train(script, [*published.split(), *SMALL, *shorter], tmp_path / "run")
-    assert model.load_checkpoint(out / "last.pt")["network"].items() >= {"backbone": "resnet56", "width": 4}.items()
+    assert checkpoints.read(out / "last.pt")["network"].items() >= {"backbone": "resnet56", "width": 4}.items()
     assert {"margin": 0.3, "distance": "cosine", "mining": "all", "soft_margin": False}.items() <= settings[0].items()
 
 
 def test_adam_without_decay_keeps_its_learning_rate(train, tmp_path):
     out = train(train_classic, [*CLASSIC, "--optimizer", "adam", "--lr", "0.001", "--no-decay"], tmp_path / "run")
-    saved = model.load_checkpoint(out / "last.pt")
+    saved = checkpoints.read(out / "last.pt")
     assert [group["lr"] for group in saved["training"]["optimizer"]["param_groups"]] == [0.001, 0.001]
     assert "exp_avg_sq" in saved["training"]["optimizer"]["state"][0]
     assert saved["validation"]["triplet_accuracy"] > 80
@@ -219,7 +220,7 @@ def test_a_compiled_network_learns_the_same(train, tmp_path, monkeypatch, script
         out = train(script, arguments, tmp_path / str(len(more)), *more)
         with open(out / "log.csv", newline="") as file:
             first_losses.append(float(next(csv.DictReader(file))["loss"]))
-        assert model.load_checkpoint(out / "best.pt")["validation"]["triplet_accuracy"] > 80
+        assert checkpoints.read(out / "best.pt")["validation"]["triplet_accuracy"] > 80
     close = 0.02 if device == "cpu" else 0.05  # convolutions in TF32
     assert first_losses[1] == pytest.approx(first_losses[0], rel=close) and len(compiled) == 1
 
@@ -239,7 +240,7 @@ def test_deterministic_runs_agree_bit_for_bit(train, tmp_path, monkeypatch, scri
 
     monkeypatch.setattr(script, "triplet_loss", watching)
     arguments = [*arguments, "--device", device, "--deterministic"]
-    runs = [model.load_checkpoint(train(script, arguments, tmp_path / str(i)) / "last.pt") for i in range(2)]
+    runs = [checkpoints.read(train(script, arguments, tmp_path / str(i)) / "last.pt") for i in range(2)]
     assert same(*runs) and all(modes)
     torch.use_deterministic_algorithms(False)
 
@@ -301,7 +302,7 @@ def test_batch_norm_statistics_are_those_of_the_weights(npz):
 def test_batch_norm_is_measured_on_what_is_better_on_held_back_images(npz, tmp_path):
     arguments = [*REPTILE, "--data", npz, "--out", tmp_path / "run", "--cutout", "0.5", "--rotate", "0.5"]
     tiny.run(train_reptile, *arguments)
-    net, saved = model.load(tmp_path / "run" / "last.pt")
+    net, saved = checkpoints.load(tmp_path / "run" / "last.pt")
     options = cli.DataOptions(data=npz, split="75-25", cutout=0.5, rotate=0.5)
     train, found = data.load_for_training(options, 0, torch.device("cpu")), []
     net.requires_grad_(True)
@@ -329,8 +330,8 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
         torch.save({"x": torch.ones(2)}, temporary)
     with pytest.raises(AttributeError), cli.writing(path) as temporary:
         torch.save({"x": lambda: 0}, temporary)
-    assert model.load_checkpoint(path)["x"].tolist() == [1, 1]
+    assert checkpoints.read(path)["x"].tolist() == [1, 1]
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
     (tmp_path / "bad.pt").write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="is not a checkpoint"):
-        model.load_checkpoint(tmp_path / "bad.pt")
+        checkpoints.read(tmp_path / "bad.pt")

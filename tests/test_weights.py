@@ -20,6 +20,7 @@ import torchvision
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
+import checkpoints
 import data
 import evaluate
 import export
@@ -72,7 +73,7 @@ def train(arguments, tmp_path):
 
     def run(script, *more):
         tiny.run(script, *arguments(script, *more))
-        return model.load_checkpoint(tmp_path / script.__name__ / "last.pt")
+        return checkpoints.read(tmp_path / script.__name__ / "last.pt")
 
     return run
 
@@ -142,10 +143,10 @@ def test_training_that_does_harm_leaves_the_given_weights_the_best(npz, tmp_path
     assert "has the given weights" not in capsys.readouterr().out
     tiny.run(script, "--data", npz, "--out", out, *ONE_STEP[script], *harm)
     assert f"{out}/best.pt has the given weights: nothing later did better" in capsys.readouterr().out
-    best, given_state = model.load_checkpoint(out / "best.pt"), model.load_checkpoint(given)
+    best, given_state = checkpoints.read(out / "best.pt"), checkpoints.read(given)
     assert tiny.same(best["model"], given_state["model"]) and best["step"] == 0
     assert best["validation"]["auc"] == pytest.approx(given_state["validation"]["auc"])
-    last = model.load_checkpoint(out / "last.pt")
+    last = checkpoints.read(out / "last.pt")
     assert last["validation"]["auc"] < best["validation"]["auc"] and given.read_bytes() == before
     with open(out / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -193,11 +194,11 @@ def test_a_student_sees_the_similarities_its_teachers_see(train, npz, arguments,
         train(train_classic, *longer, "--seed", seed)
         shutil.copy(tmp_path / "train_classic" / "last.pt", path)
     images = data.load(npz).test.of(range(6))
-    taught = torch.cat([F.normalize(model.embed(model.load(path)[0], images)) for path in teachers], 1)
+    taught = torch.cat([F.normalize(model.embed(checkpoints.load(path)[0], images)) for path in teachers], 1)
 
     def apart(*more):
         saved = train(train_classic, *longer, "--seed", 2, *more)
-        net = model.load(tmp_path / "train_classic" / "last.pt")[0]
+        net = checkpoints.load(tmp_path / "train_classic" / "last.pt")[0]
         return saved, float(train_classic.divergence(model.embed(net, images), taught))
 
     alone = apart()[1]
@@ -260,8 +261,8 @@ def test_frozen_batch_norm_keeps_its_statistics(npz):
 def calibrated(script, *arguments, out):
     """The checkpoint of a run without training."""
     tiny.run(script, *arguments, "--epochs", "0", "--out", out)
-    assert tiny.same(model.load_checkpoint(out / "best.pt")["model"], model.load_checkpoint(out / "last.pt")["model"])
-    return model.load_checkpoint(out / "best.pt")
+    assert tiny.same(checkpoints.read(out / "best.pt")["model"], checkpoints.read(out / "last.pt")["model"])
+    return checkpoints.read(out / "best.pt")
 
 
 def test_a_checkpoint_without_training(published, tmp_path, capsys):
@@ -274,7 +275,7 @@ def test_a_checkpoint_without_training(published, tmp_path, capsys):
     assert saved["step"] == saved["images"] == 0 and not saved["data"]["trained"]
     body = {name.removeprefix("body."): tensor for name, tensor in saved["model"].items()}
     assert all(torch.equal(body[name], tensor) for name, tensor in state.items() if not name.startswith("fc."))
-    net, _ = model.load(tmp_path / "run" / "best.pt")
+    net, _ = checkpoints.load(tmp_path / "run" / "best.pt")
     kept, held_back = data.hold_back(data.load(str(npz)).train.of(list(range(6))))
     assert model.embed(net, kept.images).mean(0).norm() < 1e-5 < model.embed(net, held_back.images).mean(0).norm()
     z = torch.nn.functional.normalize(model.embed(net, held_back.images))
