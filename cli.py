@@ -279,7 +279,7 @@ class RunFolder:
     folder, `place`. If the process dies in between, the next one finishes the replacement or undoes it.
     """
 
-    FILES = ("best.pt", "log.csv", "last.pt")  # in this order they take the place of another run's
+    FILES = ("log.csv", "best.pt", "last.pt")  # in this order they take the place of another run's
 
     def __init__(self, folder: str | os.PathLike, resume: bool, overwrite: bool):
         """Check that the folder may be used, and lock it if it exists. Raises ValueError or OSError."""
@@ -343,6 +343,8 @@ class RunFolder:
     def adopt(self) -> None:
         """Replace the old run by the new one. While both are there, neither has a last.pt in the folder."""
         (self.folder / "last.pt").unlink(missing_ok=True)
+        if (self.new / "log.csv").exists() and not (self.new / "best.pt").exists():  # nothing has moved yet
+            (self.folder / "best.pt").unlink(missing_ok=True)
         for name in self.FILES:
             if (self.new / name).exists():
                 os.replace(self.new / name, self.folder / name)

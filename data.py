@@ -7,7 +7,7 @@ gathered. There are no worker processes and no Python code that runs once per im
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -380,10 +380,10 @@ class TrainingData:
                 yield normalise(self.kept.pixels(index).to(self.device))
 
 
-def fingerprint(kept: Images, held_back: Images, facts: dict) -> str:
+def fingerprint(parts: Iterable[Images], facts: dict) -> str:
     """A hash of all that a training sees of its data, so that a run is not resumed with other images or labels."""
     found = hashlib.sha256(repr([facts[name] for name in ("classes", "seen", "validation", "unseen")]).encode())
-    for images in (kept, held_back):
+    for images in parts:
         if images.mapped:
             found.update(images.mapped.fingerprint.encode() + images.rows.numpy().tobytes())
         else:
@@ -410,16 +410,18 @@ def load_for_training(options: DataOptions, seed: int, device: torch.device) -> 
         kept = kept + loaded.test.of(seen)
     others = loaded.train.of(withheld)
     validation = others.part(torch.full((len(loaded.class_names),), VALIDATION))[1] if withheld else None
-    counts = torch.bincount(kept.labels, minlength=len(loaded.class_names)).tolist()
-    few = [loaded.class_names[label] for label in seen if counts[label] < 2]
-    if few:
-        raise ValueError(f"seen classes need 2 training images or more, an anchor and a positive: {listed(few)}")
-    for kind, images in (("seen", held_back), ("validation", validation)):
-        if images is not None and len(images.labels.unique()) < 2:
-            raise ValueError(f"two {kind} classes need 4 training images or more: some are held back to measure")
+    counts = torch.bincount((kept + others).labels, minlength=len(loaded.class_names)).tolist()
+    for kind, labels in (("seen", seen), ("validation", withheld)):
+        few = [loaded.class_names[label] for label in labels if counts[label] < 2]
+        if few:
+            raise ValueError(f"{kind} classes need 2 training images or more, an anchor and a positive: {listed(few)}")
+    if len(held_back.labels.unique()) < 2:
+        raise ValueError("two seen classes need 4 training images or more: some are held back to measure")
+    if len(withheld) == 1:
+        raise ValueError(f"there is one validation class, {loaded.class_names[withheld[0]]}; two are needed, or none")
     facts = {"name": loaded.name, "source": options.data, "classes": loaded.class_names}
     facts |= {"seen": seen, "validation": withheld, "unseen": unseen, "trained_on_test": is_standard(split)}
-    facts["fingerprint"] = fingerprint(kept, held_back, facts)
+    facts["fingerprint"] = fingerprint((kept, held_back, others), facts)
     generator = torch.Generator().manual_seed(seed)
     tasks = generator
     if distributed.world() > 1:

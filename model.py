@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 CENTRE_IMAGES = 2000  # enough for means of features
 UNLIKE = ("googlenet", "inception_v3", "vit_h_14")  # torchvision builds these otherwise for their weights
@@ -278,8 +279,10 @@ class LibraryNetwork(Embedder):
         return F.normalize(self.body(x)) - self.mean_embedding
 
     def centre(self, images: Tensor) -> None:
+        turned, self.turned = self.turned, 0.0
         self.mean_embedding.zero_()
         self.mean_embedding.copy_(embed(self, to_centre(images)).mean(0))
+        self.turned = turned
 
 
 # ------------------------------------------------------------------------------------------------------------- building
@@ -444,15 +447,17 @@ def refresh_batch_norm(net: Embedder, batches: Iterable[Tensor]) -> None:
     The statistics then belong to the weights in `net` now, whatever weights the last forward passes had (as for
     averaged weights: Izmailov et al. 2018, arXiv:1803.05407, sec. 3.2). Frozen ones stay.
     """
-    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d) and module.weight.requires_grad]
+    norms = [module for module in net.modules() if isinstance(module, _BatchNorm) and module.weight.requires_grad]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
-    was_training = net.training
+    was_training, device = net.training, next(net.parameters()).device
     net.train()
-    for batch in batches:
-        net(batch)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # for dropout
+        torch.manual_seed(0)
+        for batch in batches:
+            net(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     net.train(was_training)

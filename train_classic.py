@@ -88,7 +88,7 @@ def divergence(embeddings: Tensor, taught: Tensor) -> Tensor:
     itself = torch.eye(len(taught), dtype=torch.bool, device=taught.device)
     rows = (F.normalize(z.float()) for z in (embeddings, taught))
     own, target = ((z @ z.T / TEACHER_TEMPERATURE).masked_fill(itself, -1e4).log_softmax(1) for z in rows)
-    return F.kl_div(own, target, reduction="batchmean", log_target=True)
+    return F.kl_div(own, target, reduction="sum", log_target=True) / max(1, len(taught))  # all images may be turned
 
 
 def load_teachers(paths: Sequence[str], train: data.TrainingData, net: model.Embedder) -> list[model.Embedder]:
@@ -191,8 +191,9 @@ def main(args: Sequence[str] | None = None) -> None:
         device = training.prepare_process(options)
         train = data.load_for_training(options, options.seed, device)
         net = training.make_network(options, train)
-        if min(options.batch_classes, len(train.facts["seen"])) % distributed.world():
-            raise ValueError(f"--batch-classes must be a multiple of {distributed.world()}, the number of processes")
+        classes, n = min(options.batch_classes, len(train.facts["seen"])), distributed.world()
+        if classes % n:
+            raise ValueError(f"{n} processes cannot share the {classes} classes of a batch; change --batch-classes")
         seen = torch.tensor(train.facts["seen"], device=device)
         ways = train.ways if options.rotate else 1
         head = NormalisedSoftmax(ways * len(seen), net.dimension, options.softmax_scale).to(device)

@@ -1,7 +1,6 @@
 """What both trainings share: checks, the process, the network to be trained, the run with its log and checkpoints."""
 
 import contextlib
-import csv
 import ctypes
 import dataclasses
 import math
@@ -16,6 +15,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mkldnn
 from tqdm import tqdm
 
 import checkpoints
@@ -44,6 +44,8 @@ def check(options: cli.RunOptions) -> None:
     cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
     if options.penultimate and ":" in options.backbone:
         raise ValueError("--penultimate is for resnet12, resnet20 and their like")
+    if options.resume and options.overwrite:
+        raise ValueError("--resume continues a run, --overwrite replaces it; give one of them")
     if options.seed >= 2**63:
         raise ValueError(f"--seed must be below 2**63, got {options.seed}")
     if options.pretrained and ":" not in options.backbone:
@@ -102,7 +104,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     fast = False
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():  # other CPUs emulate it, slowly
+    elif device.type == "cpu" and mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        # other CPUs emulate it, slowly
         has = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
         fast = has.get("avx512_bf16") or has.get("amx_bf16")
     return torch.bfloat16 if fast else torch.float32
@@ -140,7 +143,7 @@ def make_network(options: cli.NetworkOptions, train: data.TrainingData) -> model
 
 def given_weights(options: cli.NetworkOptions, train: data.TrainingData) -> tuple[dict | None, tuple]:
     """A state dict to start from, if one is given, and the mean and standard deviation of the network's pixels."""
-    usual = model.made_for(options.backbone).get("pixels", train.pixel_statistics)
+    usual = model.made_for(options.backbone).get("pixels")
     if options.pretrained:
         return model.pretrained_weights(options.backbone), usual
     if options.weights is None:
@@ -155,15 +158,17 @@ def given_weights(options: cli.NetworkOptions, train: data.TrainingData) -> tupl
     elif options.pixel_mean is not None:
         statistics = options.pixel_mean, options.pixel_std
     else:
-        statistics = usual
+        statistics = usual or train.pixel_statistics
     return checkpoints.bare_state(saved, options.weights), statistics
 
 
 def note_learned(path: str, saved: dict, train: data.TrainingData) -> None:
-    """Note the classes that a checkpoint was trained on, as known here before. Raises ValueError if one is unseen."""
+    """Note the classes that a checkpoint was trained on, as known here before. Raises ValueError if one is an unseen or
+    a validation class."""
     facts, learned = train.facts, checkpoints.trained_classes(saved["data"])
-    if learned & {facts["classes"][label] for label in facts["unseen"]}:
-        raise ValueError(f"{path} was trained on classes that are unseen here; give it its own --split")
+    for kind, remedy in {"unseen": "--split", "validation": "--split and --withhold"}.items():
+        if learned & {facts["classes"][label] for label in facts[kind]}:
+            raise ValueError(f"{path} was trained on {kind} classes; give the {remedy} that it was trained with")
     facts["learned_before"] = sorted(learned | {*facts.get("learned_before", [])})
 
 
@@ -248,31 +253,28 @@ class Run:
         if differing:
             was = ", ".join(f"--{name.replace('_', '-')} {saved['options'][name]}" for name in differing)
             raise ValueError(f"{folder} was trained with other options; to resume it give {was}")
-        theirs, ours = saved["data"], self.train.facts
-        known = theirs.get("fingerprint", ours["fingerprint"])  # older runs have none
-        if known != ours["fingerprint"] or theirs["classes"] != ours["classes"]:
+        if saved["data"].get("fingerprint") != self.train.facts["fingerprint"]:
             raise ValueError(f"{folder} was trained on other images, labels or classes than --data holds now")
         state = saved["training"]
-        generators = torch.atleast_2d(state["generator"])
-        if len(generators) != distributed.world():
-            raise ValueError(f"{folder} was trained by {len(generators)} processes; resume it with as many")
+        processes, rank = len(state["generator"]), distributed.rank()
+        if processes != distributed.world():
+            raise ValueError(f"{folder} was trained by {processes} processes; resume it with as many")
         try:
             checkpoints.load_weights(self.net, state["net"])
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
-            self.train.sampler.tasks.set_state(state.get("tasks", generators[0].clone()))
-            self.train.generator.set_state(generators[distributed.rank()].clone())  # a view would be read wrongly
-            torch.set_rng_state(state["rng"])
+            self.train.sampler.tasks.set_state(state["tasks"])
+            self.train.generator.set_state(state["generator"][rank].clone())  # a view would be read wrongly
+            torch.set_rng_state(state["rng"][rank].clone())
+            if self.device.type == "cuda" and "rng_cuda" in state:
+                torch.cuda.set_rng_state(state["rng_cuda"][rank].clone(), self.device)
             self.step, self.images, self.seconds = int(state["step"]), int(state["images"]), float(state["seconds"])
             self.best = state["best"] | {"auc": float(state["best"]["auc"])}
-            self.losses = list(state["losses"][distributed.rank()].to(self.device)) if "losses" in state else []
-            self.collapsed = int(state.get("collapsed", 0))
+            self.losses = list(state["losses"][rank].to(self.device))
+            self.collapsed = int(state["collapsed"])
+            return state["log"]
         except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{folder}/last.pt is not the state of such a training: {error}") from error
-        if "log" in state:
-            return state["log"]
-        with open(Path(folder) / "log.csv", newline="") as file:  # of an older version
-            return [row for row in csv.DictReader(file) if int(row["step"]) <= self.step]
 
     @property
     def progress(self) -> float:
@@ -302,7 +304,7 @@ class Run:
         )
         started, images_before, seconds_before = time.monotonic(), self.images, self.seconds
         try:
-            if self.step == 0 and (self.options.weights or self.options.pretrained):
+            if self.step == 0 and not self.rows and (self.options.weights or self.options.pretrained):
                 if isinstance(self.net, model.LibraryNetwork):
                     self.net.centre(self.train.kept)
                 self.log({"step": 0, "images": 0, "seconds": 0.0}, validate=True)  # given weights can be the best
@@ -410,8 +412,11 @@ class Run:
         self.net.load_state_dict(found[max(found)], strict=False)
 
     def embed(self, images: data.Images) -> tuple[Tensor, Tensor]:
-        """Normalised embeddings (N, D) and labels (N,) of images."""
-        return nn.functional.normalize(model.embed(self.net, images)), images.labels
+        """Normalised embeddings (N, D) and labels (N,) of images. Raises Stopped if they are not finite."""
+        z = nn.functional.normalize(model.embed(self.net, images))
+        if not z.isfinite().all():
+            raise Stopped("the weights are no longer finite; try a lower --lr, or --precision float32")
+        return z, images.labels
 
     def inference_state(self) -> dict:
         """What evaluation needs, as tensors and plain values."""
@@ -431,7 +436,9 @@ class Run:
 
     def save(self, validated: bool) -> None:
         """Write last.pt, in the first process: inference state and everything that resuming needs."""
-        own = {"generator": self.train.generator.get_state()}
+        own = {"generator": self.train.generator.get_state(), "rng": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            own["rng_cuda"] = torch.cuda.get_rng_state(self.device)
         own |= {"losses": torch.tensor([float(loss) for loss in self.losses])}
         of_processes = {name: distributed.gather(part[None]) for name, part in own.items()}
         if distributed.rank() > 0:
@@ -440,7 +447,7 @@ class Run:
             self.validate()  # for last.pt alone: neither the log nor best.pt hears of it
         training = {name: part.state_dict() for name, part in self.parts.items()}
         training |= of_processes | {"net": self.net.state_dict(), "collapsed": self.collapsed}
-        training |= {"tasks": self.train.sampler.tasks.get_state(), "rng": torch.get_rng_state(), "best": self.best}
+        training |= {"tasks": self.train.sampler.tasks.get_state(), "best": self.best}
         training |= {"step": self.step, "images": self.images, "seconds": self.seconds, "log": self.rows}
         self.write("last.pt", self.inference_state() | {"training": training})
         self.folder.committed()

@@ -214,3 +214,14 @@ def test_too_few_images_are_refused(capsys, tmp_path):
         npz = tiny.write_npz(tmp_path / "few.npz", train=count, test=2)
         status, _, errors = call(capsys, train_classic, "--data", npz, "--out", tmp_path / "run")
         assert status == 2 and message in errors and not (tmp_path / "run").exists()
+
+
+def test_too_few_validation_images_are_refused(capsys, tmp_path):
+    made = tiny.arrays()
+    kept = made["train_labels"] != 5
+    kept[np.flatnonzero(~kept)[0]] = True
+    made |= {name: made[name][kept] for name in ("train_images", "train_labels")}
+    np.savez(tmp_path / "few.npz", **made)
+    arguments = ("--data", tmp_path / "few.npz", "--split", "75-25", "--withhold", "0.34", "--out", tmp_path / "run")
+    status, _, errors = call(capsys, train_classic, *arguments)
+    assert status == 2 and "validation classes need 2 training images or more" in errors and "class 5" in errors

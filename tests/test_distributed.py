@@ -128,7 +128,7 @@ def test_two_processes_train_one_network(tmp_path, script, arguments, taught):
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("train_classic", [*CLASSIC, "--batch-classes", "3"], "--batch-classes must be a multiple of 2"),
+        ("train_classic", [*CLASSIC, "--batch-classes", "3"], "2 processes cannot share the 3 classes of a batch"),
         ("train_reptile", REPTILE, "--meta-batch must be a multiple of 2"),
     ],
 )

@@ -100,6 +100,9 @@ def test_a_network_is_centred_on_images(backbone):
         assert torch.allclose(centred, raw - raw.mean(0), atol=1e-5) and centred.mean(0).norm() < 1e-5
     again, left_out = checkpoints.build_with_weights(net.settings | {"mirror": True}, net.state_dict())
     assert torch.equal(model.embed(again, images), centred) and not left_out
+    net.turned = 0.5
+    net.centre(images)
+    assert net.turned == 0.5 and torch.allclose(net.mean_embedding, again.mean_embedding, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +291,11 @@ def test_divergence_is_that_of_similarities_to_the_other_rows():
     assert float(train_classic.divergence(own, taught)) == pytest.approx(expected, abs=1e-5)
     turned = 3 * taught @ torch.linalg.qr(torch.randn(7, 7))[0]
     assert float(train_classic.divergence(turned, taught)) == pytest.approx(0, abs=1e-5)
+    alone = torch.randn(1, 3, requires_grad=True)
+    for images in (alone, alone[:0]):  # of a batch of which one image, or none, is upright
+        loss = train_classic.divergence(images, taught[: len(images)])
+        loss.backward()
+        assert float(loss.detach()) == 0 and not alone.grad.any()
 
 
 def test_a_mirror_averages_both_views_when_not_training():

@@ -167,9 +167,21 @@ def test_a_run_stays_until_the_one_that_replaces_it_has_a_checkpoint(train, tmp_
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+@pytest.mark.parametrize("old", [("last.pt", "best.pt", "log.csv"), ("best.pt",)])
+def test_a_run_stopped_before_its_first_validation_replaces_all_of_another(tmp_path, old):
+    """It has no best.pt, and what another run left is none of its."""
+    for name in old:
+        (tmp_path / name).write_text("old")
+    place = cli.RunFolder(tmp_path, resume=False, overwrite=True)
+    place.start(["step"], [])
+    (place.place / "last.pt").write_text("new")
+    place.committed()
+    assert {path.name: path.read_text().strip() for path in tmp_path.iterdir()} == {"last.pt": "new", "log.csv": "step"}
+
+
 def test_other_data_is_not_resumed(train, npz, tmp_path, refusal):
-    """Other pixels, labels, names of classes, one class more."""
-    out = train(train_classic, CLASSIC, tmp_path / "run", "--epochs", "1")
+    """Other pixels, labels, names of classes, one class more, other pixels of a validation class alone."""
+    out = train(train_classic, [*CLASSIC, "--withhold", "0.34"], tmp_path / "run", "--epochs", "1")
     before = (out / "last.pt").read_bytes()
     arrays = dict(np.load(npz))
     more = tiny.arrays(classes=9)
@@ -179,12 +191,14 @@ def test_other_data_is_not_resumed(train, npz, tmp_path, refusal):
             {"train_labels": 7 - arrays["train_labels"], "test_labels": 7 - arrays["test_labels"]},
             {"class_names": arrays["class_names"][::-1]},
             more,
+            {"train_images": np.where((arrays["train_labels"] == 5)[:, None, None, None], 0, arrays["train_images"])},
         )
     ):
         folder = tmp_path / str(number)
         folder.mkdir()
         np.savez(folder / "tiny.npz", **arrays | changes)
-        monkey = [*CLASSIC, "--epochs", "1", "--resume", "--out", out, "--data", folder / "tiny.npz"]
+        monkey = [*CLASSIC, "--withhold", "0.34", "--epochs", "1", "--resume", "--out", out]
+        monkey += ["--data", folder / "tiny.npz"]
         saved = torch.load(out / "last.pt", weights_only=True)
         saved["options"]["data"] = str(folder / "tiny.npz")  # as if the file had been changed where it is
         torch.save(saved, out / "last.pt")

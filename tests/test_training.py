@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import checkpoints
@@ -130,6 +131,26 @@ def test_a_non_finite_loss_stops_the_run(train, tmp_path, capsys, monkeypatch):
         train(train_reptile, REPTILE, tmp_path / "run")
     assert stop.value.code == 1 and "the loss is nan" in capsys.readouterr().err
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
+def test_weights_that_are_not_finite_are_never_saved(train, tmp_path, capsys, monkeypatch, script, arguments):
+    """As by the gradient of a validated step, whose loss was still finite."""
+    original = training.Run.check
+
+    def check(run):
+        row = original(run)
+        if run.step >= 10:
+            next(run.net.parameters()).data.fill_(float("nan"))
+        return row
+
+    monkeypatch.setattr(training.Run, "check", check)
+    with pytest.raises(SystemExit) as stop:
+        train(script, arguments, tmp_path / "run", "--validate-every", "1")
+    assert stop.value.code == 1 and "the weights are no longer finite" in capsys.readouterr().err
+    for name in ("best.pt", "last.pt"):
+        saved = checkpoints.read(tmp_path / "run" / name)
+        assert saved["step"] < 10 and all(tensor.isfinite().all() for tensor in saved["model"].values())
 
 
 def test_collapsed_embeddings_stop_the_run(train, tmp_path, capsys, monkeypatch):
@@ -294,6 +315,7 @@ def test_batch_norm_statistics_are_those_of_the_weights(npz):
     net = model.build("resnet20", 4, mean=mean, std=std)
     net.bn1.running_mean.fill_(1e6)
     random_before = torch.get_rng_state(), train.generator.get_state()
+    net.bn1.register_forward_hook(lambda module, inputs, output: F.dropout(output, 0.1, module.training))
     model.refresh_batch_norm(net, train.samples(net.normalise, augmented=True))
     assert all(map(torch.equal, random_before, (torch.get_rng_state(), train.generator.get_state())))
     assert net.training and net.bn1.momentum == 0.1

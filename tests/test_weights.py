@@ -153,6 +153,17 @@ def test_training_that_does_harm_leaves_the_given_weights_the_best(npz, tmp_path
     assert rows[0]["step"] == "0" and float(rows[0]["auc"]) > float(rows[-1]["auc"])
 
 
+def test_given_weights_are_validated_once(train, npz, tmp_path):
+    """Also if the run is resumed before its first step."""
+    train(train_classic)
+    given, out = tmp_path / "train_classic" / "last.pt", tmp_path / "as given"
+    more = ["--data", npz, "--out", out, *ONE_STEP[train_classic], "--epochs", "0", "--weights", given]
+    tiny.run(train_classic, *more)
+    tiny.run(train_classic, *more, "--resume")
+    with open(out / "log.csv", newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["0"]
+
+
 @pytest.mark.parametrize(("script", "lr"), [(train_classic, 0.1), (train_reptile, 0.001)])
 def test_given_weights_are_trained_gently(train, tmp_path, script, lr, capsys):
     scratch = train(script)
@@ -183,8 +194,9 @@ def test_a_state_dict_brings_its_pixel_statistics(train, arguments, tmp_path, re
 def test_weights_that_know_the_unseen_classes_are_refused(train, arguments, tmp_path, refusal, script, option):
     train(train_classic)
     shutil.copy(tmp_path / "train_classic" / "last.pt", tmp_path / "given.pt")
-    more = [option, tmp_path / "given.pt", "--split", "50-50"]
-    assert "was trained on classes that are unseen here" in refusal(script, *arguments(script, *more))
+    for own, kind in ((["--split", "50-50"], "unseen"), (["--withhold", "0.34"], "validation")):
+        errors = refusal(script, *arguments(script, option, tmp_path / "given.pt", *own))
+        assert f"given.pt was trained on {kind} classes; give the --split" in errors
 
 
 def test_a_student_sees_the_similarities_its_teachers_see(train, npz, arguments, tmp_path, refusal):
