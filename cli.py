@@ -59,7 +59,7 @@ class DataOptions:
     crop: Rate = None  # smallest share of an image that is cropped at random; photographs: 0.25, else 0, for shifts
     jitter: Rate = None  # how much brightness, contrast and saturation vary at random; photographs: 0.3, else 0
     flip: bool = True  # mirror half of the training images; --no-flip where a mirror image is of another class
-    distort: float = 0.0  # how strongly each training image is rotated, scaled, sheared and bent; characters: 0.2
+    distort: float = 0.0  # how strongly each image is rotated, scaled, sheared, shifted, bent; characters: 0.25
     cutout: Rate = None  # side of the square blanked in each training image, as a share; 0.375, photographs: 0
     rotate: Rate = None  # chance that a class is shown turned (--no-flip: or mirrored), as its own; 0.25, photos: 0
 
@@ -67,7 +67,7 @@ class DataOptions:
 @dataclass(frozen=True)
 class NetworkOptions:
     backbone: Backbone = "resnet20"  # resnet12, 20, 32, 44 or 56, for small images; any of torchvision or timm
-    width: int = 32  # channels of a resnetN's first stage; embeddings have 4 * width numbers, resnet12's 10 * width
+    width: int = 32  # channels of the first stage; the embedding has 4 * width numbers, resnet12's 10; see penultimate
     weights: OptionalFile = None  # start from the weights in this file: a state dict, or a checkpoint of a run
     pretrained: bool = False  # start from the weights that torchvision or timm has for the backbone (downloaded)
     freeze: Number = None  # first stages left as given, each a layer or a first convolution; 3 with --weights

@@ -1,4 +1,4 @@
-"""The embedded data set: letters, digits and signs of ten scripts, drawn with the fonts that matplotlib ships.
+"""The embedded data set: letters of eight scripts, digits and signs, drawn with the fonts that matplotlib ships.
 
 It has the shape of CIFAR-100 (100 classes, 500 training and 100 test images each, 32 x 32 RGB) and needs no download. A
 class is a character, in every face that covers it. No two classes are homoglyphs: neither their tilted, sheared,

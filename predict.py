@@ -178,6 +178,8 @@ def run_gallery(recogniser: oneshot.Recogniser, options: Options, threshold: flo
         problems = enrol(gallery, folder) if folder else []
         for name in options.remove:
             print(f"{gallery.path}: {name} removed, {gallery.remove(name)} pictures")
+        if options.remove:
+            gallery.calibrate()
         if options.list:
             print(cli.text_table(["class", "pictures"], [list(row) for row in gallery.names().items()]))
         if queries:

@@ -452,7 +452,12 @@ def test_a_gallery_from_the_shell(folder, tmp_path, capsys):
     tiny.run(predict, folder / "best.pt", "--gallery", gallery, "--add", folder / "support", "--list")
     printed = capsys.readouterr().out
     assert "0 pictures added, 0 removed, 12 kept" in printed and "class 11         4" in printed
+    recogniser = oneshot.load(folder / "best.pt")
+    with oneshot.Gallery(gallery, recogniser) as opened:
+        opened.database.execute("UPDATE facts SET value = 9 WHERE name = 'strangers'")
     tiny.run(predict, folder / "best.pt", "--gallery", gallery, "--remove", "class 9", "class 10")
+    with oneshot.Gallery(gallery, recogniser) as opened:
+        assert float(opened.fact("strangers")) == oneshot.STRANGERS  # one class is left, which says nothing
     assert "class 10 removed, 4 pictures" in capsys.readouterr().out
     assert {answer["nearest"] for answer in ask(folder, gallery)["answers"]} == {"class 11"}
 
