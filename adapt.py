@@ -150,7 +150,7 @@ def domain_loss(net: model.Embedder, own: Images, rest: Images, generator: torch
     anchors = own.pixels(torch.randperm(len(own), generator=generator)[:BATCH])
     others = rest.pixels(torch.randint(len(rest), (BATCH,), generator=generator))
     device = next(net.parameters()).device
-    z = net.embed(net.normalise(torch.cat((anchors, others)).to(device)))
+    z = net.join(net.embed(net.normalise(torch.cat((anchors, others)).to(device))))
     label = (torch.arange(len(z), device=device) >= len(anchors)).long()
     negatives = z[len(anchors) :], label[len(anchors) :]
     return triplet_loss(z[: len(anchors)], label[: len(anchors)], MARGIN, mining="all", others=negatives)

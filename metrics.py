@@ -104,9 +104,9 @@ def roc(z: Tensor, labels: Tensor) -> Roc | None:
     count = count_sorted if same + different <= SORTED else count_on_grid
     values, counts, below, up_to, beneath = count(z, labels)
     rejected = counts.double().cumsum(0) / same
-    false_reject, false_accept = rejected - counts.double() / same, 1 - below.double() / different
+    false_reject, false_accept = rejected - counts.double() / same, (different - below).double() / different
     auc = float((counts * (below + up_to).double()).sum()) / (2 * same * different)
-    accepted = torch.stack((false_accept, 1 - up_to.double() / different), 1)
+    accepted = torch.stack((false_accept, (different - up_to).double() / different), 1)
     eer = equal_error(torch.stack((false_reject, rejected), 1).flatten(), accepted.flatten())
     thresholds = (values.double() + beneath.double()) / 2
     return Roc(thresholds, false_reject, false_accept, 100 * auc, 100 * eer)

@@ -288,15 +288,11 @@ class Gallery(contextlib.AbstractContextManager):
 
     def __init__(self, path: str | os.PathLike, recogniser: Recogniser):
         self.path, self.recogniser, self.version = os.fspath(path), recogniser, None
-        try:
+        with self.faults("open"):
             self.database = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
             self.database.execute("PRAGMA trusted_schema = OFF")
             self.database.text_factory = os.fsdecode  # names of folders that are not UTF-8 keep their bytes
             self.make_or_check()
-        except sqlite3.OperationalError as error:
-            raise OSError(f"cannot open the gallery {self.path}: {error}") from error
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{self.path} is not a gallery: {error}") from error
 
     def make_or_check(self) -> None:
         """Raise ValueError unless the file is a gallery of this network: these tables and nothing that could run. An
@@ -308,7 +304,7 @@ class Gallery(contextlib.AbstractContextManager):
                 self.database.execute(f"PRAGMA application_id = {FORMAT}")
                 query = "INSERT OR IGNORE INTO facts VALUES ('fingerprint', ?)"
                 self.database.execute(query, (self.recogniser.fingerprint,))
-        found = dict(self.database.execute("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"))
+        found = dict(self.ask("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"))
         if self.value("PRAGMA application_id") != FORMAT or found != SCHEMA:
             raise ValueError(f"{self.path} is not a gallery")
         if self.fact("fingerprint") != self.recogniser.fingerprint:
@@ -320,19 +316,32 @@ class Gallery(contextlib.AbstractContextManager):
     __exit__ = close
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All changes in the block or none. Raises OSError if they cannot be written."""
+    def faults(self, action: str) -> Iterator[None]:
+        """What SQLite cannot do in the block is an OSError, what is wrong with the file a ValueError."""
         try:
+            yield
+        except sqlite3.OperationalError as error:  # locked, read-only, a full disk
+            raise OSError(f"cannot {action} the gallery {self.path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.path} is not a gallery, or is damaged: {error}") from error
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All changes in the block or none. Raises OSError if they cannot be written, ValueError if the file is
+        damaged."""
+        with self.faults("write to"):
             self.database.execute("BEGIN IMMEDIATE")
             with self.database:  # commits, or rolls back
                 yield
-        except sqlite3.OperationalError as error:  # locked, read-only, a full disk
-            raise OSError(f"cannot write to the gallery {self.path}: {error}") from error
+
+    def ask(self, query: str, *given: object) -> list[tuple]:
+        """The rows that a query finds. Raises OSError or ValueError."""
+        with self.faults("read"):
+            return self.database.execute(query, given).fetchall()
 
     def value(self, query: str, *given: object) -> Any:
-        """The first value that a query finds, or None."""
-        row = self.database.execute(query, given).fetchone()
-        return row and row[0]
+        """The first value that a query finds, or None. Raises OSError or ValueError."""
+        return next((row[0] for row in self.ask(query, *given)), None)
 
     def __len__(self) -> int:
         """The number of pictures."""
@@ -343,12 +352,12 @@ class Gallery(contextlib.AbstractContextManager):
 
     def names(self) -> dict[str, int]:
         """The enrolled classes, in alphabetical order, and how many pictures each has."""
-        return dict(self.database.execute(f"SELECT name, count(*) {ENROLLED} GROUP BY name ORDER BY name"))
+        return dict(self.ask(f"SELECT name, count(*) {ENROLLED} GROUP BY name ORDER BY name"))
 
     def numbers_of(self, name: str) -> list[int]:
         """The numbers of a class's pictures; [] if it is not enrolled."""
         query = f"SELECT pictures.id {ENROLLED} WHERE name = CAST(? AS TEXT) ORDER BY pictures.id"
-        return [row[0] for row in self.database.execute(query, (os.fsencode(name),))]
+        return [row[0] for row in self.ask(query, os.fsencode(name))]
 
     def thumbnail(self, number: int) -> bytes | None:
         """An enrolled picture as the network sees it, a JPEG file; None if there is no such picture."""
@@ -377,21 +386,30 @@ class Gallery(contextlib.AbstractContextManager):
         """Make the gallery hold what a folder with a folder for each class holds: new and changed pictures are added,
         those that came from the folder and are gone are removed. Others stay. Raises ValueError or OSError."""
         root = os.path.join(os.path.realpath(folder), "")
+        found = {}
         classes = pictures.find_classes({"": pictures.open_folder(Path(folder))})[""]
-        found = {(name, *identity(file)): file for name, files in classes.items() for file in files}
-        query = f"SELECT name, source, sha256, pictures.id {ENROLLED}"
-        ours = {tuple(key): number for *key, number in self.database.execute(query) if key[1].startswith(root)}
-        gone = {number for key, number in ours.items() if key not in found}
-        rows, errors = self.new_rows({key: file for key, file in found.items() if key not in ours}, gone)
-        with self.transaction():
-            removed, added = self.delete(gone), self.insert(rows)
+        for name, files in classes.items():
+            for file in files:  # a link's place counts, not where it leads
+                found[name, root + os.path.relpath(str(file), folder), identity(file)[1]] = file
+        ours = self.numbers_from(root)
+        gone = {key: number for key, number in ours.items() if key not in found}
+        rows, errors = self.new_rows({key: file for key, file in found.items() if key not in ours}, gone.values())
+        with self.transaction():  # another process may have removed some
+            still = self.numbers_from(root)
+            removed = self.delete([number for key, number in gone.items() if still.get(key) == number])
+            added = self.insert(rows)
         return Changes(added, removed, len(ours) - removed, errors, sorted(classes.keys() - self.names().keys()))
+
+    def numbers_from(self, root: str) -> dict[tuple, int]:
+        """The numbers of the pictures from a folder, by class, source and SHA-256."""
+        rows = self.ask(f"SELECT name, source, sha256, pictures.id {ENROLLED}")
+        return {tuple(key): number for *key, number in rows if key[1].startswith(root)}
 
     def new_rows(self, found: dict[tuple, Any], gone: Collection[int] = ()) -> tuple[list[tuple], list[str]]:
         """What `insert` takes, of pictures `found` by class, source and SHA-256 that are not enrolled, or only as the
         numbers `gone`, and errors of those that cannot be read. Raises ValueError for a name that no class can have."""
         query = f"SELECT name, sha256, pictures.id {ENROLLED}"
-        known = {(name, sha) for name, sha, number in self.database.execute(query) if number not in gone}
+        known = {(name, sha) for name, sha, number in self.ask(query) if number not in gone}
         new = {}
         for (name, source, sha), picture in found.items():
             if not isinstance(name, str) or not name.strip() or name == "unknown":
@@ -437,7 +455,7 @@ class Gallery(contextlib.AbstractContextManager):
         if version == self.version:
             return
         query = f"SELECT class, pictures.id, embedding, name {ENROLLED} ORDER BY class, pictures.id"
-        rows = self.database.execute(query).fetchall()
+        rows = self.ask(query)
         if not rows:
             raise ValueError(f"the gallery {self.path} is empty")
         classes, self.numbers, blobs, names = zip(*rows, strict=True)
@@ -462,7 +480,9 @@ class Gallery(contextlib.AbstractContextManager):
 
     def threshold(self, false_accept: float = 0.1) -> float:
         """The similarity above which a picture gets a name, so that this share (0..1) of strangers, pictures of no
-        enrolled class, does. Without a calibration, it is the threshold of one pair."""
+        enrolled class, does. Without a calibration, it is the threshold of one pair. Raises ValueError."""
+        if not 0 < false_accept <= 1:
+            raise ValueError(f"false_accept is a share above 0 and up to 1, got {false_accept}")
         table, *asked = self.strangers()
         return table.threshold(false_accept, *asked) if table else self.recogniser.threshold["value"]
 
@@ -561,6 +581,10 @@ def identity(picture: Any) -> tuple[str, bytes]:
     is_file, content = isinstance(picture, (str, os.PathLike, zipfile.Path)), b""
     with contextlib.suppress(OSError):  # reading it as a picture will tell
         content = pictures.content(picture) if is_file else picture
+    if isinstance(content, Image.Image) and content.mode == "P":  # whose numbers are places in a palette
+        content = content.convert("RGBA")
+    if hasattr(content, "cpu"):
+        content = content.cpu()
     content = content if isinstance(content, bytes) else np.asarray(content).tobytes()
     return os.path.realpath(str(picture)) if is_file else "", hashlib.sha256(content).digest()
 

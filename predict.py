@@ -63,7 +63,10 @@ def check(options: Options) -> None:
         raise ValueError(f"{use}; or --gallery FILE with --add, --remove, --list or --query")
     cli.require(options, "top", least=1)
     cli.require(options, "false_accept", most=1)
-    inputs = (options.checkpoint, *options.query, *(options.compare or ()), *filter(None, [options.gallery]))
+    if (options.csv or options.json) and not (options.query or options.compare):
+        raise ValueError("--csv and --json take the answers about pictures; give --query or --compare")
+    others = filter(None, (options.support, options.gallery, options.add))
+    inputs = (options.checkpoint, *options.query, *(options.compare or ()), *others)
     for option, path in (("--csv", options.csv), ("--json", options.json)):
         cli.check_output(option, path, *inputs)
     if options.csv and options.json and Path(options.csv).absolute() == Path(options.json).absolute():
@@ -87,7 +90,7 @@ def enrol(gallery: oneshot.Gallery, folder: str) -> list[str]:
     if changes.added + changes.removed:
         gallery.calibrate()
     if changes.empty:
-        raise ValueError(f"no picture can be read of class {listed(changes.empty)}: {changes.errors[-1]}")
+        raise ValueError("\n".join([f"no picture can be read of class {listed(changes.empty)}:", *changes.errors]))
     if gallery.path != ":memory:":
         done = f"{changes.added} pictures added, {changes.removed} removed, {changes.kept} kept"
         print(f"{gallery.path}: {done}; {len(gallery.names())} classes")

@@ -192,6 +192,7 @@ class Handler(BaseHTTPRequestHandler):
             while self.connection.recv(1 << 16):
                 pass
         self.alarm.cancel()
+        self.rfile.close()  # or the socket stays open until Python collects the cycle of handler and alarm
 
     def log_message(self, *_) -> None:
         """The terminal shows no requests."""

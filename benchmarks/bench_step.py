@@ -6,11 +6,10 @@ Turn by turn in one process: a step of train_classic.py, a meta-iteration of tra
 network: as many times forward, backward and a step of the same optimizers, on one fixed batch.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -48,7 +47,7 @@ def bare_step(
     """The network and its optimizers alone, on one fixed batch of `batch` images."""
     net = network(train, width, device)
     optimizers = make_optimizers(net)
-    images, _ = train.batch(net.normalise, torch.arange(batch))
+    images, _ = train.batch(net.normalise, torch.arange(batch) % len(train.kept))
 
     def step() -> None:
         embeddings = net(images)
@@ -61,16 +60,17 @@ def bare_step(
     return step
 
 
-def classic_step(train: data.TrainingData, device: torch.device) -> tuple[Callable, Callable]:
-    """(whole step, bare step) of train_classic.py with its defaults, but for low learning rates."""
-    options = replace(train_classic.Options(), lr=1e-3, muon_lr=1e-4)
+def classic_step(
+    train: data.TrainingData, device: torch.device, options: train_classic.Options
+) -> tuple[Callable, Callable]:
+    """(whole step, bare step) of train_classic.py."""
     net = network(train, options.width, device)
     seen = torch.tensor(train.facts["seen"], device=device)
     head = train_classic.NormalisedSoftmax(4 * len(seen), net.dimension, options.softmax_scale).to(device)
     optimizers = train_classic.make_optimizers(options, net, head).values()
 
     def step() -> None:
-        images, labels = train_classic.draw(train, net, seen, options)
+        images, labels, _ = train_classic.draw(train, net, seen, options)
         embeddings = net(images)
         loss = options.triplet_weight * triplet_loss(embeddings, labels, **options.triplet)
         loss = loss + options.softmax_weight * head(embeddings, labels)
@@ -88,7 +88,7 @@ def classic_step(train: data.TrainingData, device: torch.device) -> tuple[Callab
 
 def reptile_step(train: data.TrainingData, device: torch.device) -> tuple[Callable, Callable]:
     """(meta-iteration, as many bare steps) of train_reptile.py with its defaults."""
-    options = train_reptile.Options()
+    options = training.with_defaults(train_reptile.Options(), lr=0.001, muon_lr=0.02)
     net = network(train, options.width, device)
     weights = [parameter.detach().clone() for parameter in net.parameters()]
     optimizers = train_reptile.make_optimizers(options, net)
@@ -116,8 +116,10 @@ def reptile_step(train: data.TrainingData, device: torch.device) -> tuple[Callab
 def main() -> None:
     options = cli.parse(Options, __doc__)
     device = training.prepare_process(cli.RunOptions(device=options.device))
-    train = data.load_for_training(cli.DataOptions(data=options.data, data_root=options.data_root), 0, device)
-    pairs = {"classic": classic_step(train, device), "reptile": reptile_step(train, device)}
+    classic = train_classic.Options(data=options.data, data_root=options.data_root, lr=1e-3, muon_lr=1e-4)  # low rates
+    classic = training.with_defaults(classic)
+    train = data.load_for_training(classic, 0, device)
+    pairs = {"classic": classic_step(train, device, classic), "reptile": reptile_step(train, device)}
     times: dict[str, list[list[float]]] = {name: [[], []] for name in pairs}
     for pair in pairs.values():
         for step in pair:
@@ -137,7 +139,7 @@ def main() -> None:
             f"{name}: {median(whole):.1f} ms, network alone {median(bare):.1f} ms, {extra:+.1f} % ({len(whole)} turns)"
         )
     if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+        cli.write_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -157,8 +157,11 @@ def test_adapting_brings_the_class_together_and_keeps_batch_norms_statistics(kno
     assert loss(adapted).item() < 0.7 * loss(net.eval()).item()
 
 
-def test_the_loss_is_over_triplets_of_the_class_against_the_rest(known):
+@pytest.mark.parametrize("penultimate", [0.0, 0.5])
+def test_the_loss_is_over_triplets_of_the_class_against_the_rest(known, monkeypatch, penultimate):
+    """By the embeddings that are scored."""
     loaded, net, seen, _, _ = known
+    monkeypatch.setattr(net, "penultimate", penultimate)
     own, rest = loaded.train.of([6]), loaded.train.of(seen)
     with torch.no_grad():
         found = adapt.domain_loss(net.eval(), own, rest, torch.Generator().manual_seed(3))

@@ -54,6 +54,12 @@ def test_a_false_accept_rate_that_no_threshold_reaches():
     assert (found["value"], found["false_accept"], found["false_reject"]) == (1.0, 0.0, 100.0)
 
 
+def test_false_accept_rates_are_exact():
+    """One pair in twenty is not more than far:0.05 allows."""
+    curve = metrics.roc(torch.nn.functional.normalize(torch.randn(9, 3)), torch.tensor([0] * 4 + [1] * 5))
+    assert set(curve.false_accept.tolist()) <= {accepted / 20 for accepted in range(21)}
+
+
 def test_the_logistic_is_scikit_learns():
     z, labels, similarity, same = pairs(images=400)
     slope, intercept = calibrate(z, labels)["logistic"]

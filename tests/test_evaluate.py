@@ -459,6 +459,7 @@ def test_without_unseen_classes(folder, tmp_path):
         (["{bare}", *BARE, "--store"], "is a bare state dict: --store needs a checkpoint"),
         (["{pt}", "--data", "nowhere.npz"], "no such file: nowhere.npz"),
         (["{pt}", "--split", "50-50"], "was trained on classes that --split 50-50 calls unseen"),
+        (["{pt}", "--on", "validation", "--split", "100-0"], "leave --split and --split-seed out"),
         (["{pt}", "--backbone", "resnet56"], "wrong --backbone or --width"),
         (["{pt}", "--json", "/no/such/folder/r.json"], "no such folder"),
         (["{pt}", "--image-size", "4"], "--image-size must be at least 8, got 4"),

@@ -314,8 +314,11 @@ def test_an_unreadable_support_picture_is_left_out(trained, tmp_path, refusal):
     errors = refusal(predict, trained / "run" / "best.pt", *arguments)
     assert "0.png" in errors and "1 of the pictures could not be read" in errors
     assert json.loads((tmp_path / "a.json").read_text())["answers"][0]["nearest"] == "b"
-    (tmp_path / "support" / "a" / "1.png").write_text("broken")
-    assert "no picture can be read of class a: " in refusal(predict, trained / "run" / "best.pt", *arguments)
+    (tmp_path / "support" / "a" / "1.png").write_text("broken too")
+    (tmp_path / "support" / "b" / "2.png").write_text("broken")  # an error of another class
+    errors = refusal(predict, trained / "run" / "best.pt", *arguments)
+    assert "no picture can be read of class a:\n" in errors
+    assert all(f"{name}.png is not a picture" in errors for name in ("a/0", "a/1", "b/2"))
 
 
 def test_names_that_a_terminal_would_obey(trained, tmp_path, capsys):

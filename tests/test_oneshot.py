@@ -136,6 +136,77 @@ def test_a_folder_is_synchronised(folder, recogniser, tmp_path, monkeypatch):
         assert gallery.names() == {"class 10": 3, "class 9": 5, "new name": 4} and sum(embedded) == 5
 
 
+def test_links_count_where_they_are(folder, recogniser, tmp_path):
+    """What they lead to may be in another folder that is enrolled too."""
+    shutil.copytree(folder / "support" / "class 9", tmp_path / "all" / "cat")
+    first, *others = sorted((tmp_path / "all" / "cat").iterdir())
+    (tmp_path / "some" / "pets").mkdir(parents=True)
+    (tmp_path / "some" / "pets" / "tom.png").symlink_to(first)
+    (tmp_path / "some" / "cats").symlink_to(tmp_path / "all" / "cat")
+    with oneshot.Gallery(tmp_path / "a.gallery", recogniser) as gallery:
+        gallery.synchronise(tmp_path / "some")
+        assert gallery.names() == {"cats": 4, "pets": 1}
+        for place in ("all", "some", "all"):
+            gallery.synchronise(tmp_path / place)
+            assert gallery.names() == {"cat": 4, "cats": 4, "pets": 1}
+        others[0].unlink()
+        (tmp_path / "some" / "pets" / "tom.png").unlink()
+        changes = gallery.synchronise(tmp_path / "some")
+        assert changes.removed == 2 and gallery.names() == {"cat": 4, "cats": 3}
+
+
+def test_a_picture_that_another_process_enrols_meanwhile_stays(folder, recogniser, tmp_path, monkeypatch):
+    """It may get the number of one that was to be removed."""
+    for name in ("x", "y"):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        shutil.copy(next(folder.glob("support/class 9/*.png")), tmp_path / "classes" / name)
+    path = tmp_path / "a.gallery"
+    with oneshot.Gallery(path, recogniser) as gallery, oneshot.Gallery(path, recogniser) as other:
+        gallery.synchronise(tmp_path / "classes")
+        shutil.rmtree(tmp_path / "classes" / "y")
+        original = gallery.new_rows
+
+        def meanwhile(*given):
+            other.remove("y")
+            other.enrol("z", next(folder.glob("support/class 10/*.png")))
+            return original(*given)
+
+        monkeypatch.setattr(gallery, "new_rows", meanwhile)
+        assert gallery.synchronise(tmp_path / "classes").removed == 0
+        assert gallery.names() == {"x": 1, "z": 1}
+
+
+def test_a_damaged_gallery_is_told(folder, recogniser, tmp_path):
+    """Whichever page of the file is damaged, and whatever is asked."""
+    path = tmp_path / "a.gallery"
+    with oneshot.Gallery(path, recogniser) as gallery:
+        for n, picture in enumerate(sorted(folder.glob("support/*/*.png"))):
+            gallery.enrol(f"class {n % 5}", picture)
+    whole, told = path.read_bytes(), 0
+    picture = next(folder.glob("queries/*/*.png"))
+    for page in range(len(whole) // 4096):
+        path.write_bytes(whole[: 4096 * page] + b"\xff" * 4096 + whole[4096 * (page + 1) :])
+        for ask in (
+            lambda gallery: gallery.recognise([picture]),
+            lambda gallery: gallery.enrol("new", picture),
+            lambda gallery: gallery.remove("class 1"),
+            lambda gallery: gallery.names(),
+        ):
+            try:
+                with oneshot.Gallery(path, recogniser) as gallery:
+                    ask(gallery)
+            except (OSError, ValueError) as error:
+                told += str(path) in str(error)
+    assert told > 4
+
+
+def test_a_palette_is_part_of_a_picture(recogniser, tmp_path):
+    flags = [Image.new("RGB", (8, 8), colour).quantize(2) for colour in ("red", "blue")]
+    assert flags[0].mode == "P" and np.array_equal(*map(np.asarray, flags))
+    with oneshot.Gallery(":memory:", recogniser) as gallery:
+        assert gallery.enrol("flag", flags) == 2
+
+
 def test_a_renamed_picture_stays_enrolled(folder, recogniser, tmp_path):
     """Also one of two copies, when the other, which was enrolled, goes."""
     shutil.copytree(folder / "support" / "class 9", tmp_path / "classes" / "cat")
@@ -481,6 +552,7 @@ def test_the_share_of_strangers_that_may_get_a_name_is_asked_for(folder, tmp_pat
         (["--gallery", "{gallery}", "--list", "--compare", "a", "b"], "--compare goes without"),
         (["--gallery", "{gallery}", "--remove", "nobody"], "no class 'nobody' is enrolled"),
         (["--gallery", "{gallery}", "--query", "{folder}/queries", "--json", "{gallery}"], "--json"),
+        (["--gallery", "{gallery}", "--list", "--json", "a.json"], "--csv and --json take the answers about pictures"),
         (["--gallery", "{gallery}", "--query", "{folder}/queries", "--false-accept", "1.5"], "--false-accept"),
         (["--gallery", "{gallery}", "--query", "{folder}/queries", "--top", "0"], "--top"),
         (["--gallery", "{folder}/best.pt", "--list"], "is not a gallery"),

@@ -162,6 +162,10 @@ def test_a_broken_query_does_not_stop_the_others(folder, tmp_path, refusal):
         (["{folder}/best.pt", "--compare", "a", "b", "--query", "c"], "--compare goes without"),
         (["{folder}/best.pt", "--compare", "a.png", "b.png"], "no such picture: a.png"),
         (
+            ["{folder}/best.pt", "--support", "{folder}/tiny.npz", "--query", "a.png", "--json", "{folder}/tiny.npz"],
+            "tiny.npz is an input; it would be overwritten",
+        ),
+        (
             ["{folder}/best.pt", "--support", "{folder}/queries", "--query", "a.png"],
             "queries has no folders with pictures",
         ),

@@ -1,8 +1,10 @@
 """serve.py: its endpoints, what it refuses, and its page in a real browser."""
 
+import gc
 import http.client
 import io
 import json
+import os
 import signal
 import socket
 import sqlite3
@@ -12,6 +14,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
@@ -297,6 +300,21 @@ def test_fifty_at_once(folder, server, capfd):
     with ThreadPoolExecutor(50) as pool:
         assert set(pool.map(ask, range(50))) == {200}
     assert len(server.enrolled) == 25 and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files as Linux lists them")
+def test_connections_are_closed_at_once(server):
+    """Not when Python next collects cycles, which a server may not do before it runs out of descriptors."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            call(server, "GET", "/gallery")
+        time.sleep(0.2)
+        assert len(os.listdir("/proc/self/fd")) < before + 10
+    finally:
+        gc.enable()
 
 
 def test_more_than_can_be_served_are_told(server, monkeypatch):

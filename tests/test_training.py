@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 import os
 import re
 import signal
@@ -305,6 +306,14 @@ def test_a_picture_of_runs(train, tmp_path):
         assert done.returncode == code, done.stderr
     assert "log.csv has no new_triplet_accuracy" in done.stderr
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_step(npz, tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "bench_step.py", "--data", npz, "--seconds", "0.1"]
+    subprocess.run([*command, "--device", "cpu", "--json", tmp_path / "a.json"], check=True)
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert all(found[name]["milliseconds"] > 0 for name in ("classic", "reptile"))
 
 
 def test_batch_norm_statistics_are_those_of_the_weights(npz):
