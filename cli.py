@@ -41,7 +41,7 @@ DataSource, OptionalDataSource = (shown_as("cifar100|omniglot|glyphs|FILE|FOLDER
 Split, OptionalSplit = shown_as("SPLIT"), shown_as("SPLIT", str | None)
 Backbone, OptionalBackbone = (shown_as("resnetN|torchvision:NAME|timm:NAME", kind) for kind in (str, str | None))
 Device, Threshold, Criterion = map(shown_as, ("auto|cpu|cuda|cuda:N|mps", "auto|NUMBER", "balanced|eer|far:RATE"))
-Rate, Number = shown_as("FLOAT", float | None), shown_as("INT", int | None)
+Float, Int = shown_as("FLOAT", float | None), shown_as("INT", int | None)
 PixelStatistics = shown_as("R G B", tuple[float, float, float] | None)
 
 
@@ -52,16 +52,16 @@ PixelStatistics = shown_as("R G B", tuple[float, float, float] | None)
 class DataOptions:
     data: DataSource = "cifar100"  # downloaded, drawn here, or a .npz file, a folder of classes, zipped or not, a .csv
     data_root: Folder = "data"  # folder for downloads and caches
-    image_size: Number = None  # side to which pictures are scaled; default: 32 pixels, or what the network was made for
+    image_size: Int = None  # side to which pictures are scaled; default: 32 pixels, or what the network was made for
     split: Split = "90-10"  # seen and unseen shares of classes, or a fold: 3/10, or cifar-fs, cifar-fs+val, fc100, ...
-    split_seed: int | None = None  # draw the unseen classes at random; by default they are the last labels
+    split_seed: Int = None  # draw the unseen classes at random; by default they are the last labels
     withhold: float = 0.0  # fraction of the seen classes (the last ones) kept for validation, to compare recipes
-    crop: Rate = None  # smallest share of an image that is cropped at random; photographs: 0.25, else 0, for shifts
-    jitter: Rate = None  # how much brightness, contrast and saturation vary at random; photographs: 0.3, else 0
+    crop: Float = None  # smallest share of an image that is cropped at random; photographs: 0.25, else 0, for shifts
+    jitter: Float = None  # how much brightness, contrast and saturation vary at random; photographs: 0.3, else 0
     flip: bool = True  # mirror half of the training images; --no-flip where a mirror image is of another class
     distort: float = 0.0  # how strongly each image is rotated, scaled, sheared, shifted, bent; characters: 0.25
-    cutout: Rate = None  # side of the square blanked in each training image, as a share; 0.375, photographs: 0
-    rotate: Rate = None  # chance that a class is shown turned (--no-flip: or mirrored), as its own; 0.25, photos: 0
+    cutout: Float = None  # side of the square blanked in each training image, as a share; 0.375, photographs: 0
+    rotate: Float = None  # chance that a class is shown turned (--no-flip: or mirrored), as its own; 0.25, photos: 0
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class NetworkOptions:
     width: int = 32  # channels of the first stage; the embedding has 4 * width numbers, resnet12's 10; see penultimate
     weights: OptionalFile = None  # start from the weights in this file: a state dict, or a checkpoint of a run
     pretrained: bool = False  # start from the weights that torchvision or timm has for the backbone (downloaded)
-    freeze: Number = None  # first stages left as given, each a layer or a first convolution; 3 with --weights
+    freeze: Int = None  # first stages left as given, each a layer or a first convolution; 3 with --weights
     pixel_mean: PixelStatistics = None  # channel means (0..1) that a state dict was trained with
     pixel_std: PixelStatistics = None  # its standard deviations; default: those of the training data
     mirror: bool = True  # outside training, average an image's and its mirror image's embedding, unless --no-flip
-    penultimate: Rate = None  # outside training, append features before the last block, times this; classic: 0.5
+    penultimate: Float = None  # outside training, append features before the last block, times this; classic: 0.5
     turned: float = 0.0  # outside training, append the embeddings of turned (and mirrored) views, times this: slower
 
 
@@ -97,7 +97,7 @@ class RunOptions:
     out: Folder = "runs/run"  # folder of the run
     resume: bool = False  # continue the run in --out, bit for bit as if it had not stopped
     overwrite: bool = False  # replace the run in --out
-    minutes: float | None = None  # train for this many minutes instead of a fixed number of steps
+    minutes: Float = None  # train for this many minutes instead of a fixed number of steps
     seed: int = 0  # random seed for weights, batches and augmentation
     device: Device = "auto"  # where the network is trained; auto: on a GPU, if there is one
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # arithmetic of the network; auto: bfloat16 where fast

@@ -21,12 +21,12 @@ import cli
 class NetworkOptions:
     checkpoints: tyro.conf.Positional[cli.Checkpoints]  # files of train_*.py, or state dicts
     backbone: cli.OptionalBackbone = None  # network of a bare state dict
-    width: int | None = None  # width of a bare state dict's network, 16 by default
+    width: cli.Int = None  # width of a bare state dict's network, 16 by default
     pixel_mean: cli.PixelStatistics = None  # channel means (0..1) that a state dict was trained with
     pixel_std: cli.PixelStatistics = None  # its standard deviations; default: those of the training data
     mirror: Literal["auto", "yes", "no"] = "auto"  # average embeddings of image and mirror image; auto: as trained
-    penultimate: cli.Rate = None  # weight of the features before the last block; default: as trained
-    turned: cli.Rate = None  # weight of turned views in the embedding; default: as trained
+    penultimate: cli.Float = None  # weight of the features before the last block; default: as trained
+    turned: cli.Float = None  # weight of turned views in the embedding; default: as trained
     device: cli.Device = "auto"  # where the network runs; auto: on a GPU, if there is one
 
 
@@ -34,9 +34,9 @@ class NetworkOptions:
 class DataOptions:
     data: cli.OptionalDataSource = None  # default: what the checkpoint was trained on
     data_root: cli.Folder = "data"  # folder for downloads and caches
-    image_size: int | None = None  # side to which pictures of a folder are scaled; default: as in training, or 32
+    image_size: cli.Int = None  # side to which pictures of a folder are scaled; default: as in training, or 32
     split: cli.OptionalSplit = None  # seen-unseen shares, 0-100: all unseen; default: what the checkpoint has seen
-    split_seed: int | None = None  # draw the unseen classes at random; default: the checkpoint's
+    split_seed: cli.Int = None  # draw the unseen classes at random; default: the checkpoint's
     runs: cli.OptionalFile = None  # measure only these runs: all_runs.zip of Omniglot's authors, zipped or not
     on: Literal["test", "validation"] = "test"  # validation: held-back images and the validation classes (--withhold)
 
@@ -50,7 +50,7 @@ class ThresholdOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptationOptions:
-    adapt_steps: int | None = None  # also score episodes after this many steps on augmented views of the support images
+    adapt_steps: cli.Int = None  # also score episodes after this many steps on augmented views of the support images
     adapt_published: bool = False  # also score unseen classes after training 30 steps on each one's training images
     adapt_lr: float = 3e-4  # learning rate of Adam in either; as published: 0.001
 

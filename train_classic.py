@@ -22,10 +22,10 @@ class OptimisationOptions:
     batch_classes: int = 64  # P, classes in a batch, split among the processes
     images_per_class: int = 4  # K, images of each class in a batch
     optimizer: Literal["muon", "sgd", "adam"] = "muon"  # muon: Muon for convolutions, SGD for the rest; or one for all
-    lr: cli.Rate = None  # peak learning rate of SGD (Nesterov momentum 0.9) or Adam; 0.1, from given weights 0.01
-    muon_lr: cli.Rate = None  # peak learning rate of Muon; 0.02, from given weights 0.002
+    lr: cli.Float = None  # peak learning rate of SGD (Nesterov momentum 0.9) or Adam; 0.1, from given weights 0.01
+    muon_lr: cli.Float = None  # peak learning rate of Muon; 0.02, from given weights 0.002
     muon_weight_decay: float = 0.05  # weight decay of Muon, decoupled
-    backbone_lr: float | None = None  # peak learning rate of the network; --lr is then the softmax's alone
+    backbone_lr: cli.Float = None  # peak learning rate of the network; --lr is then the softmax's alone
     warmup: float = 0.05  # fraction of the run in which the learning rates rise linearly
     decay: bool = True  # let the learning rates fall linearly to 0 after the warmup
     weight_decay: float = 5e-4  # weight decay of SGD or Adam

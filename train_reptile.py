@@ -28,8 +28,8 @@ class OptimisationOptions:
     images_per_class: int = 8  # images of each class in an inner step; with --task domain also of other classes in all
     inner_steps: int = 2  # gradient steps on each task
     optimizer: Literal["muon", "adam"] = "muon"  # inner steps by Muon for convolutions and Adam for the rest, or Adam
-    lr: cli.Rate = None  # learning rate of Adam, whose moments restart with each task; 0.001, from given weights 0.0001
-    muon_lr: cli.Rate = None  # of Muon, whose momentum also restarts with each task; 0.02, from given weights 0.002
+    lr: cli.Float = None  # learning rate of Adam, restarted with each task; 0.001, from given weights 0.0001
+    muon_lr: cli.Float = None  # of Muon, whose momentum also restarts with each task; 0.02, from given weights 0.002
     muon_weight_decay: float = 0.05  # weight decay of Muon, decoupled
     beta1: float = 0.0  # decay of the first moment of Adam and Muon; 0 turns it off
     meta_batch: int = 1  # tasks whose adapted weights are averaged in a meta-iteration, split among the processes

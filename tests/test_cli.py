@@ -33,7 +33,7 @@ def test_help_explains_every_option_and_shows_two_examples(monkeypatch, capsys, 
     monkeypatch.setenv("COLUMNS", "100")
     status, text, _ = call(capsys, script, "--help")
     assert status == 0
-    assert not re.search(r"\bSTR\b|FLOAT FLOAT|default: \)", text)
+    assert not re.search(r"\bSTR\b|FLOAT FLOAT|default: (\)|None)", text)
     assert (" CHECKPOINT" in text.splitlines()[0]) == (script not in TRAININGS)
     named = {"json": "FILE", "csv": "FILE", "weights": "FILE", "out": "FILE" if script is export else "FOLDER"}
     named |= dict.fromkeys(("report", "support", "data-root", "log-dir"), "FOLDER") | {"threshold": "auto|NUMBER"}
