@@ -432,14 +432,14 @@ def check(options: Options) -> None:
         cli.check_threshold(options.threshold)
         if options.store:
             raise ValueError("--store keeps a calibrated threshold; it does not go with --threshold NUMBER")
-    if options.on == "validation" and (options.split or options.split_seed is not None):
-        raise ValueError("--on validation measures the run's own classes; leave --split and --split-seed out")
     if options.on == "validation" and options.adapt_published:
         raise ValueError("--adapt-published trains on the images that --on validation measures; give one of them")
     others = ("data", "split", "split_seed", "on", "threshold", "store", "adapt_steps", "adapt_published")
     given = [f"--{name.replace('_', '-')}" for name in others if getattr(options, name) != getattr(Options, name)]
     if options.runs and given:
         raise ValueError(f"--runs measures these runs alone; leave {', '.join(given)} out")
+    if options.on == "validation" and (options.split or options.split_seed is not None):
+        raise ValueError("--on validation measures the run's own classes; leave --split and --split-seed out")
     cli.check_output("--json", options.json, *options.checkpoints, *filter(None, (options.data, options.runs)))
     if options.report:
         if Path(options.report).exists() and not Path(options.report).is_dir():
