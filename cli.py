@@ -38,7 +38,7 @@ Checkpoint, Checkpoints = shown_as("CHECKPOINT"), shown_as("CHECKPOINT ...", tup
 Folder, OptionalFolder = shown_as("FOLDER"), shown_as("FOLDER", str | None)
 OptionalFile = shown_as("FILE", str | None)
 DataSource, OptionalDataSource = (shown_as("cifar100|omniglot|glyphs|FILE|FOLDER", kind) for kind in (str, str | None))
-Split, OptionalSplit = shown_as("SPLIT"), shown_as("SPLIT", str | None)
+OptionalSplit = shown_as("SPLIT", str | None)
 Backbone, OptionalBackbone = (shown_as("resnetN|torchvision:NAME|timm:NAME", kind) for kind in (str, str | None))
 Device, Threshold, Criterion = map(shown_as, ("auto|cpu|cuda|cuda:N|mps", "auto|NUMBER", "balanced|eer|far:RATE"))
 Float, Int = shown_as("FLOAT", float | None), shown_as("INT", int | None)
@@ -53,7 +53,7 @@ class DataOptions:
     data: DataSource = "cifar100"  # downloaded, drawn here, or a .npz file, a folder of classes, zipped or not, a .csv
     data_root: Folder = "data"  # folder for downloads and caches
     image_size: Int = None  # side to which pictures are scaled; default: 32 pixels, or what the network was made for
-    split: Split = "90-10"  # seen and unseen shares of classes, or a fold: 3/10, or cifar-fs, cifar-fs+val, fc100, ...
+    split: OptionalSplit = None  # shares of seen and unseen classes; 90-10 if not given; or a fold: 3/10, or cifar-fs
     split_seed: Int = None  # draw the unseen classes at random; by default they are the last labels
     withhold: float = 0.0  # fraction of the seen classes (the last ones) kept for validation, to compare recipes
     crop: Float = None  # smallest share of an image that is cropped at random; photographs: 0.25, else 0, for shifts

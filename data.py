@@ -21,6 +21,7 @@ from sources import Data, Images, OwnSplit, listed, load, load_runs  # noqa: F40
 
 HELD_BACK = 25  # images of each seen class, or an eighth, its last training images, to validate and calibrate with
 BEND = 0.4  # of `distort`
+USUAL_SPLIT = "90-10"
 VALIDATION = 100  # images of each validation class, at most: its last training images
 
 # Validation and test classes of the standard few-shot splits of CIFAR-100; the others are for training.
@@ -44,7 +45,7 @@ STANDARD_SPLITS = {
 
 
 def split_classes(
-    class_names: list[str], split: str = "90-10", split_seed: int | None = None, own: OwnSplit | None = None
+    class_names: list[str], split: str = USUAL_SPLIT, split_seed: int | None = None, own: OwnSplit | None = None
 ) -> tuple[list[int], list[int]]:
     """Labels of the seen and of the unseen classes. Raises ValueError.
 
@@ -117,7 +118,7 @@ def pick_classes(
         seen = [label for label, name in enumerate(names) if name in learned - validation]
         unseen = [label for label, name in enumerate(names) if name not in learned | validation]
         return seen, unseen, f"{len(seen)}-{len(unseen)} by the checkpoint's class names"
-    split = split or usual.get("split", "90-10")
+    split = split or usual.get("split") or USUAL_SPLIT
     split_seed = usual.get("split_seed") if split_seed is None else split_seed
     seen, unseen = split_classes(names, split, split_seed, data.own_split)
     seen = [label for label in seen if names[label] not in validation]
@@ -398,7 +399,7 @@ def load_for_training(options: DataOptions, seed: int, device: torch.device) -> 
     with distributed.first_process_first():  # it downloads
         border = options.image_size // 14 if options.crop else 0  # the usual crop of 224 pixels from 256
         loaded = load(options.data, options.data_root, options.image_size, border)
-    split = "own" if loaded.own_split and options.split == DataOptions.split else options.split
+    split = options.split or ("own" if loaded.own_split else USUAL_SPLIT)
     seen, unseen = split_classes(loaded.class_names, split, options.split_seed, loaded.own_split)
     if not seen:
         raise ValueError(f"--split {split} leaves no class to train on; evaluate.py takes it")

@@ -88,7 +88,7 @@ import model
 import report
 from metrics import SHARES, Side
 from oneshot import Strangers
-from sources import NAMED
+from sources import NAMED, has_files
 
 PUBLISHED_THRESHOLDS = {"classic": 0.2, "Reptile": 0.7}  # fixed by hand
 BARE = {"options": {}, "data": {"classes": [], "seen": []}, "threshold": None}  # what is known of a bare state dict
@@ -143,6 +143,8 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
             raise ValueError(f"--{name} is for resnet12, resnet20 and their like; {path} is of {backbone}")
     if not (options.runs or options.data) and source not in NAMED and not Path(source).exists():
         raise ValueError(f"{path} was trained on {source}, which is not found from {Path.cwd()}; give --data PATH")
+    if options.image_size and backbone in model.RESNETS and not has_files(source):
+        raise ValueError(f"{backbone} takes the images of {source} as they are; leave --image-size out")
     size = options.image_size or own.get("size") or model.made_for(backbone).get("input_size", 32)
     border = round(size * own.get("border", 0) / own.get("size", size))
     loaded = (

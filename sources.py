@@ -136,6 +136,11 @@ class Data:
     own_split: OwnSplit | None = None  # where train and test have different classes
 
 
+def has_files(source: str) -> bool:
+    """Is the data set made of picture files, which can be scaled to any size?"""
+    return source not in ("cifar100", "glyphs") and not source.endswith(".npz")
+
+
 def load(source: str, data_root: str | os.PathLike = "data", image_size: int = 32, border: int = 0) -> Data:
     """Read `source`: one of NAMED, or the path of an .npz file, of a folder or .zip file with a folder for each class,
     or of a .csv table of pictures.

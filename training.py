@@ -24,6 +24,7 @@ import data
 import distributed
 import metrics
 import model
+from sources import has_files
 
 Options = TypeVar("Options")
 FEW = 1000  # training images; from fewer, training from scratch does not pay (docs/recipe.md)
@@ -63,10 +64,12 @@ def with_defaults(options: Options, penultimate: float = 0.0, **usual: float) ->
 
     `penultimate` is for `model.ResNet`; `usual` are the learning rates where no weights are given: given ones move at a
     tenth of these, and the first three stages of --weights not at all, or a few pictures make a network forget what it
-    knew of other classes. Photographs are picture files of PHOTOGRAPH pixels or more.
+    knew of other classes. Photographs are picture files of PHOTOGRAPH pixels or more. Raises ValueError.
     """
+    files = has_files(options.data)
+    if options.image_size and not files and options.backbone in model.RESNETS:
+        raise ValueError(f"{options.backbone} takes the images of {options.data} as they are; leave --image-size out")
     size = options.image_size or model.made_for(options.backbone).get("input_size", 32)
-    files = not options.data.endswith(".npz") and options.data not in ("cifar100", "glyphs")
     if files and size >= PHOTOGRAPH:
         found = {"crop": 0.25, "jitter": 0.3, "cutout": 0.0, "rotate": 0.0}
     else:

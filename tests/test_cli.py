@@ -84,7 +84,7 @@ BOTH = [
     ("--data {text}", "text': give cifar100"),
     ("--data {empty}", "has no folders"),
     ("--data-root {text} --data cifar100", "cannot download CIFAR-100"),
-    ("--image-size 7", "--image-size must be at least 8 and at most 4096, got 7"),
+    ("--image-size 64", "resnet20 takes the images of"),
     ("--image-size big", "big"),
     ("--out {text}", "File exists"),
     ("--out {text}/below", "Not a directory"),

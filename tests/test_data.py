@@ -127,7 +127,7 @@ def test_a_data_set_can_have_a_split_of_its_own(tmp_path, monkeypatch, refusal):
     withheld = data.load_for_training(dataclasses.replace(options, withhold=0.4), 0, torch.device("cpu"))
     assert withheld.facts["seen"] == [0, 2, 4] and withheld.facts["validation"] == [7, 8]
     usual = ["--image-size", 16, "--width", 4, "--device", "cpu", "--epochs", 4, "--batch-classes", 5]
-    for more in (["--split", "80-20"], ["--split-seed", 1]):
+    for more in (["--split", "80-20"], ["--split", "90-10"], ["--split-seed", 1]):
         assert "leave --split and --split-seed out" in refusal(train_classic, "--data", "photos", *usual, *more)
     tiny.run(train_classic, "--data", "photos", "--out", "run", *usual)
     tiny.run(evaluate, "run/best.pt", "--json", "a.json")
@@ -164,11 +164,11 @@ def test_standard_splits_train_on_the_test_images_of_seen_classes(tmp_path):
     npz = tmp_path / "cifar.npz"
     np.savez(npz, **tiny.arrays(classes=100, train=8, test=3) | {"class_names": np.array(CIFAR100)})
     for split, images in (("80-20", 6), ("fc100", 6 + 3), ("fc100+val", 6 + 3)):
-        train = data.load_for_training(cli.DataOptions(str(npz), image_size=16, split=split), 0, torch.device("cpu"))
+        train = data.load_for_training(cli.DataOptions(str(npz), split=split), 0, torch.device("cpu"))
         assert torch.bincount(train.kept.labels)[train.facts["seen"]].unique().tolist() == [images]
         assert torch.bincount(train.held_back.labels)[train.facts["seen"]].unique().tolist() == [2]
     options = ["--data", npz, "--split", "fc100", "--width", 4, "--device", "cpu", "--epochs", 0.2]
-    tiny.run(train_classic, *options, "--image-size", 16, "--out", tmp_path / "run")
+    tiny.run(train_classic, *options, "--out", tmp_path / "run")
     loaded = evaluate.load(str(tmp_path / "run/last.pt"), evaluate.Options(()), torch.device("cpu"))
     assert "their test images were trained on" in loaded.notes[-1]
     own = loaded.data.test.of(loaded.seen)

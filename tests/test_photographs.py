@@ -279,17 +279,17 @@ def test_crops_and_colours():
 
 
 @pytest.mark.parametrize(
-    ("source", "size", "expected"),
+    ("given", "expected"),
     [
-        ("photos/", 224, (0.25, 0.3, 0.0, 0.0)),
-        ("photos/", 64, (0.0, 0.0, 0.375, 0.25)),
-        ("cifar100", 224, (0.0, 0.0, 0.375, 0.25)),  # small images, enlarged
+        ({"data": "photos/", "image_size": 224}, (0.25, 0.3, 0.0, 0.0)),
+        ({"data": "photos/", "image_size": 64}, (0.0, 0.0, 0.375, 0.25)),
+        ({"data": "cifar100", "backbone": "torchvision:resnet18"}, (0.0, 0.0, 0.375, 0.25)),  # enlarged to 224
     ],
 )
-def test_photographs_have_other_defaults(source, size, expected):
-    options = training.with_defaults(train_classic.Options(data=source, image_size=size))
+def test_photographs_have_other_defaults(given, expected):
+    options = training.with_defaults(train_classic.Options(**given))
     assert (options.crop, options.jitter, options.cutout, options.rotate) == expected
-    own = training.with_defaults(train_classic.Options(data=source, image_size=size, crop=0.5, rotate=0.1))
+    own = training.with_defaults(train_classic.Options(**given, crop=0.5, rotate=0.1))
     assert (own.crop, own.jitter, own.rotate) == (0.5, expected[1], 0.1)
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import json
 import os
 import re
 import signal
@@ -294,26 +293,6 @@ def test_without_tensorboard_one_message_says_how_to_get_it(train, tmp_path, cap
         train(train_reptile, REPTILE, out, "--overwrite", "--log-dir", str(tmp_path / "events"))
     assert stop.value.code == 2 and "pip install tensorboard" in capsys.readouterr().err
     assert (out / "log.csv").read_bytes() == before and (out / "last.pt").exists()
-
-
-@pytest.mark.slow
-def test_a_picture_of_runs(train, tmp_path):
-    out = train(train_classic, CLASSIC, tmp_path / "run", "--epochs", "2")
-    script = ROOT / "benchmarks" / "plot_runs.py"
-    for metric, code in (("triplet_accuracy", 0), ("new_triplet_accuracy", 1)):  # no validation classes
-        command = [sys.executable, script, out, "--metric", metric, "--against", "images", "--out", tmp_path / "a.png"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == code, done.stderr
-    assert "log.csv has no new_triplet_accuracy" in done.stderr
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_a_step(npz, tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "bench_step.py", "--data", npz, "--seconds", "0.1"]
-    subprocess.run([*command, "--device", "cpu", "--json", tmp_path / "a.json"], check=True)
-    found = json.loads((tmp_path / "a.json").read_text())
-    assert all(found[name]["milliseconds"] > 0 for name in ("classic", "reptile"))
 
 
 def test_batch_norm_statistics_are_those_of_the_weights(npz):
