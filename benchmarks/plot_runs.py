@@ -56,7 +56,7 @@ def main() -> None:
             sys.exit(f"error: {error}")
     axes.set(xlabel=NAMES[options.against], ylabel=f"{options.metric.replace('_', ' ')}, %")
     axes.grid(True, alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2)
     figure.savefig(options.out, dpi=130)
 
 
