@@ -143,9 +143,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
             raise ValueError(f"--{name} is for resnet12, resnet20 and their like; {path} is of {backbone}")
     if not (options.runs or options.data) and source not in NAMED and not Path(source).exists():
         raise ValueError(f"{path} was trained on {source}, which is not found from {Path.cwd()}; give --data PATH")
-    if options.image_size and backbone in model.RESNETS and not has_files(source):
-        raise ValueError(f"{backbone} takes the images of {source} as they are; leave --image-size out")
-    size = options.image_size or own.get("size") or model.made_for(backbone).get("input_size", 32)
+    size = model.image_size(backbone, has_files(source), options.image_size, own.get("size"))
     border = round(size * own.get("border", 0) / own.get("size", size))
     loaded = (
         load_runs(Path(source), size, border) if options.runs else load_data(source, options.data_root, size, border)

@@ -316,6 +316,14 @@ def made_for(backbone: str) -> dict:
     return found | {"pixels": (list(made.mean), list(made.std))}
 
 
+def image_size(backbone: str, files: bool, given: int | None, usual: int | None = None) -> int:
+    """Side in pixels to which picture files are scaled: as given, else the `usual` one, else what the network was made
+    for. Raises ValueError if one is given though neither these images, without `files`, nor the network are scaled."""
+    if given and not files and backbone in RESNETS:
+        raise ValueError(f"{backbone} takes images that are no picture files as they are; leave --image-size out")
+    return given or usual or made_for(backbone).get("input_size", 32)
+
+
 def library_network(backbone: str, pretrained: bool = False) -> tuple[nn.Module, Sequence[str]]:
     """A network of torchvision or timm without its classifier, and the names of the layers left out."""
     library, name = backbone.split(":")

@@ -67,9 +67,7 @@ def with_defaults(options: Options, penultimate: float = 0.0, **usual: float) ->
     knew of other classes. Photographs are picture files of PHOTOGRAPH pixels or more. Raises ValueError.
     """
     files = has_files(options.data)
-    if options.image_size and not files and options.backbone in model.RESNETS:
-        raise ValueError(f"{options.backbone} takes the images of {options.data} as they are; leave --image-size out")
-    size = options.image_size or model.made_for(options.backbone).get("input_size", 32)
+    size = model.image_size(options.backbone, files, options.image_size)
     if files and size >= PHOTOGRAPH:
         found = {"crop": 0.25, "jitter": 0.3, "cutout": 0.0, "rotate": 0.0}
     else:

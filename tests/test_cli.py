@@ -84,7 +84,7 @@ BOTH = [
     ("--data {text}", "text': give cifar100"),
     ("--data {empty}", "has no folders"),
     ("--data-root {text} --data cifar100", "cannot download CIFAR-100"),
-    ("--image-size 64", "resnet20 takes the images of"),
+    ("--image-size 64", "resnet20 takes images that are no picture files as they are"),
     ("--image-size big", "big"),
     ("--out {text}", "File exists"),
     ("--out {text}/below", "Not a directory"),

@@ -463,7 +463,7 @@ def test_without_unseen_classes(folder, tmp_path):
         (["{pt}", "--backbone", "resnet56"], "wrong --backbone or --width"),
         (["{pt}", "--json", "/no/such/folder/r.json"], "no such folder"),
         (["{pt}", "--image-size", "4"], "--image-size must be at least 8, got 4"),
-        (["{pt}", "--image-size", "32"], "resnet20 takes the images of"),
+        (["{pt}", "--image-size", "32"], "resnet20 takes images that are no picture files as they are"),
         (["{bare}"], "is a bare state dict: give --backbone and --data"),
         ([], "at least one checkpoint"),
     ],
