@@ -3,8 +3,23 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
+
+
+@pytest.fixture(autouse=True)
+def process_settings():
+    """A test leaves PyTorch as it found it: with other threads or algorithms, later tests round differently."""
+
+    def settings():
+        return torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype()
+
+    before = settings()
+    yield
+    after = settings()
+    torch.set_num_threads(before[0])
+    assert after == before, "threads, deterministic algorithms, dtype"
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import evaluate
 import tiny
@@ -29,13 +30,15 @@ def script(name: str) -> ModuleType:
 
 @pytest.fixture
 def main(monkeypatch):
-    """Runs a program's main in this process."""
+    """Runs a program's main in this process, which keeps its number of threads."""
+    threads = torch.get_num_threads()
 
     def run(module: ModuleType, *arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
         module.main()
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
