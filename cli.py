@@ -67,7 +67,7 @@ class DataOptions:
 @dataclass(frozen=True)
 class NetworkOptions:
     backbone: Backbone = "resnet20"  # resnet12, 20, 32, 44 or 56, for small images; any of torchvision or timm
-    width: int = 32  # channels of the first stage; the embedding has 4 * width numbers, resnet12's 10; see penultimate
+    width: Int = None  # channels of the first stage, 32; the embedding has 4 * width numbers, resnet12's 10 * width
     weights: OptionalFile = None  # start from the weights in this file: a state dict, or a checkpoint of a run
     pretrained: bool = False  # start from the weights that torchvision or timm has for the backbone (downloaded)
     freeze: Int = None  # first stages left as given, each a layer or a first convolution; 3 with --weights

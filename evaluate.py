@@ -137,7 +137,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         raise ValueError(f"{path} is a bare state dict: --store needs a checkpoint of the training scripts")
     if ours and options.pixel_mean is not None:
         raise ValueError(f"{path} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
-    for option in ("penultimate", "adapt_steps"):
+    for option in ("penultimate", "adapt_steps", "width"):
         if getattr(options, option) and ":" in backbone:
             name = option.replace("_", "-")
             raise ValueError(f"--{name} is for resnet12, resnet20 and their like; {path} is of {backbone}")

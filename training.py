@@ -43,8 +43,6 @@ def check(options: cli.RunOptions) -> None:
     cli.require(options, "width", least=1, most=1024)
     cli.require(options, "image_size", least=8, most=4096)
     cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
-    if options.penultimate and ":" in options.backbone:
-        raise ValueError("--penultimate is for resnet12, resnet20 and their like")
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run, --overwrite replaces it; give one of them")
     if options.seed >= 2**63:
@@ -60,12 +58,15 @@ def check(options: cli.RunOptions) -> None:
 
 
 def with_defaults(options: Options, penultimate: float = 0.0, **usual: float) -> Options:
-    """The options with what was not given of image size, augmentation, `freeze`, `penultimate` and the learning rates.
+    """The options with defaults for image size, augmentation, `width`, `freeze`, `penultimate` and the learning rates.
 
     `penultimate` is for `model.ResNet`; `usual` are the learning rates where no weights are given: given ones move at a
     tenth of these, and the first three stages of --weights not at all, or a few pictures make a network forget what it
     knew of other classes. Photographs are picture files of PHOTOGRAPH pixels or more. Raises ValueError.
     """
+    for option in ("width", "penultimate"):
+        if getattr(options, option) and ":" in options.backbone:
+            raise ValueError(f"--{option} is for resnet12, resnet20 and their like, not for {options.backbone}")
     files = has_files(options.data)
     size = model.image_size(options.backbone, files, options.image_size)
     if files and size >= PHOTOGRAPH:
@@ -73,7 +74,7 @@ def with_defaults(options: Options, penultimate: float = 0.0, **usual: float) ->
     else:
         found = {"crop": 0.0, "jitter": 0.0, "cutout": 0.375, "rotate": 0.25}
     share = 0.1 if options.weights or options.pretrained else 1.0
-    found |= {"image_size": size, "freeze": 3 if options.weights else 0}
+    found |= {"image_size": size, "width": 32, "freeze": 3 if options.weights else 0}
     found |= {"penultimate": penultimate if options.backbone in model.RESNETS else 0.0}
     found |= {name: share * rate for name, rate in usual.items()}
     return dataclasses.replace(options, **{n: value for n, value in found.items() if getattr(options, n) is None})

@@ -265,6 +265,7 @@ def test_evaluation_reports_both(known, monkeypatch, tmp_path, capsys):
         (["--adapt-steps", "2", "--split", "100-0"], "there are 0"),
         (["--adapt-steps", "2", "--backbone", "torchvision:resnet18"], "--adapt-steps is for resnet12, resnet20"),
         (["--penultimate", "0.5", "--backbone", "torchvision:resnet18"], "--penultimate is for resnet12, resnet20"),
+        (["--width", "8", "--backbone", "torchvision:resnet18"], "--width is for resnet12, resnet20"),
         (["--adapt-published", "--split", "0-100"], "--adapt-published takes negatives from seen classes"),
     ],
 )

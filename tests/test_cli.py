@@ -104,6 +104,7 @@ BOTH = [
     ("--pretrained", "--pretrained is for --backbone torchvision:NAME and timm:NAME"),
     ("--backbone torchvision:resnet19", "near ones: torchvision:resnet18"),
     ("--backbone torchvision:resnet18 --penultimate 0.5", "--penultimate is for resnet12, resnet20"),
+    ("--backbone torchvision:resnet18 --width 16", "--width is for resnet12, resnet20"),
     ("--penultimate 2", "--penultimate must be at least 0 and at most 1, got 2"),
     ("--backbone torchvision:resnet18 --image-size 7", "--image-size must be at least 8 and at most 4096, got 7"),
     ("--distance manhattan", "manhattan"),
@@ -188,7 +189,7 @@ def places(tmp_path_factory):
 )
 def test_a_wrong_value_gives_one_message(capsys, tmp_path, places, script, arguments, message):
     given = arguments.format(**places).split()
-    usual = ["--data", places["npz"], "--out", tmp_path / "run", "--split", "75-25", "--width", "4", "--device", "cpu"]
+    usual = ["--data", places["npz"], "--out", tmp_path / "run", "--split", "75-25", "--device", "cpu"]
     status, out, errors = call(capsys, script, *usual, *given)
     assert status == 2 and message in errors + out and "Traceback" not in errors
     assert not (tmp_path / "run").exists()

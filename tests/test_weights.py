@@ -31,11 +31,11 @@ import pictures
 import tiny
 import train_classic
 import train_reptile
-from tiny import SMALL
+from tiny import SMALL, USUAL
 
-ONE_STEP = {
-    train_classic: [*SMALL, "--epochs", "0.1", "--batch-classes", "2", "--images-per-class", "2"],
-    train_reptile: [*SMALL, "--iters", "1", "--inner-steps", "2", "--way", "2", "--images-per-class", "2"],
+ONE_STEP = {  # without a width, which networks of libraries do not take
+    train_classic: [*USUAL, "--epochs", "0.1", "--batch-classes", "2", "--images-per-class", "2"],
+    train_reptile: [*USUAL, "--iters", "1", "--inner-steps", "2", "--way", "2", "--images-per-class", "2"],
 }
 CONSTANT = ["--warmup", "0", "--weight-decay", "0"]
 RESNET18 = ["--backbone", "torchvision:resnet18", "--image-size", "32"]  # 16 x 16 pixels become 32 x 32
@@ -61,8 +61,9 @@ def arguments(npz, tmp_path):
     """The arguments of one step of a script."""
 
     def make(script, *more):
+        width = [] if any(str(each).startswith(("torchvision:", "timm:")) for each in more) else ["--width", 4]
         out = tmp_path / script.__name__
-        return ["--data", npz, "--out", out, "--overwrite", *ONE_STEP[script], *more]
+        return ["--data", npz, "--out", out, "--overwrite", *ONE_STEP[script], *width, *more]
 
     return make
 
@@ -141,7 +142,7 @@ def test_training_that_does_harm_leaves_the_given_weights_the_best(npz, tmp_path
     harm = ["--weights", given, "--freeze", 0, "--muon-lr", "3", "--lr", "3", "--precision", "float32"]
     harm += ["--penultimate", "0"]
     assert "has the given weights" not in capsys.readouterr().out
-    tiny.run(script, "--data", npz, "--out", out, *ONE_STEP[script], *harm)
+    tiny.run(script, "--data", npz, "--out", out, *ONE_STEP[script], "--width", 4, *harm)
     assert f"{out}/best.pt has the given weights: nothing later did better" in capsys.readouterr().out
     best, given_state = checkpoints.read(out / "best.pt"), checkpoints.read(given)
     assert tiny.same(best["model"], given_state["model"]) and best["step"] == 0
@@ -157,7 +158,8 @@ def test_given_weights_are_validated_once(train, npz, tmp_path):
     """Also if the run is resumed before its first step."""
     train(train_classic)
     given, out = tmp_path / "train_classic" / "last.pt", tmp_path / "as given"
-    more = ["--data", npz, "--out", out, *ONE_STEP[train_classic], "--epochs", "0", "--weights", given]
+    more = ["--data", npz, "--out", out, *ONE_STEP[train_classic], "--width", 4]
+    more += ["--epochs", "0", "--weights", given]
     tiny.run(train_classic, *more)
     tiny.run(train_classic, *more, "--resume")
     with open(out / "log.csv", newline="") as file:

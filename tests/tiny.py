@@ -9,7 +9,8 @@ from PIL import Image
 
 import sources
 
-SMALL = "--split 75-25 --width 4 --device cpu --precision float32".split()
+USUAL = "--split 75-25 --device cpu --precision float32".split()
+SMALL = [*USUAL, "--width", "4"]
 CLASSIC = [*SMALL, *"--epochs 10 --batch-classes 4 --images-per-class 4".split()]
 REPTILE = [*SMALL, *"--iters 12 --way 3 --images-per-class 4 --inner-steps 3 --validate-every 6".split()]
 
