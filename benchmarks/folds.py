@@ -1,8 +1,8 @@
 """Class cross-validation: each class is unseen once. Trains and evaluates ten folds, one after the other.
 
-    python benchmarks/folds.py results/folds-classic.json train_classic.py --epochs 4 --compile
-    python benchmarks/folds.py results/folds-reptile.json train_reptile.py --iters 668 --compile
-    python benchmarks/folds.py --compare results/folds-classic.json results/folds-reptile.json
+    python benchmarks/folds.py results/classic.json train_classic.py --epochs 4 --rotate 0 --cutout 0 --compile
+    python benchmarks/folds.py results/reptile.json train_reptile.py --iters 668 --rotate 0 --cutout 0 --compile
+    python benchmarks/folds.py --compare results/classic.json results/reptile.json
 
 What comes after the script's name goes to it. A fold that is done is not repeated, one that was stopped goes on.
 Figures are of the last checkpoint: their mean over folds, and its 95 % interval, by Student's t over the folds. The
