@@ -167,6 +167,9 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     replaced = same and options.on == "test" and facts.get("trained_on_test")
     if replaced:
         loaded = data.without_seen_tests(loaded, seen, unseen)
+    if options.penultimate and "penultimate_mean" not in state and not seen:
+        why = "lacks the statistics of these features, and there are no images of seen classes to measure them on"
+        raise ValueError(f"--penultimate: {path} {why}; first add them with --store, on the data it was trained on")
     if not seen:  # nothing was trained on, so all images are for testing
         loaded = data.Data(loaded.name, loaded.train.of([]), loaded.train + loaded.test, names)
     kept, held_back = data.hold_back(loaded.train.of(seen))

@@ -246,12 +246,15 @@ def test_store(folder, tmp_path):
     assert checkpoints.read(path)["threshold"] == after["threshold"]
 
 
-def test_features_before_the_last_block_can_be_added_to_an_older_checkpoint(folder, tmp_path):
-    """Their statistics are measured on the training images, as at the end of a training, and stored."""
+def test_features_before_the_last_block_can_be_added_to_an_older_checkpoint(folder, tmp_path, refusal):
+    """Their statistics are measured on the training images, as at the end of a training, and stored. Never on the
+    images to be evaluated."""
     path, whole = tmp_path / "older.pt", checkpoints.read(folder / "run" / "best.pt")
     own = {name: tensor for name, tensor in whole["model"].items() if not name.startswith("penultimate")}
     network = {name: value for name, value in whole["network"].items() if name != "penultimate"}
     torch.save(whole | {"model": own, "network": network, "threshold": None}, path)
+    runs = write_runs(tmp_path / "runs.zip", np.load(folder / "tiny.npz"))
+    assert "lacks the statistics of these features" in refusal(evaluate, path, "--penultimate", "0.5", "--runs", runs)
     tiny.run(evaluate, path, "--penultimate", "0.5", "--store")
     net, saved = checkpoints.load(path)
     assert net.penultimate == whole["network"]["penultimate"] == 0.5 and saved["network"] == whole["network"]
