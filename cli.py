@@ -74,7 +74,7 @@ class NetworkOptions:
     pixel_mean: PixelStatistics = None  # channel means (0..1) that a state dict was trained with
     pixel_std: PixelStatistics = None  # its standard deviations; default: those of the training data
     mirror: bool = True  # outside training, average an image's and its mirror image's embedding, unless --no-flip
-    penultimate: Float = None  # outside training, append features before the last block, times this; classic: 0.5
+    penultimate: Float = None  # outside training, append features before the last block, times this: 0.5, Reptile 0.25
     turned: float = 0.0  # outside training, append the embeddings of turned (and mirrored) views, times this: slower
 
 

@@ -121,7 +121,7 @@ def check(options: Options) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     with cli.user_errors():
-        options = training.with_defaults(cli.parse(Options, __doc__, args), penultimate=0.0, lr=0.001, muon_lr=0.02)
+        options = training.with_defaults(cli.parse(Options, __doc__, args), penultimate=0.25, lr=0.001, muon_lr=0.02)
         check(options)
         device = training.prepare_process(options)
         if options.meta_batch % distributed.world():

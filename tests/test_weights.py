@@ -127,6 +127,7 @@ def test_a_run_starts_where_another_ended(train, tmp_path):
     first = tmp_path / "train_classic" / "last.pt"
     warm = train(train_reptile, "--weights", first, "--meta-step-size", "1e-30")
     assert warm["network"]["mean"] == classic["network"]["mean"] != [0, 0, 0]
+    assert warm["network"]["penultimate"] == 0.25 and classic["network"]["penultimate"] == 0.5
     assert warm["data"]["learned_before"] == [f"class {label}" for label in range(6)]
     for name, _ in model.build("resnet20", 4).named_parameters():
         assert torch.allclose(warm["model"][name], classic["model"][name], rtol=0, atol=1e-25), name
