@@ -13,7 +13,7 @@ settings=()
 run() { # name, images of a meta-iteration, what changes
   settings+=("${@:3}")
   local iters=$((images / $2))
-  python train_reptile.py --data "$data" --withhold 0.1 --width 16 --rotate 0 --cutout 0 \
+  python train_reptile.py --data "$data" --withhold 0.1 --width 16 --rotate 0 --cutout 0 --penultimate 0 \
     --iters $iters --validate-every $(((iters + 5) / 6)) --out "runs/ladder/$1" --overwrite "${settings[@]}"
 }
 
