@@ -158,6 +158,16 @@ def require(options: object, *names: str, least: float | None = None, most: floa
             raise ValueError(f"--{name.replace('_', '-')} must be {bound}, got {value}")
 
 
+def as_given(name: str, value: object) -> str:
+    """How one gives an option this value: "--lr 0.1", "--no-flip", or "no --minutes" for one to be left out."""
+    flag = f"--{name.replace('_', '-')}"
+    if value is None or value == ():
+        return f"no {flag}"
+    if isinstance(value, bool):
+        return flag if value else f"--no-{flag[2:]}"
+    return " ".join([flag, *map(str, value if isinstance(value, (tuple, list)) else [value])])
+
+
 def check_pixel_statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
     """Raise ValueError unless --pixel-mean and --pixel-std are both left out or both on the scale 0..1."""
     if (mean is None) != (std is None):

@@ -253,7 +253,7 @@ class Run:
         now = dataclasses.asdict(self.options)
         differing = [name for name in now if name not in free and saved["options"].get(name, now[name]) != now[name]]
         if differing:
-            was = ", ".join(f"--{name.replace('_', '-')} {saved['options'][name]}" for name in differing)
+            was = ", ".join(cli.as_given(name, saved["options"][name]) for name in differing)
             raise ValueError(f"{folder} was trained with other options; to resume it give {was}")
         if saved["data"].get("fingerprint") != self.train.facts["fingerprint"]:
             raise ValueError(f"{folder} was trained on other images, labels or classes than --data holds now")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cli
 import evaluate
 import export
 import predict
@@ -226,3 +227,18 @@ def test_too_few_validation_images_are_refused(capsys, tmp_path):
     arguments = ("--data", tmp_path / "few.npz", "--split", "75-25", "--withhold", "0.34", "--out", tmp_path / "run")
     status, _, errors = call(capsys, train_classic, *arguments)
     assert status == 2 and "validation classes need 2 training images or more" in errors and "class 5" in errors
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("batch_classes", 64, "--batch-classes 64"),
+        ("flip", True, "--flip"),
+        ("soft_margin", False, "--no-soft-margin"),
+        ("minutes", None, "no --minutes"),
+        ("teacher", (), "no --teacher"),
+        ("teacher", ("a.pt", "b.pt"), "--teacher a.pt b.pt"),
+    ],
+)
+def test_an_option_is_shown_as_one_gives_it(name, value, text):
+    assert cli.as_given(name, value) == text

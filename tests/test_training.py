@@ -115,6 +115,8 @@ def test_a_run_is_never_lost(train, tmp_path, capsys):
     for arguments, message in (
         (REPTILE, "holds a run"),
         ([*REPTILE, "--resume", "--lr", "0.5"], "other options; to resume it give --lr 0.001"),
+        ([*REPTILE, "--resume", "--no-flip"], "to resume it give --flip\n"),
+        ([*REPTILE, "--resume", "--minutes", "1"], "to resume it give no --minutes"),
     ):
         with pytest.raises(SystemExit) as stop:
             train(train_reptile, arguments, out)
