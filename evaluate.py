@@ -167,13 +167,10 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     replaced = same and options.on == "test" and facts.get("trained_on_test")
     if replaced:
         loaded = data.without_seen_tests(loaded, seen, unseen)
-    if options.penultimate and "penultimate_mean" not in state and not seen:
-        why = "lacks the statistics of these features, and there are no images of seen classes to measure them on"
-        raise ValueError(f"--penultimate: {path} {why}; first add them with --store, on the data it was trained on")
     if not seen:  # nothing was trained on, so all images are for testing
         loaded = data.Data(loaded.name, loaded.train.of([]), loaded.train + loaded.test, names)
     kept, held_back = data.hold_back(loaded.train.of(seen))
-    net = load_network(path, state, saved, backbone, options, kept if seen else loaded.test)
+    net = load_network(path, state, saved, backbone, options, kept, loaded.test)
     parts = own.get("mirror", False), own.get("turned", 0.0), own.get("penultimate", 0.0)
     as_trained = (net.mirror, net.turned, net.penultimate) == parts and net.size == own.get("size")
     shared = {*facts["classes"]} & {*names}
@@ -189,12 +186,20 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
 
 
 def load_network(
-    path: str, state: dict[str, Tensor], saved: dict, backbone: str, options: Options, images: data.Images
+    path: str,
+    state: dict[str, Tensor],
+    saved: dict,
+    backbone: str,
+    options: Options,
+    kept: data.Images,
+    test: data.Images,
 ) -> model.Embedder:
     """A network with the weights `state` of `path`, and the settings of the checkpoint `saved`, or BARE.
 
-    A bare state dict is normalised by the pixel statistics of `images`, unless there are others. Raises ValueError.
+    A bare state dict is normalised by the pixel statistics of the training images `kept`, or `test` if there are none,
+    unless there are others. Raises ValueError.
     """
+    images = kept if len(kept) else test
     settings = checkpoints.settings_of(saved)
     if options.pixel_mean is not None:
         settings |= {"mean": options.pixel_mean, "std": options.pixel_std}
@@ -211,7 +216,10 @@ def load_network(
     settings |= {name: value for name, value in given.items() if value is not None}
     net, ignored = checkpoints.build_with_weights(settings, state)
     if options.penultimate and "penultimate_mean" not in state:
-        net.centre(images)
+        if not len(kept):
+            why = "lacks the statistics of these features, and there are no images of seen classes to measure them on"
+            raise ValueError(f"--penultimate: {path} {why}; first add them with --store, on the data it was trained on")
+        net.centre(kept)
     if ignored:
         print(f"{path}: left out {', '.join(ignored)}")
     return net
