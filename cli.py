@@ -113,11 +113,13 @@ def parse(options: type[T], description: str, args: Sequence[str] | None = None)
     """The dataclass `options` from `args`, by default those of the command line.
 
     Where it inherits from other dataclasses, --help shows each of these as a group: DataOptions as "data options".
-    From here on the script can print any text: what the terminal's encoding lacks is escaped.
+    From here on the script can print any text, what the terminal's encoding lacks is escaped, and it ends without a
+    traceback when nobody reads what it prints any more, as in `| head`.
     """
+    sys.excepthook = unless_unread
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     groups = [base for base in options.__bases__ if dataclasses.is_dataclass(base)]
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
     if not groups:
@@ -133,6 +135,13 @@ def parse(options: type[T], description: str, args: Sequence[str] | None = None)
     return options(**{name: value for group in vars(found).values() for name, value in vars(group).items()})
 
 
+def unless_unread(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """As sys.excepthook: tell of an error, unless it is that standard output is a pipe without a reader."""
+    if not issubclass(kind, BrokenPipeError):
+        return sys.__excepthook__(kind, error, trace)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes the rest when it ends
+
+
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
     """Around set-up: a mistake the user can fix or a missing package ends the program with one message, status 2."""
@@ -141,6 +150,8 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        raise  # to `unless_unread`
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one of several processes reports it
             remedy = f"; pip install {error.name.split('.')[0]}" if isinstance(error, ModuleNotFoundError) else ""

@@ -389,7 +389,7 @@ def load_table(path: Path, data_root: Path, size: int, border: int) -> Data:
     if "test" not in classes and "val" in classes:
         classes["test"] = classes.pop("val")
     if "val" in classes and classes["train"].keys() & classes["test"].keys():
-        del classes["val"]
+        print(f"{path.stem}: left out {sum(map(len, classes.pop('val').values()))} validation images")
     return load_pictures(path.stem, classes, data_root, size, border)
 
 

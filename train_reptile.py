@@ -1,7 +1,7 @@
 """Reptile (Nichol et al. 2018, arXiv:1803.02999) with the triplet loss.
 
     python train_reptile.py --iters 10000                   # CIFAR-100, 90 seen and 10 unseen classes
-    python train_reptile.py --data glyphs --iters 300       # no download
+    python train_reptile.py --data glyphs --iters 300 --rotate 0 --cutout 0    # no download, minutes
 
 A task is a few of the seen classes, each upright or rotated. Its inner steps train the network on P x K batches of
 these classes, augmented and mined afresh at each step; the kept weights then move part of the way to the adapted ones.

@@ -335,6 +335,9 @@ class Run:
                 self.bar.write(f"{out}/best.pt has the given weights: {why}; {out}/last.pt has those of the end")
         except Stopped as error:
             self.end(f"stopped at step {self.step}: {error}", 1)
+        except BrokenPipeError:  # nobody reads what is printed
+            self.save(validated=True)
+            raise
         except OSError as error:
             out = self.options.out
             self.end(f"error: cannot write to {out} ({error}); --resume continues from its last checkpoint", 2)
@@ -471,13 +474,14 @@ class Run:
             if self.validation["auc"] > self.best["auc"]:
                 self.best = self.validation | {"step": self.step}
                 self.write("best.pt", self.inference_state())
-            when = f"step {self.step}" if self.step else "as given"
-            self.bar.write(f"{when}: held-back images {describe(row)}")
         self.rows.append({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})
         self.folder.write_row(self.rows[-1])
         if self.tensorboard is not None:
             for name in row.keys() - {"step", "images", "seconds"}:
                 self.tensorboard.add_scalar(name, row[name], row["step"])
+        if validate:
+            when = f"step {self.step}" if self.step else "as given"
+            self.bar.write(f"{when}: held-back images {describe(row)}")
 
 
 def git_commit() -> str:

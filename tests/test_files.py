@@ -72,6 +72,31 @@ def test_devices_pipes_and_links_are_written_to(trained, tmp_path):
         assert "threshold" in text and json.loads(text[text.index("\n{") :])["answers"][0]["answer"] == "same"
 
 
+@pytest.mark.parametrize(
+    "arguments", [["train_classic.py", "--help"], ["evaluate.py", "run/best.pt", "--data", "tiny.npz"]]
+)
+def test_output_that_nobody_reads_ends_a_script_quietly(trained, arguments):
+    end, pipe = os.pipe()
+    os.close(end)
+    command = [sys.executable, ROOT / arguments[0], *arguments[1:]]
+    done = subprocess.run(command, cwd=trained, stdout=pipe, stderr=subprocess.PIPE, text=True)
+    os.close(pipe)
+    assert done.returncode == 1 and "Error" not in done.stderr
+
+
+def test_a_training_whose_output_nobody_reads_is_saved(trained, tmp_path):
+    command = [sys.executable, ROOT / "train_classic.py", "--data", trained / "tiny.npz", "--out", tmp_path / "run"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*command, *tiny.CLASSIC, "--validate-every", "1"], **pipes) as process:
+        while "multiply-adds" not in process.stdout.readline():
+            pass
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 1 and "Error" not in errors and "cannot write" not in errors
+    saved = checkpoints.read(tmp_path / "run" / "last.pt")
+    assert saved["step"] == int(saved["training"]["log"][-1]["step"]) > 0
+
+
 def test_inputs_are_not_overwritten(trained, tmp_path, refusal):
     best = trained / "run" / "best.pt"
     before = best.read_bytes()

@@ -80,7 +80,7 @@ def test_a_table_names_pictures_and_their_classes(tmp_path):
     assert ours.train.same(theirs.train) and ours.test.same(theirs.test)
 
 
-def test_a_table_says_what_pictures_are_for(tmp_path):
+def test_a_table_says_what_pictures_are_for(tmp_path, capsys):
     rows = photographs(tmp_path / "photos", count=4)
     parts = ("Training", " test", "", "validation")
     made = table(
@@ -91,6 +91,7 @@ def test_a_table_says_what_pictures_are_for(tmp_path):
     assert (
         len(loaded.train) == 16 and len(loaded.test) == 8 and loaded.own_split is None
     )  # validation: of few-shot sets
+    assert capsys.readouterr().out == "a: left out 8 validation images\n"
     second = pictures.read(tmp_path / "photos" / "flower 0" / "01.jpg", 32)
     assert np.array_equal(loaded.test.images[0], second)
     seen = [(a, b, "train" if b.startswith("palace") else "val") for a, b in rows]
