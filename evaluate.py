@@ -180,6 +180,8 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     notes = [f"{len(of)} {text}: {textwrap.shorten(', '.join(of), 100)}" for text, of in texts.items() if of]
     if replaced:
         notes.append("seen classes are measured on held-back images: their test images were trained on")
+    if not (seen or ours or options.pixel_mean) and backbone in model.RESNETS:
+        notes.append("pixels are normalised by these images' statistics, for want of --pixel-mean and --pixel-std")
     calibrates = new and metrics.enough(held_back.labels)  # the threshold, on these images
     threshold = saved["threshold"] if as_trained and not calibrates else None
     return Loaded(path, net.to(device).eval(), loaded, seen, unseen, split, notes, saved, threshold)

@@ -413,6 +413,15 @@ def test_a_threshold_is_calibrated_on_enough_pictures_or_is_the_checkpoints(fold
         assert "has no threshold by --criterion" in message and "give --threshold a number" in message
 
 
+def test_a_report_says_when_pixel_statistics_are_those_of_its_images(folder, tmp_path):
+    torch.save(model.build("resnet20", 4).state_dict(), tmp_path / "bare.pt")
+    given = [tmp_path / "bare.pt", *BARE[:4], "--data", folder / "tiny.npz", "--threshold", 0.5]
+    statistics = ["--split", "0-100", "--pixel-mean", *[0.5] * 3, "--pixel-std", *[0.2] * 3]
+    for more, told in ((["--split", "0-100"], True), (["--split", "75-25"], False), (statistics, False)):
+        notes = evaluated(tmp_path, *given, *more)["notes"]
+        assert any("these images' statistics" in note for note in notes) == told
+
+
 def test_published_figures_stand_beside_cifar100_only(folder, tmp_path, capsys):
     path = with_classes(folder / "tiny.npz", tmp_path / "cifar100.npz", [f"class {label}" for label in range(12)])
     found = [evaluated(tmp_path, folder / "run" / "best.pt", "--data", each) for each in (path, folder / "tiny.npz")]
