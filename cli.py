@@ -255,8 +255,8 @@ def text_table(header: list[str], rows: list[list], decimals: int = 1) -> str:
 def writing(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path whose file replaces `path` at the end of the block unless there was an error.
 
-    A reader, or a crash, finds the old file or the new one, never half of one. Links are followed. What is no regular
-    file, such as a pipe or /dev/stdout, is written to.
+    A reader, or a crash, finds the old file or the new one, never half of one. Links are followed, and permissions
+    stay. What is no regular file, such as a pipe or /dev/stdout, is written to. Raises OSError.
     """
     path = Path(path)
     device = path.exists() and (not path.is_file() or str(path.absolute()).startswith(("/dev/", "/proc/")))
@@ -272,7 +272,11 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
             return
         with open(temporary, "r+b") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, temporary)
         os.replace(temporary, target)
+    except RuntimeError as error:  # PyTorch's writer, on a full disk
+        raise OSError(str(error).splitlines()[0]) from error
     finally:
         temporary.unlink(missing_ok=True)
         if device:
@@ -341,9 +345,8 @@ class RunFolder:
 
     def start(self, fields: Sequence[str], rows: list[dict]) -> None:
         """Make the folder, and log.csv with these rows. Raises ValueError or OSError."""
-        fresh = not self.folder.is_dir()
         self.place.mkdir(parents=True, exist_ok=True)
-        if fresh:
+        if self.handle is None:
             self.lock()
         self.fields = fields
         with writing(self.place / "log.csv") as path, open(path, "w", newline="") as file:

@@ -109,20 +109,25 @@ def pick_classes(
     """Labels of the seen and the unseen classes of a data set, and the split in words. Raises ValueError.
 
     Without a split, its own or those of a checkpoint with options `trained` and data `facts`; if classes came or went
-    since, what it was trained on is seen, by name, and all others unseen. Its validation classes are never seen.
+    since, or the split did, what it was trained on is seen, by name, and all others unseen. Its validation classes are
+    never seen.
     """
     names, usual = data.class_names, {"split": "own"} if data.own_split else trained
     known, validation = facts["classes"], {facts["classes"][label] for label in facts.get("validation", [])}
-    if split is None and split_seed is None and known and known != names:
-        learned = trained_classes(facts)
-        seen = [label for label, name in enumerate(names) if name in learned - validation]
-        unseen = [label for label, name in enumerate(names) if name not in learned | validation]
-        return seen, unseen, f"{len(seen)}-{len(unseen)} by the checkpoint's class names"
-    split = split or usual.get("split") or USUAL_SPLIT
-    split_seed = usual.get("split_seed") if split_seed is None else split_seed
-    seen, unseen = split_classes(names, split, split_seed, data.own_split)
-    seen = [label for label in seen if names[label] not in validation]
-    return seen, unseen, split if split_seed is None else f"{split}, seed {split_seed}"
+    by_name = bool(known) and split is None and split_seed is None
+    if not by_name or known == names:
+        split = split or usual.get("split") or USUAL_SPLIT
+        if split == "own" and not data.own_split:
+            split = USUAL_SPLIT
+        split_seed = usual.get("split_seed") if split_seed is None else split_seed
+        seen, unseen = split_classes(names, split, split_seed, data.own_split)
+        seen = [label for label in seen if names[label] not in validation]
+        if not by_name or seen == facts["seen"]:
+            return seen, unseen, split if split_seed is None else f"{split}, seed {split_seed}"
+    learned = {names[label] for label in facts["seen"]} if known == names else trained_classes(facts)
+    seen = [label for label, name in enumerate(names) if name in learned - validation]
+    unseen = [label for label, name in enumerate(names) if name not in learned | validation]
+    return seen, unseen, f"{len(seen)}-{len(unseen)} by the checkpoint's class names"
 
 
 def standard_classes(class_names: list[str], name: str, part: int) -> list[int]:
@@ -201,32 +206,30 @@ class Sampler:
     def __init__(self, labels: Tensor, generator: torch.Generator, tasks: torch.Generator | None = None):
         """`labels` (N,) on the CPU; `generator` makes the draws repeatable, those of classes, if given, `tasks`."""
         self.classes, self.counts = labels.unique(return_counts=True)
-        order = torch.argsort(labels, stable=True)
-        slots = torch.arange(int(self.counts.max()))
-        starts = self.counts.cumsum(0) - self.counts
-        self.table = order[(starts[:, None] + slots % self.counts[:, None])]  # (C, largest class), short rows repeat
-        self.taken = slots >= self.counts[:, None]  # (C, largest class): a repeat, not an image of its own
+        self.order, self.starts = torch.argsort(labels, stable=True), self.counts.cumsum(0) - self.counts
         self.generator, self.tasks = generator, tasks or generator
 
     def task(self, way: int) -> Tensor:
-        """`way` different classes (fewer if there are fewer), as rows of the sampler's table: (way,)."""
+        """`way` different classes (fewer if there are fewer), as places in `classes`: (way,)."""
         return torch.randperm(len(self.classes), generator=self.tasks)[:way]
 
-    def against(self, row: int, n: int) -> Tensor:
-        """Indices (n,) of images of other classes than that in `row` of the table, which must not be the only one."""
+    def against(self, place: int, n: int) -> Tensor:
+        """Indices (n,) of images of other classes than that at `place`, which must not be the only one."""
         others = torch.randint(len(self.classes) - 1, (n,), generator=self.generator)
-        return self.batch(others + (others >= row), 1)
+        return self.batch(others + (others >= place), 1)
 
-    def batch(self, rows: Tensor, per_class: int) -> Tensor:
-        """`per_class` images of each class in `rows`, as indices (len(rows) * per_class,), class after class.
+    def batch(self, places: Tensor, per_class: int) -> Tensor:
+        """`per_class` images of each of the classes at `places`, as indices (len(places) * per_class,), class after
+        class.
 
         Images of a class differ, unless the class is smaller than `per_class`.
         """
-        chance = torch.rand(len(rows), self.table.shape[1], generator=self.generator)
-        chance -= self.taken[rows].float()  # repeats come last
-        draw = chance.topk(min(per_class, self.table.shape[1])).indices
+        counts, largest = self.counts[places, None], int(self.counts.max())
+        chance = torch.rand(len(places), largest, generator=self.generator)
+        chance -= (torch.arange(largest) >= counts).float()  # repeats, of which a smaller class has some, come last
+        draw = chance.topk(min(per_class, largest)).indices
         draw = draw[:, torch.arange(per_class) % draw.shape[1]]
-        return self.table[rows].gather(1, draw).flatten()
+        return self.order[self.starts[places, None] + draw % counts].flatten()
 
 
 def augment(

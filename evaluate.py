@@ -477,28 +477,28 @@ def main(args: Sequence[str] | None = None) -> None:
         thresholds = [(None, {}) if options.runs else pick_thresholds(each, options) for each in loaded]
         if options.store:
             for each, (threshold, _) in zip(loaded, thresholds, strict=True):
-                measured = each.net.state_dict() | each.saved["model"]  # what the checkpoint lacks
-                stored = {"model": measured, "threshold": threshold, "network": each.net.settings}
+                measured = each.net.state_dict() if each.net.penultimate else {}  # what the checkpoint lacks
+                stored = {"model": measured | each.saved["model"], "threshold": threshold, "network": each.net.settings}
                 with cli.writing(each.path) as path:
                     torch.save(each.saved | stored, path)
-    evaluated: list[tuple[dict, dict[str, Side], list[str]]] = []
-    for each, (threshold, others) in zip(loaded, thresholds, strict=True):
-        made, sides = evaluate(each, threshold, others, options)
-        if evaluated:
-            first, first_sides, _ = evaluated[0]
-            compared = report.compare(sides, first_sides)
-            if compared:
-                made["compared_with"] = {"checkpoint": first["checkpoint"]} | compared
-            else:
-                made["notes"].append(f"not compared with {first['checkpoint']}: measured on other images")
-        evaluated.append((made, sides, each.data.class_names))
-    reports = [made for made, _, _ in evaluated]
-    if options.json:  # before anything that may fail
-        cli.write_json(options.json, reports if len(reports) > 1 else reports[0])
-    for made in reports:
-        report.show(made)
-    if options.report:
-        print(f"\nreport: {report.write(options.report, evaluated)}")
+        evaluated: list[tuple[dict, dict[str, Side], list[str]]] = []
+        for each, (threshold, others) in zip(loaded, thresholds, strict=True):
+            made, sides = evaluate(each, threshold, others, options)
+            if evaluated:
+                first, first_sides, _ = evaluated[0]
+                compared = report.compare(sides, first_sides)
+                if compared:
+                    made["compared_with"] = {"checkpoint": first["checkpoint"]} | compared
+                else:
+                    made["notes"].append(f"not compared with {first['checkpoint']}: measured on other images")
+            evaluated.append((made, sides, each.data.class_names))
+        reports = [made for made, _, _ in evaluated]
+        if options.json:  # before anything that may fail
+            cli.write_json(options.json, reports if len(reports) > 1 else reports[0])
+        for made in reports:
+            report.show(made)
+        if options.report:
+            print(f"\nreport: {report.write(options.report, evaluated)}")
 
 
 if __name__ == "__main__":

@@ -412,9 +412,14 @@ def classify(z: Tensor, images: Tensor, shot: int) -> Tensor:
     """
     rows = z[images]  # (E, way, shot + queries, D)
     support = F.normalize(rows[:, :, :shot].mean(2), dim=2)
-    part = max(1, CELLS // (support[..., 0].numel() * rows.shape[2]))  # classes whose queries are compared at once
-    found = [torch.einsum("ewqd,evd->ewqv", some, support).argmax(3) for some in rows[:, :, shot:].split(part, 1)]
-    return torch.cat(found, 1)
+    return most_similar(rows[:, :, shot:].flatten(1, 2), support)[1].unflatten(1, (images.shape[1], -1))
+
+
+def most_similar(queries: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest similarity of queries (E, Q, D) to means of classes (E, C, D), and whose it is: (E, Q) each."""
+    part = max(1, CELLS // means[..., 0].numel())  # queries of an episode that are compared at once
+    found = [torch.einsum("eqd,ecd->eqc", some, means).max(2) for some in queries.split(part, 1)]
+    return tuple(torch.cat(each, 1) for each in zip(*found, strict=True))
 
 
 def episode_accuracies(z: Tensor, labels: Tensor, way: int, shot: int, **settings: int) -> Tensor | None:
@@ -444,20 +449,22 @@ def open_set(
     for rows, images in draw_episodes(labels, way, shot, max(1, min(15, 300 // way)), episodes=400):
         support, queries = z[images].split([shot, images.shape[2] - shot], 2)
         means = F.normalize(support.mean(2), dim=2)
-        best, place = torch.einsum("ewqd,evd->ewqv", queries, means).max(3)
-        known.append(best.flatten(1))
-        right.append((place == truth).flatten(1))
+        best, place = most_similar(queries.flatten(1, 2), means)
+        known.append(best)
+        right.append((place.unflatten(1, (way, -1)) == truth).flatten(1))
         taken = torch.zeros(len(rows), int(max(labels.max(), labels_others.max())) + 1)
         taken = taken.scatter_(1, labels.unique()[rows], 1.0)[:, labels_others]
         count = min(known[-1].shape[1], int((1 - taken).sum(1).min()))
         if not count:
             return None
         drawn = (torch.rand(taken.shape, generator=generator) - taken).topk(count).indices
-        strange.append(torch.einsum("esd,evd->esv", z_others[drawn], means).amax(2))
-        similarity = torch.einsum("ewkd,evd->ewkv", support, means)
-        to_others = similarity.masked_fill(torch.eye(way, dtype=torch.bool)[:, None], -1).amax(3).flatten(1).numpy()
-        for similar, strangers in zip(to_others, strange[-1], strict=True):
-            factor = table.factor(similar, owners, way - 1, shot) if adapt and way > 1 else STRANGERS
+        strange.append(most_similar(z_others[drawn], means)[0])
+        factors = [STRANGERS] * len(rows)
+        if adapt and way > 1:
+            similarity = torch.einsum("ewkd,evd->ewkv", support, means)
+            to_others = similarity.masked_fill(torch.eye(way, dtype=torch.bool)[:, None], -1).amax(3).flatten(1)
+            factors = [table.factor(similar, owners, way - 1, shot) for similar in to_others.numpy()]
+        for factor, strangers in zip(factors, strange[-1], strict=True):
             thresholds = [table.threshold(share, factor * way, shot) for share in NAMED]
             named.append([float((strangers > threshold).double().mean()) for threshold in thresholds])
     if not known:

@@ -28,7 +28,7 @@ with suppress(ImportError):
 LISTED = 20  # pictures, folders or classes left out that are named one by one
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO", "QOI")
 OTHERS = """.txt .md .csv .tsv .json .jsonl .xml .html .yaml .yml .toml .ini .log .db .py .ipynb .pdf .zip .tar .gz .npy
-.npz .pkl .mat .pt .pth .h5 .mp4 .mov .avi .mp3 .wav .aae .xmp""".split()  # files that lie among pictures
+.npz .pkl .mat .pt .pth .h5 .pixels .mp4 .mov .avi .mp3 .wav .aae .xmp""".split()  # files that lie among pictures
 MAX_PIXELS = 80_000_000  # 320 MB as RGBA
 MAX_BYTES = 100_000_000  # of a picture in a zip file, unpacked
 LARGE_PIXELS = 8_000_000  # of pictures larger than this, one is decoded at a time
@@ -135,8 +135,9 @@ def find_classes(roots: dict[str, Folder]) -> dict[str, dict[str, list[File]]]:
 
 
 def listed(names: list[str], between: str = ", ") -> str:
-    """The first of these names, and how many more there are."""
-    return between.join(names[:LISTED] + ([f"and {len(names) - LISTED} more"] if len(names) > LISTED else []))
+    """The first of these names, and how many more there are. Characters that a terminal may obey are escaped."""
+    shown = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in name) for name in names[:LISTED]]
+    return between.join(shown + ([f"and {len(names) - LISTED} more"] if len(names) > LISTED else []))
 
 
 # ------------------------------------------------------------------------------------------------------ picture files
@@ -161,8 +162,7 @@ def read(picture: Any, size: int, border: int = 0) -> np.ndarray:
             known = "arrays (H, W, 3) or (H, W) and tensors (3, H, W) of uint8"
             raise ValueError(f"pictures are paths, PIL images, {known}, got {pixels.shape} of {pixels.dtype}")
         picture = Image.fromarray(np.ascontiguousarray(pixels))
-    square = centre_square(picture, size + 2 * border)
-    return np.array(square.crop((border, border, border + size, border + size))).transpose(2, 0, 1)
+    return centre(picture, size, border)
 
 
 def read_file(path: str | os.PathLike | zipfile.Path | bytes, size: int, border: int) -> np.ndarray:
@@ -182,7 +182,7 @@ def read_file(path: str | os.PathLike | zipfile.Path | bytes, size: int, border:
             with Image.open(file, formats=formats) as image:
                 large = image.width * image.height > LARGE_PIXELS
                 with LARGE if large else nullcontext():
-                    return read(image, size, border)
+                    return centre(image, size, border, file=True)
     except Image.UnidentifiedImageError as error:
         known = ", ".join(formats) + ("" if "HEIF" in formats else "; for HEIC: pip install pillow-heif, or convert it")
         raise ValueError(f"{name} is not a picture in a known format ({known})") from error
@@ -190,18 +190,21 @@ def read_file(path: str | os.PathLike | zipfile.Path | bytes, size: int, border:
         raise ValueError(f"{name} cannot be read: {error}") from error
 
 
-def centre_square(image: Image.Image, size: int) -> Image.Image:
-    """An opened file as an RGB image of size x size pixels. Raises errors of many kinds."""
+def centre(image: Image.Image, size: int, border: int, file: bool = False) -> np.ndarray:
+    """As `read`, of an image of PIL, perhaps an opened `file` that nobody else reads. Raises errors of many kinds."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
-    image.draft(None, (2 * size, 2 * size))  # JPEG decodes at 1/2, 1/4 or 1/8 of its size where that is enough
+    whole = size + 2 * border
+    if file:
+        image.draft(None, (2 * whole, 2 * whole))  # JPEG decodes at 1/2, 1/4 or 1/8 of its size where that is enough
     image = colours(ImageOps.exif_transpose(image))
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
-    image = image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    image = image.resize((whole, whole), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image = image.convert("RGB").crop((border, border, border + size, border + size))
+    return np.array(image).transpose(2, 0, 1)
 
 
 def colours(image: Image.Image) -> Image.Image:

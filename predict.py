@@ -179,6 +179,9 @@ def run_gallery(recogniser: oneshot.Recogniser, options: Options, threshold: flo
     with oneshot.Gallery(options.gallery or ":memory:", recogniser) as gallery:
         folder = options.support or options.add
         problems = enrol(gallery, folder) if folder else []
+        missing = [name for name in options.remove if not gallery.numbers_of(name)]
+        if missing:
+            raise ValueError(f"--remove: not enrolled in {gallery.path}: {listed(missing)}; nothing was removed")
         for name in options.remove:
             print(f"{gallery.path}: {name} removed, {gallery.remove(name)} pictures")
         if options.remove:

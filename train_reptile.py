@@ -71,7 +71,7 @@ def make_optimizers(options: Options, net: nn.Module) -> list[torch.optim.Optimi
 def adapt(
     run: training.Run, optimizers: list[torch.optim.Optimizer], task: Tensor, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """Train the network in place on a task, rows of the sampler's table; return mean loss and last embeddings."""
+    """Train the network in place on a task, places of the sampler's classes; return mean loss and last embeddings."""
     for optimizer in optimizers:
         optimizer.state.clear()
     sampler, domain = run.train.sampler, options.task == "domain"

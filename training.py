@@ -45,6 +45,10 @@ def check(options: cli.RunOptions) -> None:
     cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run, --overwrite replaces it; give one of them")
+    own = [Path(options.out, name).resolve() for name in cli.RunFolder.FILES if options.overwrite]
+    for path in filter(None, (options.weights, *getattr(options, "teacher", ()))):
+        if Path(path).resolve() in own:
+            raise ValueError(f"--overwrite would replace {path}, which the training needs; give another --out")
     if options.seed >= 2**63:
         raise ValueError(f"--seed must be below 2**63, got {options.seed}")
     if options.pretrained and ":" not in options.backbone:
@@ -336,19 +340,21 @@ class Run:
         except Stopped as error:
             self.end(f"stopped at step {self.step}: {error}", 1)
         except BrokenPipeError:  # nobody reads what is printed
-            self.save(validated=True)
+            if distributed.world() == 1:
+                self.save(validated=False)
             raise
         except OSError as error:
-            out = self.options.out
-            self.end(f"error: cannot write to {out} ({error}); --resume continues from its last checkpoint", 2)
+            saved = self.folder is not None and (self.folder.place / "last.pt").exists()
+            remedy = "--resume continues from its last checkpoint" if saved else "nothing of this run was saved"
+            self.end(f"error: cannot write to {self.options.out} ({error}); {remedy}", 2)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self.bar.close()
             if self.folder is not None:
                 self.folder.close()
             if self.tensorboard is not None:
                 self.tensorboard.close()
+            self.bar.close()
 
     def end(self, text: str, status: int) -> None:
         """End the program with this last message."""
@@ -460,10 +466,7 @@ class Run:
     def write(self, name: str, checkpoint: dict) -> None:
         """Save one of the run's checkpoints. Raises OSError."""
         with cli.writing(self.folder.place / name) as path:
-            try:
-                torch.save(checkpoint, path)
-            except RuntimeError as error:  # PyTorch's writer, on a full disk
-                raise OSError(str(error).splitlines()[0]) from error
+            torch.save(checkpoint, path)
 
     def log(self, row: dict, validate: bool) -> None:
         """Add a row to the log and, after a validation, its figures; write best.pt if they are the best so far."""

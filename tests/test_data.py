@@ -133,6 +133,12 @@ def test_a_data_set_can_have_a_split_of_its_own(tmp_path, monkeypatch, refusal):
     tiny.run(evaluate, "run/best.pt", "--json", "a.json")
     report = json.loads((tmp_path / "a.json").read_text())
     assert report["split"] == "own" and [row["label"] for row in report["per_class"]] == own["test"]
+    np.savez(tmp_path / "flat.npz", **arrays)  # the same classes, without that split
+    loaded = evaluate.load("run/best.pt", evaluate.Options((), data="flat.npz"), torch.device("cpu"))
+    assert (loaded.seen, loaded.unseen) == (own["train"], own["test"]) and "by the checkpoint's class" in loaded.split
+    tiny.run(train_classic, "--data", "flat.npz", "--out", "flat", *usual[2:], "--split", "80-20")
+    loaded = evaluate.load("flat/best.pt", evaluate.Options((), data="photos"), torch.device("cpu"))
+    assert (loaded.seen, loaded.unseen) == ([*range(7)], [7, 8])
     loaded = evaluate.load("run/best.pt", evaluate.Options(()), torch.device("cpu"))
     assert len(loaded.data.test.of(own["train"])) == 5 * 4 and len(loaded.data.test.of(own["test"])) == 2 * 24
     assert loaded.calibration is not None
@@ -211,6 +217,13 @@ def test_batches_have_p_classes_of_k_different_images():
     assert (by_class == by_class[:, :1]).all() and sorted(by_class[:, 0].tolist()) == [3, 5, 9]
     for row, images in zip(by_class[:, 0].tolist(), index.view(3, 4), strict=True):
         assert len(images.unique()) == {5: 4, 3: 4, 9: 2}[row]  # a class of 2 shows each image twice
+
+
+def test_a_large_class_beside_many_small_ones_takes_little_memory():
+    labels = torch.cat((torch.arange(100_000).repeat_interleave(2), torch.zeros(1_000_000, dtype=torch.int64)))
+    sampler = data.Sampler(labels, torch.Generator().manual_seed(0))  # a table of them would take 800 GB
+    index = sampler.batch(torch.tensor([0, 7]), 3)
+    assert labels[index].tolist() == [0] * 3 + [7] * 3 and len(index.unique()) == 5
 
 
 def test_every_image_is_drawn_equally_often():

@@ -21,6 +21,7 @@ import checkpoints
 import evaluate
 import metrics
 import model
+import oneshot
 import tiny
 
 REPORT = {"checkpoint", "commit", "data", "split", "threshold", "seen", "unseen", "per_class"}
@@ -289,6 +290,24 @@ def test_checkpoints_are_compared_on_the_same_images(folder, tmp_path, capsys):
     assert f"{untrained} minus {best}" in capsys.readouterr().out and f"{untrained} minus {best}" in page
     assert page.count('<a href="3/index.html">') == 1
     assert f"{untrained}: tiny, split 75-25" in (tmp_path / "page" / "2" / "index.html").read_text()
+
+
+def test_a_gallery_goes_with_a_checkpoint_whose_threshold_alone_is_new(folder, tmp_path):
+    path, whole = tmp_path / "older.pt", checkpoints.read(folder / "run" / "best.pt")
+    own = {name: tensor for name, tensor in whole["model"].items() if not name.startswith("penultimate")}
+    network = {name: value for name, value in whole["network"].items() if name != "penultimate"}
+    torch.save(whole | {"model": own, "network": network}, path)
+    before = oneshot.load(path).fingerprint
+    tiny.run(evaluate, path, "--criterion", "eer", "--store")
+    assert oneshot.load(path).fingerprint == before and checkpoints.read(path)["threshold"]["criterion"] == "eer"
+
+
+def test_ctrl_c_ends_an_evaluation_in_one_word(folder, monkeypatch, refusal):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metrics, "measure", interrupted)
+    assert refusal(evaluate, folder / "run" / "best.pt", status=130).endswith("interrupted\n")
 
 
 def test_json_is_written_before_anything_that_may_fail(folder, tmp_path, monkeypatch):

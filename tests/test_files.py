@@ -26,6 +26,8 @@ import pictures
 import predict
 import tiny
 import train_classic
+import train_reptile
+import training
 import triplet
 from tiny import CLASSIC
 
@@ -94,7 +96,36 @@ def test_a_training_whose_output_nobody_reads_is_saved(trained, tmp_path):
         errors = process.stderr.read()
     assert process.returncode == 1 and "Error" not in errors and "cannot write" not in errors
     saved = checkpoints.read(tmp_path / "run" / "last.pt")
-    assert saved["step"] == int(saved["training"]["log"][-1]["step"]) > 0
+    assert saved["step"] >= int(saved["training"]["log"][-1]["step"]) > 0
+
+
+def test_what_is_saved_when_the_progress_bar_breaks_is_validated(trained, tmp_path, monkeypatch):
+    def broken(bar, *_):
+        if bar.total == 12:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(training.tqdm, "update", broken)
+    with pytest.raises(BrokenPipeError):
+        tiny.run(train_reptile, "--data", trained / "tiny.npz", "--out", tmp_path / "run", *tiny.REPTILE)
+    saved = checkpoints.read(tmp_path / "run" / "last.pt")
+    assert saved["step"] == 1 and saved["threshold"] and saved["model"]["penultimate_mean"].any()
+    cli.RunFolder(tmp_path / "run", resume=True, overwrite=False).close()  # it is free
+
+
+def test_a_report_that_cannot_be_written_gives_one_message(trained, refusal):
+    message = refusal(evaluate, trained / "run" / "best.pt", "--json", "/dev/full")
+    assert message.startswith("error: [Errno 28]")
+
+
+def test_a_written_file_keeps_its_permissions_and_a_failure_is_an_oserror(tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_text("old")
+    path.chmod(0o600)
+    cli.write_json(path, [])
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text() == "[]\n"
+    with pytest.raises(OSError, match="unexpected pos"), cli.writing(path):
+        raise RuntimeError("[enforce fail] . unexpected pos 64 vs 0\nframe #0")
+    assert [each.name for each in tmp_path.iterdir()] == ["a.pt"] and path.read_text() == "[]\n"
 
 
 def test_inputs_are_not_overwritten(trained, tmp_path, refusal):

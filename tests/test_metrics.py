@@ -289,6 +289,16 @@ def test_few_shot_episodes():
     assert accuracy == pytest.approx(10, abs=0.7)
 
 
+def test_many_classes_are_compared_in_parts(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    queries, means = (normalize(torch.randn(3, n, 6, generator=generator), dim=2) for n in (41, 7))
+    similarity = queries @ means.mT
+    for cells in (metrics.CELLS, 100, 1):
+        monkeypatch.setattr(metrics, "CELLS", cells)
+        highest, place = metrics.most_similar(queries, means)
+        assert torch.allclose(highest, similarity.amax(2)) and torch.equal(place, similarity.argmax(2))
+
+
 def test_published_few_shot():
     z = torch.tensor([[1.0, 0], [0, 1], [0.9, 0.1], [0.1, 0.9], [1.0, 0.1]])
     labels = torch.tensor([7, 9, 7, 9, 9])

@@ -172,6 +172,14 @@ def test_a_cache_is_of_these_pictures(folder, on_disk, change):
     assert after.train.size == size
 
 
+def test_a_cache_among_the_pictures_is_none_of_them(tmp_path, on_disk, capsys):
+    photographs(tmp_path / "photos", count=6)
+    first, second = (sources.load(str(tmp_path), tmp_path, 32) for _ in range(2))
+    assert first.class_names == second.class_names and not any("cache" in name for name in second.class_names)
+    assert first.train.mapped.fingerprint == second.train.mapped.fingerprint
+    assert "no such picture" not in capsys.readouterr().err
+
+
 def test_a_damaged_cache_is_told_of(folder, on_disk):
     load(folder)
     (path,) = caches(folder)

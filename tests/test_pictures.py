@@ -39,6 +39,13 @@ def test_the_centre_square_is_scaled_with_antialiasing(tmp_path):
     assert (wide - high.mT).abs().max() <= 1
 
 
+def test_an_opened_picture_stays_as_it_is(tmp_path):
+    Image.effect_noise((640, 480), 50).convert("RGB").save(tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as image:
+        pixels = pictures.read(image, 32)
+        assert image.size == (640, 480) and np.array_equal(pictures.read(image, 32), pixels)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation(tmp_path, orientation):
     upright = np.zeros((32, 32, 3), np.uint8)
@@ -132,6 +139,10 @@ def test_other_files_are_refused(tmp_path):
             read(tmp_path / name, 32)
     with pytest.raises(ValueError, match="no such picture"):
         read(tmp_path / "missing.png", 32)
+
+
+def test_names_cannot_command_a_terminal():
+    assert pictures.listed(["猫", "a\x1b]0;b\x07", "it's C:\\x"]) == "猫, a\\x1b]0;b\\x07, it's C:\\x"
 
 
 def test_files_of_a_folder(tmp_path):

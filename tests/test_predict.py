@@ -126,6 +126,18 @@ def test_the_support_can_be_zipped_and_its_classes_nested(folder, tmp_path):
     assert found[0] == found[1] == found[2]
 
 
+def test_classes_are_removed_all_or_none(folder, tmp_path, capsys, refusal):
+    gallery = [folder / "best.pt", "--gallery", tmp_path / "a.gallery"]
+    tiny.run(predict, *gallery, "--add", folder / "support")
+    first, second, *_ = sorted(path.name for path in (folder / "support").iterdir() if path.is_dir())
+    before = (tmp_path / "a.gallery").read_bytes()
+    message = refusal(predict, *gallery, "--remove", first, "nosuch")
+    assert "not enrolled" in message and "nosuch; nothing was removed" in message and first not in message
+    assert (tmp_path / "a.gallery").read_bytes() == before
+    tiny.run(predict, *gallery, "--remove", first, second, "--list")
+    assert f"{second} removed" in capsys.readouterr().out
+
+
 def test_compare(folder, tmp_path, capsys):
     pictures = sorted((folder / "queries").iterdir())  # by class
     answers = []

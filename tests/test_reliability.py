@@ -179,6 +179,15 @@ def test_a_run_stopped_before_its_first_validation_replaces_all_of_another(tmp_p
     assert {path.name: path.read_text().strip() for path in tmp_path.iterdir()} == {"last.pt": "new", "log.csv": "step"}
 
 
+@pytest.mark.parametrize("option", ["--teacher", "--weights"])
+def test_a_run_does_not_replace_what_it_learns_from(train, npz, tmp_path, refusal, option):
+    out = train(train_classic, CLASSIC, tmp_path / "run", "--epochs", "1")
+    before = (out / "best.pt").read_bytes()
+    arguments = ["--data", npz, "--out", out, *CLASSIC, "--overwrite", option, out / ".." / "run" / "best.pt"]
+    assert "which the training needs; give another --out" in refusal(train_classic, *arguments)
+    assert (out / "best.pt").read_bytes() == before
+
+
 def test_other_data_is_not_resumed(train, npz, tmp_path, refusal):
     """Other pixels, labels, names of classes, one class more, other pixels of a validation class alone."""
     out = train(train_classic, [*CLASSIC, "--withhold", "0.34"], tmp_path / "run", "--epochs", "1")
@@ -216,6 +225,13 @@ def test_one_run_at_a_time_in_a_folder(train, tmp_path, refusal, npz):
     train(train_classic, CLASSIC, out, "--epochs", "1", "--resume")
 
 
+def test_one_run_at_a_time_in_a_new_folder(tmp_path):
+    first, second = (cli.RunFolder(tmp_path / "run", resume=False, overwrite=False) for _ in range(2))
+    first.start(["step"], [])
+    with pytest.raises(ValueError, match="another run is writing to"):
+        second.start(["step"], [])
+
+
 def test_temporaries_of_killed_runs_are_removed(tmp_path):
     play(tmp_path, "old", 2)
     gone = subprocess.Popen([sys.executable, "-c", ""])
@@ -248,6 +264,8 @@ def test_a_full_disk_ends_the_run_with_one_message(train, npz, tmp_path, monkeyp
     monkeypatch.setattr(cli.RunFolder, "write_row", full_log)
     arguments = ["--data", npz, "--out", tmp_path / "other", *REPTILE]
     errors = refusal(train_reptile, *arguments)
-    assert "cannot write to" in errors and "--resume" in errors
+    assert "cannot write to" in errors and "nothing of this run was saved" in errors
+    errors = refusal(train_reptile, *arguments[:2], "--out", out, *arguments[4:], "--overwrite")
+    assert "nothing of this run was saved" in errors
     monkeypatch.undo()
     assert checkpoints.read(out / "last.pt")["step"] == before
