@@ -102,15 +102,15 @@ def describe(net: Embedder, saved: dict, pixels: str) -> dict[str, str]:
     facts, threshold, size = saved["data"], saved["threshold"], net.size
     kept = ("value", "criterion", "false_accept", "false_reject", "calibrated_on")
     return {
-        **{"threshold" if name == "value" else name: str(threshold[name]) for name in kept},
+        **{"threshold" if name == "value" else name: str(threshold.get(name)) for name in kept},
         "logistic": json.dumps(threshold["logistic"]),
         "classes": json.dumps(facts["classes"]),
         "seen": json.dumps(facts["seen"]),
         "recogniser": json.dumps(checkpoints.recogniser_facts(net, saved)),
         "input": f"{pixels} RGB pixels 0..255, {size} x {size}",
         "preprocessing": PREPROCESSING.format(size + 2 * net.border, size),
-        "data": facts["name"],
-        "commit": str(saved["commit"]),
+        "data": str(facts.get("name")),
+        "commit": str(saved.get("commit")),
     }
 
 
@@ -121,6 +121,8 @@ def main(args: Sequence[str] | None = None) -> None:
         recogniser, size = PixelEmbedder(net).eval(), net.size
         out = Path(options.out or Path(options.checkpoint).with_suffix(SUFFIXES[options.format]))
         cli.check_output("--out", out, options.checkpoint, *([options.data] if options.data else []))
+        if out.suffix in {*SUFFIXES.values(), ".pt"} and out.suffix != SUFFIXES[options.format]:
+            raise ValueError(f"--out: {out} should end in {SUFFIXES[options.format]} for --format {options.format}")
         images = random_images(max(BATCHES), size)
         if options.data is not None:
             test = sources.load(options.data, options.data_root, size, net.border).test

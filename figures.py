@@ -350,7 +350,8 @@ def board(side: Side, episode: Tensor, answers: Tensor, names: list[str], most: 
 
 
 def of_hardest_pairs(side: Side, names: list[str], pairs: int = 8) -> Picture:
-    """Same-class pairs of the lowest similarity, different-class pairs of the highest; each image at most once."""
+    """Same-class pairs of the lowest similarity, different-class pairs of the highest; each image once at most in each
+    list."""
     chosen = spread(len(side.z), PAIR_IMAGES)
     labels, images = side.labels[chosen], side.images.pixels(chosen)
     similarity, same = side.z[chosen] @ side.z[chosen].T, labels[:, None] == labels
@@ -371,7 +372,7 @@ def of_hardest_pairs(side: Side, names: list[str], pairs: int = 8) -> Picture:
         body += f"<h3>{title}</h3><ul class=pairs>{items}</ul>"
     text = (
         "The pairs of unseen classes' test images that the network gets most wrong, with their similarity; each image "
-        "once."
+        "once in a list."
     )
     return Picture("Hardest pairs", text, body=body)
 

@@ -224,11 +224,13 @@ def load(cache_dir: Path) -> Arrays:
 
 def sheet(path: tyro.conf.Positional[Path]) -> None:
     """Draw one picture of each class, ten in a row, to a PNG file."""
+    with cli.user_errors():
+        cli.check_output("PATH", path)
     images = generate(classes(), train=1, test=0).train_images.repeat(2, axis=1).repeat(2, axis=2)
     tiles = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     side = tiles.shape[1]
     rows = tiles.reshape(-1, 10, side, side, 3).swapaxes(1, 2).reshape(-1, 10 * side, 3)
-    matplotlib.image.imsave(path, np.ascontiguousarray(rows))
+    matplotlib.image.imsave(path, np.ascontiguousarray(rows), format="png")
 
 
 if __name__ == "__main__":

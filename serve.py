@@ -124,7 +124,7 @@ class Server(ThreadingHTTPServer):
         return {"embedding": self.recogniser.embed(body)[0].tolist()}
 
     def compare(self, body: bytes, *, first: str) -> dict:
-        length = number(first, 1, MOST_BYTES)
+        length = number(first, 0, MOST_BYTES)
         return dataclasses.asdict(self.recogniser.compare(body[:length], body[length:]))
 
     def recognise(self, body: bytes, *, top: str = "5", threshold: str = "") -> dict:
@@ -142,6 +142,8 @@ class Server(ThreadingHTTPServer):
         return {"name": name, "added": added, "pictures": len(self.enrolled.numbers_of(name))}
 
     def remove(self, body: bytes, *, name: str) -> dict:
+        if not self.enrolled.numbers_of(name):  # perhaps it was enrolled here
+            name = unicodedata.normalize("NFC", name).strip()
         found = {"removed": self.enrolled.remove(name)}
         self.enrolled.calibrate()
         return found

@@ -130,7 +130,7 @@ def mine(
     find = resolve if torch.compiler.is_compiling() else resolve_once
     settings, codes = find(distance, mining, False, 0.0, 1.0, "none", impl)
     native = check(embeddings, labels, others, impl)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
         if native:
             return Mined(*torch.ops.oneshot.triplet_forward(*op_arguments(embeddings, labels, others, codes))[2:])
         return Mined(*mined_rows(*prepare(embeddings, labels, others, settings), settings))
@@ -502,6 +502,7 @@ def native_loss(embeddings: Tensor, labels: Tensor, others: Others, codes: Codes
     # computed with the loss, gradients cost less, but they wait for the backward pass in memory of the batch's size
     at_once = embeddings.is_cpu and REDUCTIONS[codes[-1]] != "none" and not torch.compiler.is_compiling()
     at_once = at_once and (MININGS[codes[1]] == "all" or embeddings.numel() <= 2**20)
+    at_once = at_once and embeddings.dtype != torch.float16  # which needs the scale of the loss, or digits are lost
     return Native.apply(embeddings, far, labels, far_labels, codes, at_once)
 
 

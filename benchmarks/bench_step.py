@@ -113,6 +113,12 @@ def reptile_step(train: data.TrainingData, device: torch.device) -> tuple[Callab
     return iteration, lambda: [bare() for _ in range(options.inner_steps)]
 
 
+def wait(device: torch.device) -> None:
+    """Until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def main() -> None:
     options = cli.parse(Options, __doc__)
     device = training.prepare_process(cli.RunOptions(device=options.device))
@@ -128,8 +134,10 @@ def main() -> None:
     while time.perf_counter() - started < options.seconds:
         for name, pair in pairs.items():
             for step, taken in zip(pair, times[name], strict=True):
+                wait(device)
                 began = time.perf_counter()
                 step()
+                wait(device)
                 taken.append(1e3 * (time.perf_counter() - began))
     report = {}
     for name, (whole, bare) in times.items():

@@ -57,7 +57,10 @@ def main() -> None:
     axes.set(xlabel=NAMES[options.against], ylabel=f"{options.metric.replace('_', ' ')}, %")
     axes.grid(True, alpha=0.3)
     figure.legend(frameon=False, loc="outside lower center", ncols=2)
-    figure.savefig(options.out, dpi=130)
+    try:
+        figure.savefig(options.out, dpi=130)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -269,6 +269,8 @@ def test_a_wrong_export_is_not_written(folder, monkeypatch, tmp_path, refusal):
     ("arguments", "message"),
     [
         (["{folder}/best.pt", "--out", "/no/such/model.onnx"], "--out: no such folder"),
+        (["{folder}/best.pt", "--format", "torch", "--out", "{folder}/a.onnx"], "a.onnx should end in .pt2"),
+        (["{folder}/best.pt", "--format", "onnx", "--out", "{folder}/a.pt"], "a.pt should end in .onnx"),
         (["{folder}/best.pt", "--data", "{big}"], "the images of --data are of 24 pixels, the checkpoint's of 16"),
         (["{folder}/best.pt", "--data", "{wide}"], "train_images must be square, got 12 x 16 pixels"),
         (["{folder}/best.pt", "--data", "nowhere.npz"], "no such file: nowhere.npz"),

@@ -127,6 +127,7 @@ def test_endpoints(folder, recogniser, server):
     status, jpeg, headers = call(server, "GET", f"/thumbnail/{found['classes'][0]['pictures'][0]}")
     assert Image.open(io.BytesIO(jpeg)).size == (16, 16) and headers["Content-Type"] == "image/jpeg"
     assert headers["X-Content-Type-Options"] == "nosniff" and "default-src 'none'" in headers["Content-Security-Policy"]
+    assert "this file is not a picture" in call(server, "POST", "/compare?first=0", first)[1]["error"]
     assert call(server, "POST", "/remove?name=class%209")[1] == {"removed": 4}
     assert server.enrolled.names() == {"class 10": 4, "class 11": 4}
     for name in ("class 10", "class 11"):
@@ -428,6 +429,42 @@ def page(tmp_path):
 
 def text(page, selector):
     return page.value(f"document.querySelector({json.dumps(selector)}).innerText")
+
+
+@pytest.mark.slow
+@needs_browser
+def test_the_page_shows_no_answer_that_came_too_late(folder, start, page):
+    """The slower of two comparisons, of two clicks on "Show more", and rates that cannot be had."""
+    server = start()
+    for number in range(150):
+        server.enrolled.enrol(f"class {number:03}", np.full((16, 16, 3), number, np.uint8))
+    page.window(1200, "light", 3000)
+    page.open(server.address)
+    page.wait("document.querySelectorAll('#list > li').length === 100")
+    late = (
+        "ask = async (...a) => { const found = await real(...a); await new Promise(r => setTimeout(r, waits.shift()));"
+    )
+    page.value(f"real = ask, waits = [700, 0], {late} return found; }}; $('more').click(); $('more').click(); 0")
+    page.wait("!waits.length && document.querySelectorAll('#list > li').length === 150")
+    page.value("waits = [0, 0, 0]; enrol('class 149', [], 'list-status'); 0")
+    page.wait("waits.length === 2")
+    assert page.value("new Promise(r => setTimeout(() => r(gallery.classes.length), 300))") == 150
+    assert page.value("new Set([...document.querySelectorAll('#list h3')].map(each => each.innerText)).size") == 150
+
+    one, two, three = pictures(folder, part="queries")[:3]
+    page.value("waits = [700, 0]; 0")
+    page.choose(".pair label:nth-child(1) input", one)
+    page.choose(".pair label:nth-child(2) input", two)
+    page.choose(".pair label:nth-child(2) input", three)
+    expected = server.recogniser.compare(one, three)
+    page.wait(f"!waits.length && $('compare-status').textContent.includes('{expected.similarity:.3f}')")
+    page.value("new Promise(r => setTimeout(r, 1000)).then(() => 0)")
+    assert f"{expected.similarity:.3f}" in text(page, "#compare-status")
+
+    page.value("ask = async () => { throw Error('busy'); }; $('threshold').focus(); 0")
+    page.press("End", 35)
+    page.wait("$('strangers').textContent === 'busy'")
+    assert text(page, "#own") == "" and not page.value("$('default').disabled")
 
 
 @pytest.mark.slow

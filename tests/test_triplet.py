@@ -292,6 +292,30 @@ def test_autocast_computes_in_float32(impl, device, mining, kind):
     assert torch.equal(plain, cast)
 
 
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("mining", ["hard", "semihard"])
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+def test_autocast_mines_the_same_rows(impl, device, mining, kind):
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.arange(256, device=device) // 4
+    plain = mine(x, labels, mining=mining, distance=kind, impl=impl)
+    with torch.autocast(device, torch.bfloat16):
+        cast = mine(x, labels, mining=mining, distance=kind, impl=impl)
+    assert all(map(torch.equal, plain, cast))
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+def test_scaled_losses_keep_the_digits_of_float16(impl, device):
+    """Unscaled, most gradients of a large batch are too small for this type."""
+    x = 5 * torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    labels, found = torch.arange(512, device=device) // 4, []
+    for dtype in (torch.float16, torch.float32):
+        leaf = x.half().to(device, dtype).requires_grad_()
+        (65536 * triplet_loss(leaf, labels, mining="all", soft_margin=True, impl=impl)).backward()
+        found.append(leaf.grad.float())
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-3
+
+
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("mining", MININGS)
 def test_compiles_to_one_graph(impl, device, mining):
