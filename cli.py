@@ -74,8 +74,8 @@ class NetworkOptions:
     pixel_mean: PixelStatistics = None  # channel means (0..1) that a state dict was trained with
     pixel_std: PixelStatistics = None  # its standard deviations; default: those of the training data
     mirror: bool = True  # outside training, average an image's and its mirror image's embedding, unless --no-flip
-    penultimate: Float = None  # outside training, append features before the last block, times this: 0.5, Reptile 0.25
-    turned: float = 0.0  # outside training, append the embeddings of turned (and mirrored) views, times this: slower
+    penultimate: Float = None  # outside training, append features before the last block, times this; 0.5, Reptile 0.25
+    turned: Float = None  # outside training, append embeddings of turned (and mirrored) views, times this: slower; 0
 
 
 @dataclass(frozen=True)
@@ -314,12 +314,20 @@ class RunFolder:
         if self.folder.is_dir():
             self.lock()
             self.clean_up()
-        holds = [name for name in ("last.pt", "best.pt") if (self.folder / name).exists()]
+        if self.check(folder, resume, overwrite) and not resume:
+            self.place = self.new
+
+    @staticmethod
+    def check(folder: str | os.PathLike, resume: bool, overwrite: bool) -> bool:
+        """Does the folder hold a run? Raises ValueError if it does and should not, or is none."""
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--out: {folder} is not a folder")
+        holds = any((folder / name).exists() for name in ("last.pt", "best.pt"))
         if holds and not (resume or overwrite):
             ways = "--resume continues it, --overwrite replaces it, --out goes elsewhere"
-            raise ValueError(f"{self.folder} holds a run: {ways}")
-        if holds and not resume:
-            self.place = self.new
+            raise ValueError(f"{folder} holds a run: {ways}")
+        return holds
 
     def lock(self) -> None:
         """Keep other processes out until this one ends. Raises ValueError if another run is in the folder."""

@@ -56,6 +56,8 @@ def split_classes(
     "cifar-fs", "fc100": the test classes are unseen, the training classes seen; the validation classes are neither, so
     that a recipe can be chosen on them. "cifar-fs+val", "fc100+val": they are seen too, as in final runs.
     """
+    if split_seed is not None and not 0 <= split_seed < 2**63:
+        raise ValueError(f"--split-seed must be 0 or more and below 2**63, got {split_seed}")
     if own is not None and not split.startswith("0-"):
         if split != "own" or split_seed is not None:
             raise ValueError("the data set has seen and unseen classes of its own; leave --split and --split-seed out")
@@ -117,7 +119,7 @@ def pick_classes(
     by_name = bool(known) and split is None and split_seed is None
     if not by_name or known == names:
         split = split or usual.get("split") or USUAL_SPLIT
-        if split == "own" and not data.own_split:
+        if by_name and split == "own" and not data.own_split:
             split = USUAL_SPLIT
         split_seed = usual.get("split_seed") if split_seed is None else split_seed
         seen, unseen = split_classes(names, split, split_seed, data.own_split)

@@ -155,12 +155,14 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     if leaked:
         why = f"{path} was trained on classes that --split {split} calls unseen ({', '.join(leaked[:5])})"
         raise ValueError(f"{why}; leave --split and --split-seed out")
-    if options.adapt_published and (loaded.own_split or not seen):
-        why = "takes negatives from seen classes, and needs training images of the unseen classes"
+    if options.adapt_published and (loaded.own_split or not seen or not unseen):
+        why = "takes negatives from seen classes, and needs training images of unseen classes"
         raise ValueError(f"--adapt-published {why}; this data set or split has none")
     if options.on == "validation":
-        if not facts.get("validation") or names != facts["classes"]:
-            raise ValueError(f"--on validation: {path} has no validation classes here; train with --withhold 0.1")
+        if not facts.get("validation"):
+            raise ValueError(f"--on validation: {path} has no validation classes; train with --withhold 0.1")
+        if names != facts["classes"]:
+            raise ValueError(f"--on validation: {path} was trained on other classes than {source} has now")
         seen, unseen, split = facts["seen"], facts["validation"], f"{split}, validation classes"
         loaded = data.for_choosing(loaded, seen, unseen)
     same = seen and loaded.name == facts.get("name")
@@ -178,11 +180,14 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     new = [names[label] for label in seen if ours and names[label] not in learned]
     texts = {"of the checkpoint's classes are missing here": missing, "of the seen classes were not trained on": new}
     notes = [f"{len(of)} {text}: {textwrap.shorten(', '.join(of), 100)}" for text, of in texts.items() if of]
+    if options.on == "validation":
+        notes.append("seen: held-back images, which the threshold is calibrated on; unseen: the validation classes")
     if replaced:
         notes.append("seen classes are measured on held-back images: their test images were trained on")
     if not (seen or ours or options.pixel_mean) and backbone in model.RESNETS:
         notes.append("pixels are normalised by these images' statistics, for want of --pixel-mean and --pixel-std")
-    calibrates = new and metrics.enough(held_back.labels)  # the threshold, on these images
+    foreign = (saved["threshold"] or {}).get("data", loaded.name) != loaded.name
+    calibrates = (new or foreign) and metrics.enough(held_back.labels)  # the threshold, on these images
     threshold = saved["threshold"] if as_trained and not calibrates else None
     return Loaded(path, net.to(device).eval(), loaded, seen, unseen, split, notes, saved, threshold)
 
@@ -221,6 +226,8 @@ def load_network(
         if not len(kept):
             why = "lacks the statistics of these features, and there are no images of seen classes to measure them on"
             raise ValueError(f"--penultimate: {path} {why}; first add them with --store, on the data it was trained on")
+        net.centre(kept)
+    if isinstance(net, model.LibraryNetwork) and "mean_embedding" not in state and len(kept):
         net.centre(kept)
     if ignored:
         print(f"{path}: left out {', '.join(ignored)}")
@@ -477,6 +484,8 @@ def main(args: Sequence[str] | None = None) -> None:
         thresholds = [(None, {}) if options.runs else pick_thresholds(each, options) for each in loaded]
         if options.store:
             for each, (threshold, _) in zip(loaded, thresholds, strict=True):
+                if each.calibration is None and each.data.name != each.saved["data"].get("name"):
+                    threshold["data"] = each.data.name  # it is not that of the training
                 measured = each.net.state_dict() if each.net.penultimate else {}  # what the checkpoint lacks
                 stored = {"model": measured | each.saved["model"], "threshold": threshold, "network": each.net.settings}
                 with cli.writing(each.path) as path:

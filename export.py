@@ -121,7 +121,7 @@ def main(args: Sequence[str] | None = None) -> None:
         recogniser, size = PixelEmbedder(net).eval(), net.size
         out = Path(options.out or Path(options.checkpoint).with_suffix(SUFFIXES[options.format]))
         cli.check_output("--out", out, options.checkpoint, *([options.data] if options.data else []))
-        if out.suffix in {*SUFFIXES.values(), ".pt"} and out.suffix != SUFFIXES[options.format]:
+        if out.suffix != SUFFIXES[options.format] and (out.is_file() or not out.exists()):
             raise ValueError(f"--out: {out} should end in {SUFFIXES[options.format]} for --format {options.format}")
         images = random_images(max(BATCHES), size)
         if options.data is not None:

@@ -496,6 +496,8 @@ class Gallery(contextlib.AbstractContextManager):
     ) -> list[Answer]:
         """An answer for each picture, with the `top` most similar classes. It has a name if the highest similarity is
         above `threshold`, by default `threshold(false_accept)`. Raises ValueError."""
+        if top < 1:
+            raise ValueError(f"top must be at least 1, got {top}")
         threshold = self.threshold(false_accept) if threshold is None else threshold
         return self.answer(self.recogniser.embed(some), top, threshold)
 
@@ -585,7 +587,9 @@ def identity(picture: Any) -> tuple[str, bytes]:
         content = content.convert("RGBA")
     if hasattr(content, "cpu"):
         content = content.cpu()
-    content = content if isinstance(content, bytes) else np.asarray(content).tobytes()
+    if not isinstance(content, bytes):
+        pixels = np.asarray(content)
+        content = f"{pixels.shape} ".encode() + pixels.tobytes()
     return os.path.realpath(str(picture)) if is_file else "", hashlib.sha256(content).digest()
 
 

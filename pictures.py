@@ -194,6 +194,8 @@ def centre(image: Image.Image, size: int, border: int, file: bool = False) -> np
     """As `read`, of an image of PIL, perhaps an opened `file` that nobody else reads. Raises errors of many kinds."""
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels are more than the {MAX_PIXELS:,} allowed")
+    if not min(image.size):
+        raise ValueError(f"a picture of {image.width} x {image.height} pixels shows nothing")
     whole = size + 2 * border
     if file:
         image.draft(None, (2 * whole, 2 * whole))  # JPEG decodes at 1/2, 1/4 or 1/8 of its size where that is enough

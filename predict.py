@@ -61,6 +61,8 @@ def check(options: Options) -> None:
     if not (options.compare or options.support and options.query or options.gallery and (options.query or changes)):
         use = "give --support FOLDER and --query PICTURES, or --compare A B"
         raise ValueError(f"{use}; or --gallery FILE with --add, --remove, --list or --query")
+    if options.gallery and not (options.add or Path(options.gallery).exists()):
+        raise ValueError(f"no such gallery: {options.gallery}; --add FOLDER makes it")
     cli.require(options, "top", least=1)
     cli.require(options, "false_accept", most=1)
     if (options.csv or options.json) and not (options.query or options.compare):
@@ -89,11 +91,11 @@ def enrol(gallery: oneshot.Gallery, folder: str) -> list[str]:
     changes = gallery.synchronise(folder)
     if changes.added + changes.removed:
         gallery.calibrate()
-    if changes.empty:
-        raise ValueError("\n".join([f"no picture can be read of class {listed(changes.empty)}:", *changes.errors]))
     if gallery.path != ":memory:":
         done = f"{changes.added} pictures added, {changes.removed} removed, {changes.kept} kept"
         print(f"{gallery.path}: {done}; {len(gallery.names())} classes")
+    if changes.empty:
+        raise ValueError("\n".join([f"no picture can be read of class {listed(changes.empty)}:", *changes.errors]))
     return changes.errors
 
 
@@ -181,7 +183,8 @@ def run_gallery(recogniser: oneshot.Recogniser, options: Options, threshold: flo
         problems = enrol(gallery, folder) if folder else []
         missing = [name for name in options.remove if not gallery.numbers_of(name)]
         if missing:
-            raise ValueError(f"--remove: not enrolled in {gallery.path}: {listed(missing)}; nothing was removed")
+            none = " and no class ".join(map(repr, missing))
+            raise ValueError(f"no class {none} is enrolled in {gallery.path}; nothing was removed")
         for name in options.remove:
             print(f"{gallery.path}: {name} removed, {gallery.remove(name)} pictures")
         if options.remove:

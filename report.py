@@ -190,7 +190,8 @@ def comparison_table(report: dict) -> Table:
             low, high = found["ci95"] or (-torch.inf, torch.inf)
             interval = f"{low:+.1f}..{high:+.1f}" if found["ci95"] else ""
             verdict = "" if low <= 0 <= high else "differs"
-            rows.append([f"{side} {figure.replace('_', ' ')}", f"{found['difference']:+.1f}", interval, verdict])
+            text = few_shot_row(report, figure)[0] if figure in FEW_SHOT else figure.replace("_", " ")
+            rows.append([f"{side} {text}", f"{found['difference']:+.1f}", interval, verdict])
     title = (
         f"{report['checkpoint']} minus {other}, on the same images and episodes; intervals are by resampling classes "
         "or runs, for few-shot accuracy of the draw of episodes only"

@@ -180,8 +180,8 @@ def check(options: Options) -> None:
         cli.require(options, "backbone_lr")
         if options.optimizer == "muon":
             raise ValueError("--backbone-lr is for --optimizer sgd or adam")
-    if not (options.triplet_weight or options.softmax_weight or options.teacher):
-        raise ValueError("--triplet-weight and --softmax-weight are both 0: there is nothing to learn from")
+    if not (options.triplet_weight or options.softmax_weight or options.teacher and options.teacher_weight):
+        raise ValueError("the weights of all losses are 0: there is nothing to learn from")
     training.check(options)
 
 

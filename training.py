@@ -24,7 +24,7 @@ import data
 import distributed
 import metrics
 import model
-from sources import has_files
+from sources import has_files, listed
 
 Options = TypeVar("Options")
 FEW = 1000  # training images; from fewer, training from scratch does not pay (docs/recipe.md)
@@ -45,6 +45,7 @@ def check(options: cli.RunOptions) -> None:
     cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run, --overwrite replaces it; give one of them")
+    cli.RunFolder.check(options.out, options.resume, options.overwrite)
     own = [Path(options.out, name).resolve() for name in cli.RunFolder.FILES if options.overwrite]
     for path in filter(None, (options.weights, *getattr(options, "teacher", ()))):
         if Path(path).resolve() in own:
@@ -62,24 +63,30 @@ def check(options: cli.RunOptions) -> None:
 
 
 def with_defaults(options: Options, penultimate: float = 0.0, **usual: float) -> Options:
-    """The options with defaults for image size, augmentation, `width`, `freeze`, `penultimate` and the learning rates.
+    """The options with defaults for image size, augmentation, the parts of the embedding, `width`, `freeze` and the
+    learning rates.
 
     `penultimate` is for `model.ResNet`; `usual` are the learning rates where no weights are given: given ones move at a
     tenth of these, and the first three stages of --weights not at all, or a few pictures make a network forget what it
-    knew of other classes. Photographs are picture files of PHOTOGRAPH pixels or more. Raises ValueError.
+    knew of other classes. Image size and parts of the embedding are those of a checkpoint in --weights. Photographs are
+    picture files of PHOTOGRAPH pixels or more. Raises ValueError or OSError.
     """
     for option in ("width", "penultimate"):
         if getattr(options, option) and ":" in options.backbone:
             raise ValueError(f"--{option} is for resnet12, resnet20 and their like, not for {options.backbone}")
+    saved = checkpoints.read(options.weights) if options.weights else {}
+    own = checkpoints.settings_of(saved) if checkpoints.is_ours(saved) else None
     files = has_files(options.data)
-    size = model.image_size(options.backbone, files, options.image_size)
+    size = model.image_size(options.backbone, files, options.image_size, own.get("size") if own and files else None)
     if files and size >= PHOTOGRAPH:
         found = {"crop": 0.25, "jitter": 0.3, "cutout": 0.0, "rotate": 0.0}
     else:
         found = {"crop": 0.0, "jitter": 0.0, "cutout": 0.375, "rotate": 0.25}
     share = 0.1 if options.weights or options.pretrained else 1.0
     found |= {"image_size": size, "width": 32, "freeze": 3 if options.weights else 0}
-    found |= {"penultimate": penultimate if options.backbone in model.RESNETS else 0.0}
+    found |= {"turned": 0.0, "penultimate": penultimate if options.backbone in model.RESNETS else 0.0}
+    if own is not None:
+        found |= {name: own.get(name, 0.0) for name in ("turned", "penultimate")}
     found |= {name: share * rate for name, rate in usual.items()}
     return dataclasses.replace(options, **{n: value for n, value in found.items() if getattr(options, n) is None})
 
@@ -173,8 +180,10 @@ def note_learned(path: str, saved: dict, train: data.TrainingData) -> None:
     a validation class."""
     facts, learned = train.facts, checkpoints.trained_classes(saved["data"])
     for kind, remedy in {"unseen": "--split", "validation": "--split and --withhold"}.items():
-        if learned & {facts["classes"][label] for label in facts[kind]}:
-            raise ValueError(f"{path} was trained on {kind} classes; give the {remedy} that it was trained with")
+        leaked = [name for name in (facts["classes"][label] for label in facts[kind]) if name in learned]
+        if leaked:
+            why = f"{path} was trained on {kind} classes ({listed(leaked)})"
+            raise ValueError(f"{why}; give the {remedy} that it was trained with, or --split 100-0, which has none")
     facts["learned_before"] = sorted(learned | {*facts.get("learned_before", [])})
 
 
@@ -253,7 +262,7 @@ class Run:
         folder = self.options.out
         if not isinstance(saved.get("training"), dict):
             raise ValueError(f"{folder}/last.pt holds no training state to resume")
-        free = {"resume", "overwrite", "device", "out", "data_root", "log_dir"}
+        free = {"resume", "overwrite", "device", "out", "data", "data_root", "log_dir"}
         now = dataclasses.asdict(self.options)
         differing = [name for name in now if name not in free and saved["options"].get(name, now[name]) != now[name]]
         if differing:

@@ -120,6 +120,9 @@ def test_recipes_are_chosen_without_test_images_and_unseen_classes(folder, tmp_p
     for arguments, message in (
         ([folder / "run" / "best.pt", "--on", "validation"], "train with --withhold 0.1"),
         ([out / "last.pt", "--on", "validation", "--adapt-published"], "--adapt-published trains on the images"),
+        ([out / "last.pt", "--split", "own"], "split must be"),
+        ([out / "last.pt", "--split", "75-25", "--split-seed", 2**63], "--split-seed must be 0 or more and below"),
+        ([out / "last.pt", "--split", "100-0", "--adapt-published"], "needs training images of unseen classes"),
     ):
         assert message in refusal(evaluate, *arguments)
 
@@ -245,6 +248,19 @@ def test_store(folder, tmp_path):
     torch.save(after | {"threshold": older}, path)
     tiny.run(evaluate, path, "--criterion", "far:0.02", "--store")
     assert checkpoints.read(path)["threshold"] == after["threshold"]
+
+
+def test_a_threshold_of_other_data_is_not_taken_for_that_of_the_training(folder, tmp_path):
+    path, other = tmp_path / "best.pt", tiny.write_npz(tmp_path / "other.npz", classes=12, train=24, test=8)
+    path.write_bytes((folder / "run" / "best.pt").read_bytes())
+    before = stored(path)
+    arrays = dict(np.load(other))
+    np.savez(other, **arrays | {"train_images": 255 - arrays["train_images"]})
+    tiny.run(evaluate, path, "--data", other, "--store")
+    assert stored(path)["data"] == "other" and stored(path)["value"] != before["value"]
+    assert evaluated(tmp_path, path)["threshold"]["value"] == pytest.approx(before["value"], abs=1e-6)
+    tiny.run(evaluate, path, "--store")
+    assert "data" not in stored(path)
 
 
 def test_features_before_the_last_block_can_be_added_to_an_older_checkpoint(folder, tmp_path, refusal):

@@ -391,6 +391,16 @@ def test_the_table_of_strangers_holds_on_other_classes(shots, classes):
         assert (np.concatenate(best) > threshold).mean() == pytest.approx(rate, rel=0.3)
 
 
+def test_arrays_of_other_shapes_are_other_pictures_and_empty_ones_none(recogniser):
+    with oneshot.Gallery(":memory:", recogniser) as gallery:
+        blank = np.full((20, 30, 3), 7, np.uint8)
+        assert [gallery.enrol("blank", each) for each in (blank, blank.reshape(30, 20, 3), blank)] == [1, 1, 0]
+        with pytest.raises(ValueError, match="a picture of 30 x 0 pixels shows nothing"):
+            gallery.enrol("blank", blank[10:5])
+        with pytest.raises(ValueError, match="top must be at least 1"):
+            gallery.recognise(blank, top=0)
+
+
 def test_the_table_of_strangers_is_the_formula():
     """Three classes of one row each: of a row, a share 0, 1/2 or 1 of the others is more similar than a threshold."""
     angles = torch.tensor([0.0, 0.3, 1.4])

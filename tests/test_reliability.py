@@ -188,6 +188,19 @@ def test_a_run_does_not_replace_what_it_learns_from(train, npz, tmp_path, refusa
     assert (out / "best.pt").read_bytes() == before
 
 
+def test_a_run_goes_on_when_its_data_are_elsewhere_and_is_checked_before_data_are_read(train, npz, tmp_path, refusal):
+    out = train(train_classic, CLASSIC, tmp_path / "run", "--epochs", "1")
+    moved = tmp_path / "moved" / "tiny.npz"
+    moved.parent.mkdir()
+    moved.write_bytes(Path(npz).read_bytes())
+    tiny.run(train_classic, "--data", moved, "--out", out, *CLASSIC, "--epochs", "1", "--resume")
+    (tmp_path / "file").write_text("")
+    for place, message in ((out, "holds a run"), (tmp_path / "file", "file is not a folder")):
+        assert message in refusal(train_classic, "--data", "nowhere.npz", "--out", place, *CLASSIC)
+    nothing = ["--triplet-weight", 0, "--softmax-weight", 0, "--teacher", out / "best.pt", "--teacher-weight", 0]
+    assert "there is nothing to learn from" in refusal(train_classic, "--data", npz, "--out", tmp_path / "x", *nothing)
+
+
 def test_other_data_is_not_resumed(train, npz, tmp_path, refusal):
     """Other pixels, labels, names of classes, one class more, other pixels of a validation class alone."""
     out = train(train_classic, [*CLASSIC, "--withhold", "0.34"], tmp_path / "run", "--epochs", "1")

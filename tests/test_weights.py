@@ -155,6 +155,16 @@ def test_training_that_does_harm_leaves_the_given_weights_the_best(npz, tmp_path
     assert rows[0]["step"] == "0" and float(rows[0]["auc"]) > float(rows[-1]["auc"])
 
 
+def test_given_weights_keep_the_parts_of_their_embedding(npz, tmp_path):
+    usual = ["--data", npz, *ONE_STEP[train_classic], "--width", 4]
+    tiny.run(train_classic, *usual, "--out", tmp_path / "first", "--turned", 0.5, "--penultimate", 0.25)
+    for name, more in (("same", []), ("other", ["--turned", 0])):
+        given = ["--weights", tmp_path / "first" / "last.pt", "--epochs", 0, "--out", tmp_path / name]
+        tiny.run(train_classic, *usual, *given, *more)
+        network = checkpoints.read(tmp_path / name / "best.pt")["network"]
+        assert (network["turned"], network["penultimate"]) == (0.0 if more else 0.5, 0.25)
+
+
 def test_given_weights_are_validated_once(train, npz, tmp_path):
     """Also if the run is resumed before its first step."""
     train(train_classic)
