@@ -251,12 +251,11 @@ def test_store(folder, tmp_path):
 
 
 def test_a_threshold_of_other_data_is_not_taken_for_that_of_the_training(folder, tmp_path):
-    path, other = tmp_path / "best.pt", tiny.write_npz(tmp_path / "other.npz", classes=12, train=24, test=8)
+    path = tmp_path / "best.pt"
     path.write_bytes((folder / "run" / "best.pt").read_bytes())
     before = stored(path)
-    arrays = dict(np.load(other))
-    np.savez(other, **arrays | {"train_images": 255 - arrays["train_images"]})
-    tiny.run(evaluate, path, "--data", other, "--store")
+    other = with_classes(folder / "tiny.npz", tmp_path / "other.npz", [f"new {label}" for label in range(12)])
+    tiny.run(evaluate, path, "--data", other, "--split", "75-25", "--store")
     assert stored(path)["data"] == "other" and stored(path)["value"] != before["value"]
     assert evaluated(tmp_path, path)["threshold"]["value"] == pytest.approx(before["value"], abs=1e-6)
     tiny.run(evaluate, path, "--store")
