@@ -142,7 +142,7 @@ def test_a_data_set_can_have_a_split_of_its_own(tmp_path, monkeypatch, refusal):
     loaded = evaluate.load("run/best.pt", evaluate.Options(()), torch.device("cpu"))
     assert len(loaded.data.test.of(own["train"])) == 5 * 4 and len(loaded.data.test.of(own["test"])) == 2 * 24
     assert loaded.calibration is not None
-    assert "needs training images of the unseen classes" in refusal(evaluate, "run/best.pt", "--adapt-published")
+    assert "needs training images of unseen classes" in refusal(evaluate, "run/best.pt", "--adapt-published")
     tiny.run(evaluate, "run/best.pt", "--on", "validation", "--json", "a.json")
     report = json.loads((tmp_path / "a.json").read_text())
     assert [row["label"] for row in report["per_class"]] == own["val"]
