@@ -155,6 +155,11 @@ def test_training_that_does_harm_leaves_the_given_weights_the_best(npz, tmp_path
     assert rows[0]["step"] == "0" and float(rows[0]["auc"]) > float(rows[-1]["auc"])
 
 
+def test_a_bare_state_dict_of_a_library_is_centred_in_evaluation(published, npz):
+    options = evaluate.Options((), backbone="torchvision:resnet18", data=npz, image_size=32, split="75-25")
+    assert evaluate.load(str(published[0]), options, torch.device("cpu")).net.mean_embedding.any()
+
+
 def test_given_weights_keep_the_parts_of_their_embedding(npz, tmp_path):
     usual = ["--data", npz, *ONE_STEP[train_classic], "--width", 4]
     tiny.run(train_classic, *usual, "--out", tmp_path / "first", "--turned", 0.5, "--penultimate", 0.25)
