@@ -75,7 +75,7 @@ class NetworkOptions:
     pixel_std: PixelStatistics = None  # its standard deviations; default: those of the training data
     mirror: bool = True  # outside training, average an image's and its mirror image's embedding, unless --no-flip
     penultimate: Float = None  # outside training, append features before the last block, times this; 0.5, Reptile 0.25
-    turned: Float = None  # outside training, append embeddings of turned (and mirrored) views, times this: slower; 0
+    turned: Float = None  # outside training, append embeddings of turned (and mirrored) views, times this, slower; 0
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def writing(path: str | os.PathLike) -> Iterator[Path]:
             shutil.copymode(target, temporary)
         os.replace(temporary, target)
     except RuntimeError as error:  # PyTorch's writer, on a full disk
-        raise OSError(str(error).splitlines()[0]) from error
+        raise OSError(str(error).partition("\n")[0]) from error
     finally:
         temporary.unlink(missing_ok=True)
         if device:

@@ -209,6 +209,7 @@ class Sampler:
         """`labels` (N,) on the CPU; `generator` makes the draws repeatable, those of classes, if given, `tasks`."""
         self.classes, self.counts = labels.unique(return_counts=True)
         self.order, self.starts = torch.argsort(labels, stable=True), self.counts.cumsum(0) - self.counts
+        self.largest = int(self.counts.max())
         self.generator, self.tasks = generator, tasks or generator
 
     def task(self, way: int) -> Tensor:
@@ -221,15 +222,14 @@ class Sampler:
         return self.batch(others + (others >= place), 1)
 
     def batch(self, places: Tensor, per_class: int) -> Tensor:
-        """`per_class` images of each of the classes at `places`, as indices (len(places) * per_class,), class after
-        class.
+        """`per_class` images of each class at `places`, as indices (len(places) * per_class,), class after class.
 
         Images of a class differ, unless the class is smaller than `per_class`.
         """
-        counts, largest = self.counts[places, None], int(self.counts.max())
-        chance = torch.rand(len(places), largest, generator=self.generator)
-        chance -= (torch.arange(largest) >= counts).float()  # repeats, of which a smaller class has some, come last
-        draw = chance.topk(min(per_class, largest)).indices
+        counts = self.counts[places, None]
+        chance = torch.rand(len(places), self.largest, generator=self.generator)
+        chance -= (torch.arange(self.largest) >= counts).float()  # repeats of a smaller class's images come last
+        draw = chance.topk(min(per_class, self.largest)).indices
         draw = draw[:, torch.arange(per_class) % draw.shape[1]]
         return self.order[self.starts[places, None] + draw % counts].flatten()
 

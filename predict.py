@@ -185,7 +185,7 @@ def run_gallery(recogniser: oneshot.Recogniser, options: Options, threshold: flo
         if missing:
             none = " and no class ".join(map(repr, missing))
             raise ValueError(f"no class {none} is enrolled in {gallery.path}; nothing was removed")
-        for name in options.remove:
+        for name in dict.fromkeys(options.remove):
             print(f"{gallery.path}: {name} removed, {gallery.remove(name)} pictures")
         if options.remove:
             gallery.calibrate()

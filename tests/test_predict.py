@@ -134,7 +134,7 @@ def test_classes_are_removed_all_or_none(folder, tmp_path, capsys, refusal):
     message = refusal(predict, *gallery, "--remove", first, "nosuch")
     assert f"no class 'nosuch' is enrolled in {tmp_path / 'a.gallery'}; nothing was removed" in message
     assert (tmp_path / "a.gallery").read_bytes() == before
-    tiny.run(predict, *gallery, "--remove", first, second, "--list")
+    tiny.run(predict, *gallery, "--remove", first, second, first, "--list")
     assert f"{second} removed" in capsys.readouterr().out
 
 
