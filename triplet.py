@@ -72,7 +72,8 @@ def triplet_loss(
         margin: by how much the negative must be farther than the positive, in units of the distance.
         distance: "cosine" is 1 - cos, in 0..2, with norms clamped at 1e-12: a zero row has distance 1 to all rows and
             gradient 0. "euclidean" and "sqeuclidean" are those of the rows as they are; where the distance is 0, so is
-            its gradient. Squares underflow: distances below about 1e-22 (float64: 1e-161) cost as much as 0.
+            its gradient. Squares underflow: distances below about 1e-22 (float64: 1e-161) may cost as much as 0. And
+            they overflow: from about 1e19 (float64: 1e154) on, the loss may be NaN or infinite.
         mining: "hard": each anchor with its farthest positive and nearest negative (Hermans et al. 2017,
             arXiv:1703.07737, eq. 5). "semihard": with its farthest positive and the nearest negative strictly farther
             than that, or the farthest negative if none is (after Schroff et al. 2015, arXiv:1503.03832, sec. 3.2).
@@ -94,12 +95,13 @@ def triplet_loss(
 
         An anchor without a positive or without a negative takes no part. If none takes part, the loss is 0 and so are
         its gradients. If any embedding is not finite, the loss is NaN and so are all gradients; nothing waits for the
-        GPU to find out. The same input gives the same bits again, for the same number of threads.
+        GPU to find out. The same call gives the same bits again, for the same number of threads.
 
         Mined rows do not depend on the implementation. What is farther, nearer or a tie is decided on |a - b|^2, for
         cosine on cos |cos|, in float64 and a fixed order of summation (`decisive_order`). So rows of integers are mined
         as in integer arithmetic, as long as sums of squares stay below 2^53, for cosine below 2^26. Not so by plain
-        PyTorch on a GPU or compiled: there the last digits of float64 products decide.
+        PyTorch on a GPU, compiled, vmapped, or where float32 products are set to be less exact: there the last digits
+        of float64 products decide. Nor for float64 rows beyond 1e-140..1e140.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, type, device or value; the message says what came.
@@ -170,6 +172,9 @@ def check(embeddings: Tensor, labels: Tensor, others: Others, impl: str) -> bool
     """Raise for wrong tensors; return whether the native op is to be used."""
     check_rows("embeddings", embeddings, "labels", labels)
     if others is not None:
+        if not isinstance(others, (tuple, list)) or len(others) != 2:
+            got = f"{len(others)} of them" if isinstance(others, (tuple, list)) else type(others).__name__
+            raise TypeError(f"others must be a pair, (embeddings, labels), got {got}")
         check_rows("others[0]", others[0], "others[1]", others[1])
         if others[0].shape[1] != embeddings.shape[1] or others[0].dtype != embeddings.dtype:
             raise ValueError(
@@ -294,7 +299,7 @@ def mined_rows(
     `decisive_order` tells; on a GPU, and where shapes may not depend on values, all is in float64 instead.
     """
     rows, cosine = len(positives), settings.distance == "cosine"
-    exact = x.device.type != "cpu" or torch.compiler.is_compiling() or torch.get_float32_matmul_precision() != "highest"
+    exact = x.device.type != "cpu" or torch.compiler.is_compiling() or is_rounded_more()
     exact = exact or torch._C._functorch.peek_interpreter_stack() is not None
     order, slack = order_in_float64(given, rows, cosine) if exact else order_and_slack(x, rows, cosine)
 
@@ -307,7 +312,7 @@ def mined_rows(
         anchor, row = (low < high[:, None]).nonzero(as_tuple=True)
         if len(anchor) > (high < torch.inf).count_nonzero():  # several that may be it
             several = anchor.bincount(minlength=rows)[anchor] > 1
-            key = torch.zeros(len(anchor), dtype=torch.float64)
+            key = given.new_zeros(len(anchor), dtype=torch.float64)
             key[several] = sign * decisive_order(given, anchor[several], row[several], cosine)
             tied = key == key.new_full((rows,), torch.inf).scatter_reduce(0, anchor, key, "amin")[anchor]
             anchor, row = anchor[tied], row[tied]
@@ -332,6 +337,14 @@ def mined_rows(
         negative = nearest(negatives, 1)
     takes_part = (positive >= 0) & (negative >= 0)
     return torch.where(takes_part, positive, -1), torch.where(takes_part, negative, -1)
+
+
+def is_rounded_more() -> bool:
+    """May matrix products of float32 be less exact than those of float32 numbers?"""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # it is set by backend, as with torch.backends.mkldnn.matmul.fp32_precision
+        return True
 
 
 def order_and_slack(x: Tensor, rows: int, cosine: bool) -> tuple[Tensor, Tensor]:
@@ -415,7 +428,8 @@ def losses_of_all(x: Tensor, positives: Tensor, negatives: Tensor, settings: Set
         losses = torch.where(negatives[anchor], cost(gap, settings), 0)
         return losses.sum(1), (losses > 0).sum(1)
 
-    if torch.compiler.is_compiling():  # no shapes that depend on data
+    vmapped = torch._C._functorch.is_batchedtensor(positives)
+    if torch.compiler.is_compiling() or vmapped:  # no shapes that depend on data
         gap = distances[:, :, None] - distances[:, None, :]
         losses = torch.where(positives[:, :, None] & negatives[:, None, :], cost(gap, settings), 0)
         summed, count = losses.sum((1, 2)), (losses > 0).sum((1, 2))
@@ -513,9 +527,10 @@ class Native(torch.autograd.Function):
     def forward(ctx, embeddings, far, labels, far_labels, codes, at_once):
         others = None if far is None else (far, far_labels)
         arguments = op_arguments(embeddings, labels, others, codes, ctx.needs_input_grad[1])
-        ctx.anchors, ctx.options, ctx.gradient = len(embeddings), arguments[2:], None
+        ctx.anchors, ctx.options, ctx.at_once = len(embeddings), arguments[2:], at_once
         if at_once:
-            loss, ctx.gradient = torch.ops.oneshot.triplet_loss_and_gradient.default(*arguments)
+            loss, gradient = torch.ops.oneshot.triplet_loss_and_gradient.default(*arguments)
+            ctx.save_for_backward(gradient)
         else:
             forward, ctx.op = two_ops(embeddings)
             loss, *found = forward(*arguments)
@@ -526,10 +541,8 @@ class Native(torch.autograd.Function):
     def backward(ctx, grad):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("the native triplet loss can be differentiated only once; use impl='torch' for more")
-        if ctx.gradient is not None:
-            gradient = ctx.gradient * grad
-        else:
-            gradient = ctx.op(grad, *ctx.saved_tensors, *ctx.options)
+        saved = ctx.saved_tensors
+        gradient = saved[0] * grad if ctx.at_once else ctx.op(grad, *saved, *ctx.options)
         if not ctx.needs_input_grad[1]:
             return gradient, None, None, None, None, None
         return *gradient.split((ctx.anchors, len(gradient) - ctx.anchors)), None, None, None, None

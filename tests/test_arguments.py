@@ -36,6 +36,9 @@ def test_wrong_arguments_say_what_came(impl, device):
         (ValueError, "got 2 and", lambda: triplet_loss(x, labels, others=(x[:, :2], labels), impl=impl)),
         (ValueError, "torch.float64", lambda: triplet_loss(x, labels, others=(x.double(), labels), impl=impl)),
         (ValueError, r"others\[1\] must be \(4,\)", lambda: triplet_loss(x, labels, others=(x, labels[:2]), impl=impl)),
+        (TypeError, r"others must be a pair.*got 1 of them", lambda: triplet_loss(x, labels, others=(x,), impl=impl)),
+        (TypeError, "got 3 of them", lambda: triplet_loss(x, labels, others=(x, labels, labels), impl=impl)),
+        (TypeError, "others must be a pair.*got Tensor", lambda: triplet_loss(x, labels, others=x, impl=impl)),
         (ValueError, "one triplet for each anchor", lambda: mine(x, labels, mining="all", impl=impl)),
     ):
         with pytest.raises(error, match=message):

@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import weakref
 from itertools import product
 from pathlib import Path
 
@@ -108,6 +109,20 @@ def test_gradients_at_once_are_those_of_the_backward_op(kind, mining):
         results.append((loss.detach(), *torch.autograd.grad(loss * -3, leaves)))
     for a, b in zip(*results, strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mining", ["hard", "all"])
+def test_a_loss_that_is_kept_holds_no_gradient(mining):
+    """After the backward pass, as in a list of losses to be logged; a second one needs retain_graph."""
+    x, labels, _ = batch(40)
+    loss = triplet_loss(x.requires_grad_(), labels, mining=mining, impl="native")
+    loss.backward(retain_graph=True)
+    (held,) = loss.grad_fn.saved_tensors
+    held = weakref.ref(held)
+    loss.backward()
+    assert held() is None
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])  # two autograd functions

@@ -394,6 +394,69 @@ def test_gradients_of_close_rows(impl, device, kind, rows, reduction):
     assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("kind", ["euclidean", "sqeuclidean"])
+@pytest.mark.parametrize("far", [1e5, 1e8, 1e30])
+@pytest.mark.parametrize("soft", [False, True])
+def test_a_row_far_away_takes_no_digits_from_the_others(impl, device, kind, far, soft):
+    if kind == "sqeuclidean" and far > 1e18:
+        return  # its squares overflow
+    x = torch.cat((torch.randn(40, 7, generator=torch.Generator().manual_seed(0)), torch.full((1, 7), far)))
+    labels, found = torch.cat((torch.arange(40) // 4, torch.tensor([99]))), []
+    for rows, by in ((x.double(), "torch"), (x.to(device), impl)):
+        leaf, settings = rows.requires_grad_(), {"distance": kind, "mining": "all", "soft_margin": soft}
+        loss = triplet_loss(leaf, labels.to(rows.device), 1.0, reduction="sum", impl=by, **settings)
+        found.append((loss.detach().double().cpu(), torch.autograd.grad(loss, leaf)[0].double().cpu()))
+    (expected, gradients), (loss, own) = found
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert (own - gradients).abs().max() < 2e-5 * gradients.abs().max()
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("soft", [False, True])
+def test_squares_that_overflow_are_never_a_perfect_loss(impl, device, mining, soft):
+    x = torch.tensor([[0.0, 0], [3e19, 0], [0, 1e19], [0, 2e19]], device=device)
+    labels = torch.tensor([0, 0, 1, 1], device=device)
+    loss = triplet_loss(x, labels, distance="sqeuclidean", mining=mining, soft_margin=soft, impl=impl)
+    assert not loss.isfinite()
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("kind", ["euclidean", "sqeuclidean"])
+@pytest.mark.parametrize("size", [1e-20, 1e-30, 1e-39])
+def test_gradients_of_tiny_rows_are_finite(impl, device, kind, size):
+    x = size * torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    leaf = x.to(device).requires_grad_()
+    loss = triplet_loss(leaf, torch.arange(12, device=device) // 3, distance=kind, mining="all", impl=impl)
+    assert loss.item() == pytest.approx(0.3) and torch.autograd.grad(loss, leaf)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("mining", MININGS)
+def test_precision_may_be_set_for_one_backend(mining):
+    """PyTorch then refuses to say what holds for all."""
+    x, labels, _ = batch(30, dtype=torch.float32)
+    expected = triplet_loss(x, labels, mining=mining, impl="torch")
+    rows = None if mining == "all" else mine(x, labels, mining=mining, impl="torch")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert torch.equal(triplet_loss(x, labels, mining=mining, impl="torch"), expected)
+        assert rows is None or all(map(torch.equal, rows, mine(x, labels, mining=mining, impl="torch")))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("mining", MININGS)
+def test_labels_can_be_mapped_over(mining):
+    x, labels, _ = batch(20)
+    stacked = torch.stack((x, x)), torch.stack((labels, labels.flip(0)))
+    found = torch.func.vmap(lambda e, names: triplet_loss(e, names, mining=mining))(*stacked)
+    assert torch.allclose(
+        found, torch.stack([triplet_loss(*each, mining=mining) for each in zip(*stacked, strict=True)])
+    )
+
+
 @pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("mining", MININGS)
 def test_on_a_device_without_float64(monkeypatch, kind, mining):
