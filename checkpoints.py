@@ -20,6 +20,7 @@ if __package__:  # installed by pip, in the package oneshot
 else:
     from model import Embedder, build
 
+CALIBRATION = {"value", "false_accept", "false_reject", "calibrated_on", "logistic"}
 OPTIONAL = ("num_batches_tracked", "mean_embedding", "penultimate_mean", "penultimate_std")  # a state dict may lack
 
 
@@ -100,8 +101,10 @@ def check_structure(saved: dict, path: str | os.PathLike) -> None:
         if not numbers([settings.get(name, 0.0) for name in ("turned", "penultimate")], 2, 0, 1):
             wrong.append("weights of the embedding's parts")
     if threshold is not None:
-        value = threshold.get("value") if isinstance(threshold, dict) else None
-        if not numbers([value], 1, -1, 1) or not numbers(threshold.get("logistic", [0, 0]), 2, -math.inf, math.inf):
+        known = isinstance(threshold, dict) and isinstance(threshold.get("calibrated_on", ""), str)
+        known = known and numbers([threshold.get(name, 0.0) for name in ("false_accept", "false_reject")], 2, 0, 100)
+        known = known and numbers(threshold.get("logistic", [0, 0]), 2, -math.inf, math.inf)
+        if not (known and numbers([threshold.get("value")], 1, -1, 1)):
             wrong.append("threshold")
         elif not is_table(threshold.get("strangers", {})):
             wrong.append("table of strangers")
@@ -196,7 +199,7 @@ def load(path: str | os.PathLike) -> tuple[Embedder, dict]:
     if not is_ours(saved):
         raise ValueError(f"{path} is not a checkpoint of train_classic.py or train_reptile.py")
     settings, threshold = settings_of(saved), saved["threshold"]
-    if threshold is None or "logistic" not in threshold or not {"backbone", "size"} <= settings.keys():
+    if not CALIBRATION <= {*(threshold or ())} or not {"backbone", "size"} <= settings.keys():
         raise ValueError(f"{path} lacks a calibration: `python evaluate.py {path} --store` adds it")
     net, _ = build_with_weights(settings, bare_state(saved, str(path)))
     return net.eval().requires_grad_(False), saved
@@ -204,8 +207,14 @@ def load(path: str | os.PathLike) -> tuple[Embedder, dict]:
 
 def recogniser_facts(net: Embedder, saved: dict) -> dict:
     """What `oneshot.Recogniser` needs beside the network of a checkpoint, as plain values."""
-    hashed = hashlib.sha256(json.dumps(net.settings, sort_keys=True).encode())
-    for name, value in sorted(saved["model"].items()):
-        hashed.update(name.encode() + value.contiguous().numpy().tobytes())
-    facts = {"size": net.size, "border": net.border, "threshold": saved["threshold"], "fingerprint": hashed.hexdigest()}
+    facts = {"size": net.size, "border": net.border, "threshold": saved["threshold"]}
+    facts |= {"fingerprint": fingerprint(net.settings, saved["model"])}
     return facts | {"trained": sorted(trained_classes(saved["data"]))}
+
+
+def fingerprint(settings: dict, state: dict[str, Tensor]) -> str:
+    """A hash of a network's settings and weights."""
+    hashed = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, value in sorted(state.items()):
+        hashed.update(name.encode() + value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()

@@ -27,6 +27,7 @@ except ImportError:  # Windows
     fcntl = None
 
 T = TypeVar("T")
+RESULTS = (".csv", ".json", ".onnx", ".pt2")  # names of files that are written again and again, in any folder
 
 
 def shown_as(metavar: str, kind: Any = str) -> Any:
@@ -219,8 +220,11 @@ def check_output(option: str, path: str | os.PathLike | None, *inputs: str | os.
         raise ValueError(f"{option}: no such folder: {path.parent}")
     if path.is_dir():
         raise ValueError(f"{option}: {path} is a folder, not a file")
+    place = os.path.realpath(path)
     for each in inputs:
-        if path.exists() and os.path.exists(each) and path.samefile(each):
+        same = os.path.realpath(each) == place or path.exists() and os.path.exists(each) and path.samefile(each)
+        inside = path.exists() and os.path.isdir(each) and place.startswith(os.path.join(os.path.realpath(each), ""))
+        if same or inside and path.suffix not in RESULTS:
             raise ValueError(f"{option}: {path} is an input; it would be overwritten")
     target = path if path.exists() else path.absolute().parent
     if not os.access(target, os.W_OK):
@@ -237,7 +241,7 @@ def cell(value: object, decimals: int = 1, dash: str = "-") -> str:
     """A table's cell: floats with `decimals`, None and NaN as a dash."""
     if value is None or value != value:
         return dash
-    return f"{value:.{decimals}f}" if isinstance(value, float) else printable(str(value))
+    return f"{value:.{decimals}f}" if isinstance(value, float) else printable(str(value)).replace("\n", "\\n")
 
 
 def text_table(header: list[str], rows: list[list], decimals: int = 1) -> str:

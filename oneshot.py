@@ -12,12 +12,14 @@ checkpoints and .pt2 files.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import math
 import os
 import sqlite3
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -90,7 +92,7 @@ class Recogniser:
             if error:
                 raise ValueError(error)
             rows.append(z)
-        return np.stack(rows) if rows else np.empty((0, 1), np.float32)
+        return np.stack(rows) if rows else self.network(np.zeros((1, 3, self.size, self.size), np.uint8))[:0]
 
     def compare(self, a: Any, b: Any) -> Comparison:
         """Are two pictures of one class? Raises ValueError."""
@@ -130,6 +132,8 @@ def load(path: str | os.PathLike, device: str = "auto") -> Recogniser:
     `device` is for checkpoints: "auto" (a GPU, if there is one), "cpu", "cuda", ... Raises ValueError or OSError.
     """
     if Path(path).suffix in (".onnx", ".pt2"):
+        if device not in ("auto", "cpu"):
+            raise ValueError(f"{path} runs on the CPU, not on {device}; a checkpoint (.pt) runs on either")
         network, facts = load_exported(Path(path))
     else:
         if __package__:
@@ -159,9 +163,15 @@ def load_exported(path: Path) -> tuple[Network, dict]:
 
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
             metadata = session.get_modelmeta().custom_metadata_map
+            digest = metadata.get("sha256", "").encode()  # older files have none
+            if digest and digest != sha256_without(path.read_bytes(), digest):
+                raise ValueError("a checksum is wrong")
         else:
             import torch
 
+            with zipfile.ZipFile(path) as archive:
+                if "metadata.json" not in {name.rpartition("/")[2] for name in archive.namelist()} or archive.testzip():
+                    raise ValueError("a checksum is wrong, or it is of another kind")
             extra = {"metadata.json": ""}
             module = torch.export.load(path, extra_files=extra).module()
             metadata = json.loads(extra["metadata.json"])
@@ -181,6 +191,11 @@ def load_exported(path: Path) -> tuple[Network, dict]:
             return module(torch.from_numpy(pixels)).numpy()
 
     return network, json.loads(metadata["recogniser"])
+
+
+def sha256_without(file: bytes, digest: bytes) -> bytes:
+    """The SHA-256 of a file, in hexadecimal, with zeros where it says `digest`."""
+    return hashlib.sha256(file.replace(digest, b"0" * 64)).hexdigest().encode()
 
 
 def normalised(rows: np.ndarray) -> np.ndarray:
@@ -278,16 +293,61 @@ class Changes:
     empty: list[str]
 
 
+@dataclass(frozen=True)
+class Enrolled:
+    """What a gallery holds, read at one time: P pictures of C classes."""
+
+    classes: list[str]  # C names
+    numbers: tuple[int, ...]  # of the P pictures
+    rows: np.ndarray  # (P, D) their embeddings
+    of: np.ndarray  # (P,) their classes, 0..C-1
+    counts: np.ndarray  # (C,) pictures of each class
+    sums: np.ndarray  # (C, D) of their embeddings
+    means: np.ndarray  # (C, D) of length 1
+
+    def similarities(self, z: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """Blocks of embeddings (N, D): where they are, and their similarities (B, C) to the means of all classes."""
+        size = max(1, CELLS // len(self.classes))
+        for start in range(0, len(z), size):
+            yield slice(start, start + size), z[start : start + size] @ self.means.T
+
+    @functools.cached_property
+    def left_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (M,) of enrolled pictures, spread over all, and their highest similarities (M,) to another class, as if
+        theirs were not enrolled."""
+        chosen = np.unique(np.linspace(0, len(self.rows) - 1, 2000).astype(int))
+        of, other = self.of[chosen], np.empty(len(chosen))
+        for part, similarity in self.similarities(self.rows[chosen]):
+            similarity[np.arange(len(similarity)), of[part]] = -1
+            other[part] = similarity.max(1)
+        return chosen, other
+
+    def factor(self, table: Strangers, trained: frozenset[str]) -> float:
+        """How many classes of the table each enrolled one counts for.
+
+        Each picture is a stranger to the gallery without its class. How often these are more similar to another class
+        than the table expects says how many more, or fewer, classes they count for. Classes that the network was
+        `trained` on say nothing of strangers.
+        """
+        if len(self.classes) < 2:
+            return STRANGERS
+        chosen, other = self.left_out
+        of = self.of[chosen]
+        new = np.array([name not in trained for name in self.classes])[of]
+        return table.factor(other[new], of[new], len(self.classes) - 1, self.counts.mean())
+
+
 class Gallery(contextlib.AbstractContextManager):
     """Enrolled classes in one file, an SQLite database: pictures' embeddings, names, sources, hashes and times.
 
     `path` is opened, or made; ":memory:" keeps the gallery in memory. Each change is one transaction: after a crash the
-    file is as before or as after it, and several processes may read and write. Raises ValueError for a file that is not
-    a gallery or belongs to another network, OSError for one that cannot be opened, or changed.
+    file is as before or as after it, and several processes and threads may read and write. Raises ValueError for a file
+    that is not a gallery or belongs to another network, OSError for one that cannot be opened, or changed.
     """
 
     def __init__(self, path: str | os.PathLike, recogniser: Recogniser):
-        self.path, self.recogniser, self.version = os.fspath(path), recogniser, None
+        self.path, self.recogniser, self.lock = os.fspath(path), recogniser, threading.RLock()
+        self.version, self.calibrated = None, (None, None)
         with self.faults("open"):
             self.database = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
             self.database.execute("PRAGMA trusted_schema = OFF")
@@ -319,7 +379,10 @@ class Gallery(contextlib.AbstractContextManager):
     def faults(self, action: str) -> Iterator[None]:
         """What SQLite cannot do in the block is an OSError, what is wrong with the file a ValueError."""
         try:
-            yield
+            with self.lock:
+                yield
+        except sqlite3.ProgrammingError:  # the gallery was closed
+            raise
         except sqlite3.OperationalError as error:  # locked, read-only, a full disk
             raise OSError(f"cannot {action} the gallery {self.path}: {error}") from error
         except sqlite3.DatabaseError as error:
@@ -449,34 +512,39 @@ class Gallery(contextlib.AbstractContextManager):
 
     # -------------------------------------------------------------------------------------------------- recognition
 
-    def load(self) -> None:
-        """Read names, embeddings and class means, unless they are as the file has them. Raises ValueError."""
-        version = self.value("PRAGMA data_version")  # another connection's changes
-        if version == self.version:
-            return
-        query = f"SELECT class, pictures.id, embedding, name {ENROLLED} ORDER BY class, pictures.id"
-        rows = self.ask(query)
-        if not rows:
+    def load(self) -> Enrolled:
+        """What is enrolled, read anew if the file has changed. Raises ValueError if that is nothing."""
+        with self.faults("read"):
+            version = self.value("PRAGMA data_version")  # another connection's changes
+            if version != self.version:
+                rows = self.ask(f"SELECT class, pictures.id, embedding, name {ENROLLED} ORDER BY class, pictures.id")
+                self.enrolled, self.version = self.arrange(rows), version
+            return self.enrolled
+
+    def arrange(self, found: list[tuple]) -> Enrolled:
+        if not found:
             raise ValueError(f"the gallery {self.path} is empty")
-        classes, self.numbers, blobs, names = zip(*rows, strict=True)
+        classes, numbers, blobs, names = zip(*found, strict=True)
         data = b"".join(blobs)
-        if len(data) % (4 * len(rows)) or not np.isfinite(np.frombuffer(data, "<f4")).all():
+        if len(data) % (4 * len(found)) or not np.isfinite(np.frombuffer(data, "<f4")).all():
             raise ValueError(f"{self.path} is damaged: its embeddings are not what they were")
-        self.rows = np.frombuffer(data, "<f4").reshape(len(rows), -1)
-        _, starts, self.of, self.counts = np.unique(classes, return_index=True, return_inverse=True, return_counts=True)
-        self.classes = [names[start] for start in starts]
-        self.sums = np.add.reduceat(self.rows, starts)
-        self.means = normalised(self.sums)
-        self.version = version
+        rows = np.frombuffer(data, "<f4").reshape(len(found), -1)
+        _, starts, of, counts = np.unique(classes, return_index=True, return_inverse=True, return_counts=True)
+        sums = np.add.reduceat(rows, starts)
+        return Enrolled([names[start] for start in starts], numbers, rows, of, counts, sums, normalised(sums))
 
     def strangers(self) -> tuple[Strangers | None, float, float]:
         """The calibration, None of older checkpoints, and what it is asked about: how many classes the enrolled ones
         count for, and how many pictures each has."""
-        self.load()
-        stored, shots = self.recogniser.threshold.get("strangers"), self.counts.mean()
-        if stored is None:
-            return None, len(self.classes), shots
-        return Strangers(stored), float(self.fact("strangers") or STRANGERS) * len(self.classes), shots
+        enrolled, stored = self.load(), self.recogniser.threshold.get("strangers")
+        classes, shots = len(enrolled.classes), enrolled.counts.mean()
+        if not stored:
+            return None, classes, shots
+        known = self.calibrated
+        if known[0] is not enrolled or known[1] is not stored:
+            table = Strangers(stored)
+            known = self.calibrated = enrolled, stored, table, enrolled.factor(table, self.recogniser.trained)
+        return known[2], known[3] * classes, shots
 
     def threshold(self, false_accept: float = 0.1) -> float:
         """The similarity above which a picture gets a name, so that this share (0..1) of strangers, pictures of no
@@ -503,63 +571,28 @@ class Gallery(contextlib.AbstractContextManager):
 
     def answer(self, z: np.ndarray, top: int, threshold: float) -> list[Answer]:
         """As `recognise`, of embeddings (N, D)."""
-        _, tried, _ = self.strangers()
-        answers: list[Answer] = []
-        for _, similarity in self.similarities(z):
+        enrolled, (_, tried, _), answers = self.load(), self.strangers(), []
+        for _, similarity in enrolled.similarities(z):
             probability = probabilities(similarity, self.recogniser.threshold["logistic"], tried)
             for row, chances, best in zip(similarity, probability, highest(similarity, top), strict=True):
-                found = tuple(Candidate(self.classes[k], float(row[k]), float(chances[k])) for k in best)
+                found = tuple(Candidate(enrolled.classes[k], float(row[k]), float(chances[k])) for k in best)
                 answers.append(Answer(found[0].name if found[0].similarity > threshold else None, found))
         return answers
 
-    def similarities(self, z: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """Blocks of embeddings (N, D): where they are, and their similarities (B, C) to the means of all classes."""
-        size = max(1, CELLS // len(self.classes))
-        for start in range(0, len(z), size):
-            yield slice(start, start + size), z[start : start + size] @ self.means.T
-
     def nearest(self, z: np.ndarray, top: int = 5) -> list[tuple[str, int, float]]:
         """The enrolled pictures most similar to an embedding (D,): class, number of the picture, cosine similarity."""
-        self.load()
-        similarity = self.rows @ z
+        enrolled = self.load()
+        similarity = enrolled.rows @ z
         places = highest(similarity[None], top)[0]
-        return [(self.classes[self.of[place]], self.numbers[place], float(similarity[place])) for place in places]
-
-    def left_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (M,) of enrolled pictures, spread over all, and their highest similarities (M,) to another class, as if
-        theirs were not enrolled."""
-        self.load()
-        chosen = np.unique(np.linspace(0, len(self.rows) - 1, 2000).astype(int))
-        of, other = self.of[chosen], np.empty(len(chosen))
-        for part, similarity in self.similarities(self.rows[chosen]):
-            similarity[np.arange(len(similarity)), of[part]] = -1
-            other[part] = similarity.max(1)
-        return chosen, other
-
-    def calibrate(self) -> float:
-        """Adapt the calibration of strangers to the enrolled pictures, and keep it in the file.
-
-        Each picture is a stranger to the gallery without its class. How often these are more similar to another class
-        than the stored table expects says how many more, or fewer, classes they count for. Classes that the network was
-        trained on say nothing of strangers. Returns the factor.
-        """
-        table, _, shots = self.strangers() if len(self) else (None, 0, 0)
-        factor = STRANGERS
-        if table and len(self.classes) > 1:
-            chosen, other = self.left_out()
-            of = self.of[chosen]
-            new = np.array([name not in self.recogniser.trained for name in self.classes])[of]
-            factor = table.factor(other[new], of[new], len(self.classes) - 1, shots)
-        with self.transaction():
-            self.database.execute("INSERT OR REPLACE INTO facts VALUES ('strangers', ?)", (str(factor),))
-        return factor
+        return [(enrolled.classes[enrolled.of[n]], enrolled.numbers[n], float(similarity[n])) for n in places]
 
     def recognised(self, threshold: float) -> tuple[float, int] | None:
         """The share (0..1) of enrolled pictures that are given their class when they are left out of it, and how many
         pictures that is of; None if no class has two."""
-        chosen, other = self.left_out()
-        several = self.counts[self.of[chosen]] > 1
-        z, sums = self.rows[chosen[several]], self.sums[self.of[chosen[several]]]
+        enrolled = self.load()
+        chosen, other = enrolled.left_out
+        several = enrolled.counts[enrolled.of[chosen]] > 1
+        z, sums = enrolled.rows[chosen[several]], enrolled.sums[enrolled.of[chosen[several]]]
         own = np.einsum("nd,nd->n", z, normalised(sums - z))
         right = own > np.maximum(other[several], threshold)
         return (float(right.mean()), len(right)) if len(right) else None
@@ -580,9 +613,18 @@ def highest(rows: np.ndarray, top: int) -> np.ndarray:
 
 def identity(picture: Any) -> tuple[str, bytes]:
     """Where a picture comes from, "" if it is no file, and its SHA-256."""
-    is_file, content = isinstance(picture, (str, os.PathLike, zipfile.Path)), b""
-    with contextlib.suppress(OSError):  # reading it as a picture will tell
-        content = pictures.content(picture) if is_file else picture
+    if isinstance(picture, (str, os.PathLike)):
+        digest = hashlib.sha256()
+        with contextlib.suppress(OSError):  # reading it as a picture will tell
+            with open(picture if os.path.isfile(picture) else os.devnull, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        return os.path.realpath(str(picture)), digest.digest()
+    source, content = "", picture
+    if isinstance(picture, zipfile.Path):
+        source, content = os.path.realpath(str(picture)), b""
+        with contextlib.suppress(OSError):
+            content = pictures.content(picture)
     if isinstance(content, Image.Image) and content.mode == "P":  # whose numbers are places in a palette
         content = content.convert("RGBA")
     if hasattr(content, "cpu"):
@@ -590,7 +632,7 @@ def identity(picture: Any) -> tuple[str, bytes]:
     if not isinstance(content, bytes):
         pixels = np.asarray(content)
         content = f"{pixels.shape} ".encode() + pixels.tobytes()
-    return os.path.realpath(str(picture)) if is_file else "", hashlib.sha256(content).digest()
+    return source, hashlib.sha256(content).digest()
 
 
 def jpeg(image: np.ndarray) -> bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 with suppress(ImportError):
     import pillow_heif  # makes Pillow read HEIC, the pictures of iPhones
@@ -26,13 +26,16 @@ with suppress(ImportError):
     pillow_heif.register_heif_opener()
 
 LISTED = 20  # pictures, folders or classes left out that are named one by one
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000", "ICO", "QOI")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000", "QOI")
 OTHERS = """.txt .md .csv .tsv .json .jsonl .xml .html .yaml .yml .toml .ini .log .db .py .ipynb .pdf .zip .tar .gz .npy
 .npz .pkl .mat .pt .pth .h5 .pixels .mp4 .mov .avi .mp3 .wav .aae .xmp""".split()  # files that lie among pictures
 MAX_PIXELS = 80_000_000  # 320 MB as RGBA
 MAX_BYTES = 100_000_000  # of a picture in a zip file, unpacked
 LARGE_PIXELS = 8_000_000  # of pictures larger than this, one is decoded at a time
 LARGE = threading.Lock()
+ORIENTATION, TURN = 0x0112, Image.Transpose  # an EXIF tag, and what its values ask for
+UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE}
+UPRIGHT |= {6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}
 File = Path | zipfile.Path
 
 
@@ -92,7 +95,9 @@ def open_zip(path: Path) -> Folder:
         raise ValueError(f"{path} would unpack to more than a thousand times its size; that is no set of pictures")
     files: dict[tuple[str, ...], File] = {}
     for info in archive.infolist():
-        parts = tuple(info.filename.removesuffix("/").split("/"))
+        parts = tuple(info.filename.removeprefix("./").removesuffix("/").split("/"))
+        if parts == ("",) and info.is_dir():
+            continue
         if {"", ".", ".."} & {*parts} or parts in files:
             raise ValueError(f"{path} is no archive to trust: {info.filename!r} is in it twice, or leads out of it")
         if not info.is_dir() and all(map(is_visible, parts)):
@@ -162,6 +167,8 @@ def read(picture: Any, size: int, border: int = 0) -> np.ndarray:
             known = "arrays (H, W, 3) or (H, W) and tensors (3, H, W) of uint8"
             raise ValueError(f"pictures are paths, PIL images, {known}, got {pixels.shape} of {pixels.dtype}")
         picture = Image.fromarray(np.ascontiguousarray(pixels))
+    with LARGE:  # two threads may have the same image
+        picture.load()
     return centre(picture, size, border)
 
 
@@ -172,7 +179,7 @@ def read_file(path: str | os.PathLike | zipfile.Path | bytes, size: int, border:
         file = io.BytesIO(content(path))
     elif isinstance(path, bytes):
         file, name = io.BytesIO(path), "this file"
-    elif not Path(path).is_file():
+    elif not os.path.isfile(path):
         raise ValueError(f"no such picture: {path}")
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
@@ -199,7 +206,8 @@ def centre(image: Image.Image, size: int, border: int, file: bool = False) -> np
     whole = size + 2 * border
     if file:
         image.draft(None, (2 * whole, 2 * whole))  # JPEG decodes at 1/2, 1/4 or 1/8 of its size where that is enough
-    image = colours(ImageOps.exif_transpose(image))
+    method = UPRIGHT.get(image.getexif().get(ORIENTATION))
+    image = colours(image if method is None else image.transpose(method))
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     image = image.resize((whole, whole), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
@@ -214,11 +222,14 @@ def colours(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers of no known range")
     if image.mode.startswith("I"):  # one channel of 16 bits; some decoders hand it out as 32
-        values = np.asarray(image)
+        values, clear = np.asarray(image), image.info.get("transparency")
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"pixel values {values.min()}..{values.max()} are not of 8 or 16 bits")
+        step = 1 if image.mode == "I" and values.max() < 256 else 257  # converted from 8 bits
         levels = np.empty(values.shape, np.uint8)
         for row, line in enumerate(values):  # line by line: no copy of the whole in a wider type
-            levels[row] = (line.astype(np.int32) + 128) // 257
+            levels[row] = (line.astype(np.int32) + step // 2) // step
         image = Image.fromarray(levels)
+        if isinstance(clear, int):
+            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return image.convert("RGBA" if image.has_transparency_data else "RGB")

@@ -21,7 +21,7 @@ import cli
 class Options:
     checkpoint: tyro.conf.Positional[cli.Checkpoint]  # best.pt or last.pt of a run, or what export.py made of it
     support: cli.OptionalFolder = None  # folder, or a .zip file, with a folder of pictures for each class
-    gallery: cli.OptionalFile = None  # file of enrolled classes, opened or made
+    gallery: cli.OptionalFile = None  # file of enrolled classes; --add makes it
     add: cli.OptionalFolder = None  # make the gallery hold what this folder, like --support, holds
     remove: cli.shown_as("NAME ...", tuple[str, ...]) = ()  # classes to remove from the gallery
     list: bool = False  # list the classes of the gallery
@@ -40,6 +40,7 @@ if __name__ == "__main__":
 
 import csv
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def check(options: Options) -> None:
     if not (options.compare or options.support and options.query or options.gallery and (options.query or changes)):
         use = "give --support FOLDER and --query PICTURES, or --compare A B"
         raise ValueError(f"{use}; or --gallery FILE with --add, --remove, --list or --query")
+    if options.add and not Path(options.add).exists():
+        raise ValueError(f"--add: no such folder: {options.add}")
     if options.gallery and not (options.add or Path(options.gallery).exists()):
         raise ValueError(f"no such gallery: {options.gallery}; --add FOLDER makes it")
     cli.require(options, "top", least=1)
@@ -71,7 +74,7 @@ def check(options: Options) -> None:
     inputs = (options.checkpoint, *options.query, *(options.compare or ()), *others)
     for option, path in (("--csv", options.csv), ("--json", options.json)):
         cli.check_output(option, path, *inputs)
-    if options.csv and options.json and Path(options.csv).absolute() == Path(options.json).absolute():
+    if options.csv and options.json and Path(options.csv).resolve() == Path(options.json).resolve():
         raise ValueError(f"--csv and --json are both {options.csv}; give two files")
 
 
@@ -89,8 +92,6 @@ def query_pictures(names: tuple[str, ...]) -> list[Path]:
 def enrol(gallery: oneshot.Gallery, folder: str) -> list[str]:
     """Make the gallery hold a folder's classes; returns errors of pictures. Raises ValueError or OSError."""
     changes = gallery.synchronise(folder)
-    if changes.added + changes.removed:
-        gallery.calibrate()
     if gallery.path != ":memory:":
         done = f"{changes.added} pictures added, {changes.removed} removed, {changes.kept} kept"
         print(f"{gallery.path}: {done}; {len(gallery.names())} classes")
@@ -181,14 +182,13 @@ def run_gallery(recogniser: oneshot.Recogniser, options: Options, threshold: flo
     with oneshot.Gallery(options.gallery or ":memory:", recogniser) as gallery:
         folder = options.support or options.add
         problems = enrol(gallery, folder) if folder else []
-        missing = [name for name in options.remove if not gallery.numbers_of(name)]
+        enrolled = [name if gallery.numbers_of(name) else unicodedata.normalize("NFC", name) for name in options.remove]
+        missing = [name for name in enrolled if not gallery.numbers_of(name)]
         if missing:
             none = " and no class ".join(map(repr, missing))
             raise ValueError(f"no class {none} is enrolled in {gallery.path}; nothing was removed")
-        for name in dict.fromkeys(options.remove):
+        for name in dict.fromkeys(enrolled):
             print(f"{gallery.path}: {name} removed, {gallery.remove(name)} pictures")
-        if options.remove:
-            gallery.calibrate()
         if options.list:
             print(cli.text_table(["class", "pictures"], [list(row) for row in gallery.names().items()]))
         if queries:

@@ -138,15 +138,12 @@ class Server(ThreadingHTTPServer):
         if len(name) > 200 or {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, name)):
             raise ValueError("the name of a class has at most 200 characters, and no control characters")
         added = self.enrolled.enrol(name, body)
-        self.enrolled.calibrate()
         return {"name": name, "added": added, "pictures": len(self.enrolled.numbers_of(name))}
 
     def remove(self, body: bytes, *, name: str) -> dict:
         if not self.enrolled.numbers_of(name):  # perhaps it was enrolled here
             name = unicodedata.normalize("NFC", name).strip()
-        found = {"removed": self.enrolled.remove(name)}
-        self.enrolled.calibrate()
-        return found
+        return {"removed": self.enrolled.remove(name)}
 
     def gallery(self, body: bytes, *, start: str = "0", most: str = "100", threshold: str = "") -> dict:
         names, first = list(self.enrolled.names()), number(start, 0, 10**9)

@@ -22,6 +22,7 @@ import evaluate
 import export
 import fuzz
 import model
+import oneshot
 import pictures
 import predict
 import tiny
@@ -132,15 +133,26 @@ def test_inputs_are_not_overwritten(trained, tmp_path, refusal):
     best = trained / "run" / "best.pt"
     before = best.read_bytes()
     (tmp_path / "link.pt").symlink_to(best)
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / "0.png").write_text("a picture")
     for script, arguments in (
         (export, ["--format", "torch", "--out", best]),
         (export, ["--format", "torch", "--out", tmp_path / "link.pt"]),
         (evaluate, ["--json", best]),
         (evaluate, ["--json", trained / "tiny.npz", "--data", trained / "tiny.npz"]),
         (predict, ["--compare", best, "b.png", "--csv", best]),
+        (predict, ["--support", tmp_path / "in", "--query", "q.png", "--csv", tmp_path / "in" / "a" / "0.png"]),
+        (
+            predict,
+            ["--support", tmp_path / "no", "--query", tmp_path / "in", "--json", tmp_path / "in" / "a" / "0.png"],
+        ),
+        (predict, ["--gallery", tmp_path / "new", "--add", tmp_path / "in", "--query", "q", "--csv", tmp_path / "new"]),
+        (evaluate, ["--data", tmp_path / "in", "--json", tmp_path / "in" / "a" / "0.png"]),
     ):
         assert "is an input; it would be overwritten" in refusal(script, best, *arguments)
-        assert best.read_bytes() == before
+        assert best.read_bytes() == before and (tmp_path / "in" / "a" / "0.png").read_text() == "a picture"
+    (tmp_path / "in" / "answers.csv").write_text("of the last time")
+    cli.check_output("--csv", tmp_path / "in" / "answers.csv", tmp_path / "in")
     assert "is a folder, not a file" in refusal(evaluate, best, "--json", tmp_path)
     both = ["--csv", tmp_path / "a", "--json", tmp_path / "a"]
     assert "give two files" in refusal(predict, best, "--compare", "a.png", "b.png", *both)
@@ -252,6 +264,7 @@ def nan_weights(saved):
         (lambda saved: saved["threshold"].update(value=float("nan")), "threshold"),
         (lambda saved: saved["threshold"].update(value="0.5"), "threshold"),
         (lambda saved: saved.update(threshold=[0.5]), "threshold"),
+        (lambda saved: saved["threshold"].update(false_accept="1"), "threshold"),
         (lambda saved: saved["threshold"].update(strangers=[]), "table of strangers"),
         (lambda saved: saved["threshold"]["strangers"].pop("rates"), "table of strangers"),
         (lambda saved: saved["threshold"]["strangers"]["classes"].reverse(), "table of strangers"),
@@ -277,6 +290,24 @@ def test_damaged_checkpoints_give_one_message(trained, tmp_path, refusal, change
         errors = refusal(script, tmp_path / "a.pt", *arguments)
         assert message in errors and len(errors) < 600
     assert time.monotonic() - began < 20  # and nothing large was allocated
+
+
+@pytest.mark.parametrize("field", ["false_accept", "false_reject", "calibrated_on", "logistic"])
+def test_a_checkpoint_without_all_of_its_calibration_is_refused(trained, tmp_path, refusal, field):
+    saved = torch.load(trained / "run" / "best.pt", weights_only=True)
+    del saved["threshold"][field]
+    torch.save(saved, tmp_path / "a.pt")
+    for script, arguments in ((predict, ["--compare", "a", "b"]), (export, [])):
+        assert "lacks a calibration: `python evaluate.py" in refusal(script, tmp_path / "a.pt", *arguments)
+
+
+def test_weights_of_any_type_are_recognised_by(trained, tmp_path):
+    saved = torch.load(trained / "run" / "best.pt", weights_only=True)
+    saved["model"] = {
+        name: each.bfloat16() if each.is_floating_point() else each for name, each in saved["model"].items()
+    }
+    torch.save(saved, tmp_path / "a.pt")
+    assert oneshot.load(tmp_path / "a.pt").fingerprint != oneshot.load(trained / "run" / "best.pt").fingerprint
 
 
 def test_a_foreign_last_pt_is_not_resumed(train, npz, tmp_path, refusal):

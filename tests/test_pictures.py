@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -96,6 +97,36 @@ def test_grey_bilevel_and_cmyk(tmp_path):
     Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(ValueError, match=r"float\.tif cannot be read: pixels are floating-point"):
         read(tmp_path / "float.tif", 4)
+
+
+def test_deep_grey_keeps_its_levels_and_its_transparency(tmp_path):
+    """32 bits that hold 8, as `convert("I")` gives, are those; one value of 16 bits can be transparent."""
+    grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)
+    assert np.array_equal(pictures.read(grey.convert("I"), 8), pictures.read(grey, 8))
+    values = np.full((8, 8), 90 * 257, np.uint16)
+    values[:, 4:] = 1000
+    Image.fromarray(values).save(tmp_path / "deep.png", transparency=1000)
+    found = read(tmp_path / "deep.png", 8)
+    assert colour(found, 3, 0) == (90, 90, 90) and colour(found, 3, 7) == WHITE
+
+
+def test_exif_that_cannot_be_written_anew_turns_a_picture_all_the_same(tmp_path):
+    # big-endian, two tags: orientation, a number of 16 bits: 6; horizontal resolution, a ratio, here a text
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHHHI4sI", 8, 2, 0x0112, 3, 1, 6, 0, 0x011A, 2, 4, b"odd\0", 0)
+    top = np.zeros((32, 32, 3), np.uint8)
+    top[:16] = RED
+    Image.fromarray(np.ascontiguousarray(np.rot90(top))).save(tmp_path / "a.png", exif=exif)
+    found = read(tmp_path / "a.png", 32)
+    assert colour(found, 8, 16) == RED and colour(found, 24, 16) == (0, 0, 0)
+
+
+def test_threads_read_one_opened_picture(tmp_path):
+    Image.effect_noise((300, 300), 50).convert("RGB").save(tmp_path / "a.png")
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            with Image.open(tmp_path / "a.png") as image:
+                first, *others = pool.map(lambda _, image=image: pictures.read(image, 32), range(8))
+                assert all(np.array_equal(first, each) for each in others)
 
 
 def test_big_and_narrow_pictures(tmp_path):
