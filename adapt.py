@@ -171,6 +171,8 @@ def published_variant(
     for place, label in enumerate(sorted(unseen)):
         loss = partial(domain_loss, own=data.train.of([label]), rest=rest, generator=generator)
         z = F.normalize(model.embed(adapt(net, loss, STEPS, lr), test))
+        if not z.isfinite().all():
+            raise ValueError(f"--adapt-lr {lr:g} is too high: the adapted network is not finite")
         found = metrics.accuracies(z, test.labels, threshold)
         rows.append({"label": label} | {name: float(accuracy.per_class[place]) for name, accuracy in found.items()})
     variant = f"{STEPS} steps (learning rate {lr:g}) on each unseen class's training images"
@@ -178,6 +180,7 @@ def published_variant(
     weight = metrics.resample(test.labels, seed=seed).double()
     for figure in ("triplet_accuracy", "pair_accuracy"):
         values = torch.tensor([row[figure] for row in rows], dtype=torch.float64)
-        report["ci95"][figure] = metrics.interval(weight @ values / len(values))
-        report[figure] = float(values.mean())
+        known = ~values.isnan()  # a class of one image has no figure
+        report["ci95"][figure] = metrics.interval(weight[:, known] @ values[known] / weight[:, known].sum(1))
+        report[figure] = float(values[known].mean())
     return report

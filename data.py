@@ -96,12 +96,13 @@ def split_classes(
 
 
 def whole_groups(class_names: list[str], first: int) -> int:
-    """The place nearest to `first` at which a group of classes begins, with two classes or more on both sides.
+    """The place nearest to `first` that divides no group of classes, with two classes or more on both sides.
 
     "Greek/character01" is in the group "Greek", an alphabet; a class with no / in its name is a group of its own.
+    Where every place divides one, `first` itself.
     """
     groups = [name.rpartition("/")[0] or name for name in class_names]
-    begins = [n for n in range(2, len(groups) - 1) if groups[n] != groups[n - 1]]
+    begins = [n for n in range(2, len(groups) - 1) if {*groups[:n]}.isdisjoint(groups[n:])]
     return min(begins, key=lambda place: abs(place - first), default=first)
 
 
@@ -199,6 +200,15 @@ def hold_back(train: Images) -> tuple[Images, Images]:
     return train.part(torch.where(counts >= 4, (counts // 8).clamp(min=2, max=HELD_BACK), 0))
 
 
+def parts_of_training(
+    data: Data, seen: list[int], validation: list[int], with_tests: bool
+) -> tuple[Images, Images, Images]:
+    """What a training has: images to train on, `with_tests` those of the seen classes too, held-back ones, and those of
+    the validation classes."""
+    kept, held_back = hold_back(data.train.of(seen))
+    return kept + data.test.of(seen) if with_tests else kept, held_back, data.train.of(validation)
+
+
 # -------------------------------------------------------------------------------------------------------------- batches
 
 
@@ -228,10 +238,10 @@ class Sampler:
         """
         counts = self.counts[places, None]
         chance = torch.rand(len(places), self.largest, generator=self.generator)
-        chance -= (torch.arange(self.largest) >= counts).float()  # repeats of a smaller class's images come last
+        chance -= (torch.arange(self.largest) >= counts).float()  # what is no image of a smaller class comes last
         draw = chance.topk(min(per_class, self.largest)).indices
-        draw = draw[:, torch.arange(per_class) % draw.shape[1]]
-        return self.order[self.starts[places, None] + draw % counts].flatten()
+        draw = draw.gather(1, torch.arange(per_class) % counts.clamp(max=draw.shape[1]))
+        return self.order[self.starts[places, None] + draw].flatten()
 
 
 def augment(
@@ -340,7 +350,7 @@ class TrainingData:
     generator: torch.Generator  # of this process's images and their augmentation
     options: DataOptions  # of the augmentation
     device: torch.device  # of the batches
-    facts: dict  # name, source, classes, seen, validation, unseen, fingerprint
+    facts: dict  # name, source, classes, seen, validation, unseen, fingerprint, ...
 
     @functools.cached_property
     def pixel_statistics(self) -> tuple[list[float], list[float]]:
@@ -379,7 +389,8 @@ class TrainingData:
     def samples(self, normalise: Callable, augmented: bool, batches: int = 20, size: int = 250) -> Iterator[Tensor]:
         """Images (B, 3, H, W) float32 of any classes in batches, as they are or augmented; the same at every call."""
         own = replace(self, generator=torch.Generator().manual_seed(0))
-        for index in torch.randperm(len(self.kept), generator=own.generator)[: batches * size].split(size):
+        drawn = torch.randperm(len(self.kept), generator=own.generator)[: batches * size]
+        for index in drawn.tensor_split(-(-len(drawn) // size)):  # of one size: all count alike
             if augmented:
                 yield own.batch(normalise, index, own.turns(len(index)))[0]
             else:
@@ -411,10 +422,7 @@ def load_for_training(options: DataOptions, seed: int, device: torch.device) -> 
     seen, withheld = withhold(loaded.class_names, split, seen, options.withhold)
     if loaded.own_split and not withheld:
         withheld = loaded.own_split[1]
-    kept, held_back = hold_back(loaded.train.of(seen))
-    if is_standard(split):
-        kept = kept + loaded.test.of(seen)
-    others = loaded.train.of(withheld)
+    kept, held_back, others = parts_of_training(loaded, seen, withheld, is_standard(split))
     validation = others.part(torch.full((len(loaded.class_names),), VALIDATION))[1] if withheld else None
     counts = torch.bincount((kept + others).labels, minlength=len(loaded.class_names)).tolist()
     for kind, labels in (("seen", seen), ("validation", withheld)):

@@ -103,6 +103,7 @@ class Loaded:
     data: data.Data
     seen: list[int]
     unseen: list[int]
+    trained_on: data.Images
     split: str
     notes: list[str]  # what one should know of these classes
     saved: dict  # the checkpoint, or BARE
@@ -165,16 +166,21 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
             raise ValueError(f"--on validation: {path} was trained on other classes than {source} has now")
         seen, unseen, split = facts["seen"], facts["validation"], f"{split}, validation classes"
         loaded = data.for_choosing(loaded, seen, unseen)
-    same = seen and loaded.name == facts.get("name")
-    replaced = same and options.on == "test" and facts.get("trained_on_test")
+    same = bool(seen) and (loaded.name == facts.get("name") or names == facts["classes"])
+    on_tests = same and facts.get("trained_on_test", False)
+    parts = data.parts_of_training(loaded, seen, facts.get("validation", []) if same else [], on_tests)
+    changed = same and source not in NAMED and has_files(source) and size == own.get("size") and options.on == "test"
+    changed = changed and (seen, unseen) == (facts["seen"], facts.get("unseen"))
+    changed = changed and data.fingerprint(parts, facts) != facts.get("fingerprint")
+    replaced = on_tests and options.on == "test"
     if replaced:
         loaded = data.without_seen_tests(loaded, seen, unseen)
     if not seen:  # nothing was trained on, so all images are for testing
         loaded = data.Data(loaded.name, loaded.train.of([]), loaded.train + loaded.test, names)
     kept, held_back = data.hold_back(loaded.train.of(seen))
     net = load_network(path, state, saved, backbone, options, kept, loaded.test)
-    parts = own.get("mirror", False), own.get("turned", 0.0), own.get("penultimate", 0.0)
-    as_trained = (net.mirror, net.turned, net.penultimate) == parts and net.size == own.get("size")
+    views = own.get("mirror", False), own.get("turned", 0.0), own.get("penultimate", 0.0)
+    as_trained = (net.mirror, net.turned, net.penultimate) == views and net.size == own.get("size")
     shared = {*facts["classes"]} & {*names}
     missing = [name for name in facts["classes"] if shared and name not in shared]
     new = [names[label] for label in seen if ours and names[label] not in learned]
@@ -184,12 +190,14 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         notes.append("seen: held-back images, which the threshold is calibrated on; unseen: the validation classes")
     if replaced:
         notes.append("seen classes are measured on held-back images: their test images were trained on")
+    if changed:
+        notes.append("pictures came, went or changed since the training: it may have seen some that are measured here")
     if not (seen or ours or options.pixel_mean) and backbone in model.RESNETS:
         notes.append("pixels are normalised by these images' statistics, for want of --pixel-mean and --pixel-std")
     foreign = (saved["threshold"] or {}).get("data", loaded.name) != loaded.name
     calibrates = (new or foreign) and metrics.enough(held_back.labels)  # the threshold, on these images
     threshold = saved["threshold"] if as_trained and not calibrates else None
-    return Loaded(path, net.to(device).eval(), loaded, seen, unseen, split, notes, saved, threshold)
+    return Loaded(path, net.to(device).eval(), loaded, seen, unseen, parts[0], split, notes, saved, threshold)
 
 
 def load_network(
@@ -253,6 +261,8 @@ def pick_thresholds(loaded: Loaded, options: Options) -> tuple[dict, dict[str, f
         unknown = dict.fromkeys(("false_accept", "false_reject", "logistic", "calibrated_on"))
         return {"mode": "fixed", "criterion": None, "value": value, **unknown}, named | {f"fixed {value}": value}
     threshold, own = found.get(options.criterion, {}), loaded.calibration or {}
+    if threshold and not own and loaded.data.name != loaded.saved["data"].get("name", loaded.data.name):
+        threshold["data"] = loaded.data.name  # it is not that of the training
     if own.get("criterion") == options.criterion:
         threshold = threshold | own  # older checkpoints lack the table of strangers
     if not threshold:
@@ -358,6 +368,8 @@ def open_set_rows(sides: dict[str, Side], threshold: dict) -> list[dict]:
             found = metrics.open_set(enrolled, others, way, shot, table, adapt=name == "unseen")
             if found:
                 figures = {figure: metrics.mean_interval(values) for figure, values in found.items()}
+                if not metrics.enough(sides["unseen"].labels):
+                    figures = {figure: (mean, None) for figure, (mean, _) in figures.items()}
                 rows.append({"enrolled": name, "classes": way, "pictures": shot, **figures})
     return rows
 
@@ -415,10 +427,12 @@ def measure(loaded: Loaded, threshold: dict | None) -> tuple[dict[str, Side], di
         measured[name] = {"classes": len(classes), "images": len(images)}
         too_few = "" if side or not classes else "; nothing is measured, for want of two images of one class"
         notes.append(f"{name}: {len(images)} images of {len(classes)} classes{too_few}")
-    trained_on = data.hold_back(loaded.data.train.of(loaded.seen))[0]
-    of_training, of_test = data.copies(trained_on, test.of(loaded.seen + loaded.unseen))
+    few = [int((loaded.pictures.of(loaded.unseen).labels.unique(return_counts=True)[1] <= n).sum()) for n in (1, 5)]
+    if any(few) and "unseen" in sides:
+        notes.append(f"unseen classes with too few images for few-shot tasks: {few[0]} in 1-shot, {few[1]} in 5-shot")
+    of_training, of_test = data.copies(loaded.trained_on, test.of(loaded.seen) + loaded.pictures)
     if of_training or of_test:
-        notes.append(f"copies among the test images: {of_training} of training images, {of_test} of other test images")
+        notes.append(f"copies among these images: {of_training} of training images, {of_test} of each other")
     return sides, measured | {"copies": {"of_training_images": of_training, "of_test_images": of_test}}, notes
 
 
@@ -484,8 +498,6 @@ def main(args: Sequence[str] | None = None) -> None:
         thresholds = [(None, {}) if options.runs else pick_thresholds(each, options) for each in loaded]
         if options.store:
             for each, (threshold, _) in zip(loaded, thresholds, strict=True):
-                if each.calibration is None and each.data.name != each.saved["data"].get("name"):
-                    threshold["data"] = each.data.name  # it is not that of the training
                 measured = each.net.state_dict() if each.net.penultimate else {}  # what the checkpoint lacks
                 stored = {"model": measured | each.saved["model"], "threshold": threshold, "network": each.net.settings}
                 with cli.writing(each.path) as path:

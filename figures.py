@@ -357,8 +357,8 @@ def of_hardest_pairs(side: Side, names: list[str], pairs: int = 8) -> Picture:
     similarity, same = side.z[chosen] @ side.z[chosen].T, labels[:, None] == labels
     body = ""
     for title, wanted, order in (
-        ("one class, thought different", same, -similarity),
-        ("two classes, thought the same", ~same, similarity),
+        ("least similar, of one class", same, -similarity),
+        ("most similar, of two classes", ~same, similarity),
     ):
         scores, items = order.masked_fill(~wanted.triu(1), -torch.inf), ""
         for _ in range(pairs):
@@ -371,7 +371,7 @@ def of_hardest_pairs(side: Side, names: list[str], pairs: int = 8) -> Picture:
             scores[[a, b]] = scores[:, [a, b]] = -torch.inf
         body += f"<h3>{title}</h3><ul class=pairs>{items}</ul>"
     text = (
-        "The pairs of unseen classes' test images that the network gets most wrong, with their similarity; each image "
+        f"Pairs among {len(chosen)} of {len(side.z)} test images of unseen classes, with their similarity; each image "
         "once in a list."
     )
     return Picture("Hardest pairs", text, body=body)

@@ -37,16 +37,19 @@ COMPARISONS = 1_500_000_000  # of queries with classes, in all episodes of a set
 
 
 def pair_blocks(z: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Similarities of all pairs of rows of `z` (N, D), each once, in blocks: of one class (P,), of two classes (Q,)."""
+    """Similarities of all pairs of rows of `z` (N, D), each once, in blocks: of one class (P,), of two classes (Q,).
+
+    Rounding takes some beyond 1, where no threshold may be; they count as 1.
+    """
     order = torch.argsort(labels, stable=True)
     z, labels = z[order], labels[order]
     for first in range(0, len(z), ROWS):
         own, classes = z[first : first + ROWS], labels[first : first + ROWS]
         end = int(torch.searchsorted(labels, classes[-1], right=True))  # from here on all are of later classes
-        near = own @ z[first:end].T
+        near = (own @ z[first:end].T).clamp_(-1, 1)
         once = torch.ones_like(near, dtype=torch.bool).triu(1)
         same = classes[:, None] == labels[first:end]
-        yield near[same & once], torch.cat((near[~same & once], (own @ z[end:].T).flatten()))
+        yield near[same & once], torch.cat((near[~same & once], (own @ z[end:].T).clamp_(-1, 1).flatten()))
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Roc:
         place = int(accuracy.argmax())
         if accuracy[place] < 100 * (1 - share):  # refusing all is better
             return 100 * (1 - share), 1.0
-        return float(accuracy[place]), float(self.thresholds[place])
+        return float(accuracy[place]), max(-1.0, float(self.thresholds[place]))
 
     def threshold(self, criterion: str) -> dict[str, float]:
         """The `value` of the threshold by a criterion, its `false_accept` and `false_reject` in percent.
@@ -88,7 +91,7 @@ class Roc:
             unwanted = self.false_reject + too_many
         place = int(unwanted.argmin())
         accept, reject = 100 * float(self.false_accept[place]), 100 * float(self.false_reject[place])
-        return {"value": float(self.thresholds[place]), "false_accept": accept, "false_reject": reject}
+        return {"value": max(-1.0, float(self.thresholds[place])), "false_accept": accept, "false_reject": reject}
 
 
 def roc(z: Tensor, labels: Tensor) -> Roc | None:
@@ -175,7 +178,7 @@ def pair_histogram(z: Tensor, labels: Tensor, bins: int = 2000) -> Tensor:
     counts = torch.zeros(2, bins, dtype=torch.float64)
     for inside, across in pair_blocks(z, labels):
         for row, similarity in enumerate((across, inside)):
-            counts[row] += torch.histc(similarity.clamp_(-1, 1), bins, -1, 1).double()
+            counts[row] += torch.histc(similarity, bins, -1, 1).double()
     return counts
 
 
@@ -237,7 +240,7 @@ def class_blocks(z: Tensor, index: Tensor, threshold: float) -> Iterator[tuple[s
     """
     starts = [0, *torch.bincount(index).cumsum(0).tolist()]
     for first in range(0, len(z), ROWS):
-        similarity = z[first : first + ROWS] @ z.T
+        similarity = (z[first : first + ROWS] @ z.T).clamp_(-1, 1)
         similarity[:, first:].fill_diagonal_(LOWEST)  # not a pair
         low, high = int(index[first]), int(index[first : first + ROWS][-1]) + 1
         accepted, beaten = torch.zeros(2, high - low, len(starts) - 1, dtype=torch.float64)
@@ -384,21 +387,22 @@ def draw_episodes(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of episodes: places of the classes among the sorted labels (E, way), images (E, way, shot + queries).
 
-    `queries` a class, fewer if the smallest class has fewer than shot + queries images. Fewer episodes, but at least
-    20, if they hold more than COMPARISONS of queries with classes. Nothing if there are fewer than `way` classes or no
-    query is left. The same labels and settings give the same episodes.
+    Classes of `shot` images or fewer, which leave no query, are in none. `queries` a class, fewer if the smallest class
+    has fewer than shot + queries images. Fewer episodes, but at least 20, if they hold more than COMPARISONS of queries
+    with classes. Nothing if there are fewer than `way` classes. The same labels and settings give the same episodes.
     """
-    classes, counts = labels.unique(return_counts=True)
-    queries = min(queries, int(counts.min()) - shot)
-    if len(classes) < way or queries < 1:
+    counts = labels.unique(return_counts=True)[1]
+    usable = (counts > shot).nonzero()[:, 0]
+    if len(usable) < max(1, way):
         return
+    queries = min(queries, int(counts[usable].min()) - shot)
     generator = torch.Generator().manual_seed(seed)
     order, starts = torch.argsort(labels, stable=True), counts.cumsum(0) - counts
     slots = torch.arange(int(counts.max()))
     episodes = min(episodes, max(20, COMPARISONS // (way * queries * way)))
     batch = min(250, max(1, CELLS // (way * max(len(slots), way * (shot + queries)))))
     for size in [batch] * (episodes // batch) + [episodes % batch] * (episodes % batch > 0):
-        rows = torch.rand(size, len(classes), generator=generator).topk(way).indices  # (E, way)
+        rows = usable[torch.rand(size, len(usable), generator=generator).topk(way).indices]  # (E, way)
         chance = torch.rand(size, way, len(slots), generator=generator)
         chance -= (slots >= counts[rows][:, :, None]).float()
         draw = chance.topk(shot + queries).indices  # (E, way, shot + queries)

@@ -141,9 +141,10 @@ def open_set_table(report: dict) -> Table:
     rows = []
     for row in report["open_set"]:
         name = f"{row['classes']} {row['enrolled']}, {row['pictures']} each"
-        rows.append([name, *(f"{mean:.1f} ± {half:.1f}" for mean, half in list(row.values())[3:])])
+        figures = list(row.values())[3:]
+        rows.append([name, *(f"{mean:.1f}" + (f" ± {half:.1f}" if half else "") for mean, half in figures)])
     header = ["enrolled classes, pictures", "AUROC", "right, 1 %", "right, 10 %", "named, 5 %", "named, 10 %"]
-    title = "Half of the queries are strangers, of unseen classes that are not enrolled"
+    title = "Half of the queries, or as many as there are, are strangers, of unseen classes that are not enrolled"
     note = (
         "right: queries of enrolled classes that get their class where this share of the strangers is given a name; "
         "named: strangers given a name at the threshold for this share; ranges are of the draw of episodes"

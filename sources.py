@@ -49,7 +49,7 @@ class Mapped(NamedTuple):
     """The file that a store of images is mapped from."""
 
     memory: mmap.mmap
-    fingerprint: str  # of the pictures it was made from
+    fingerprint: str  # SHA-256 of its pixels
 
     def release(self) -> None:
         """Give up the memory of what was read; the system may keep it in its file cache."""
@@ -138,7 +138,7 @@ class Data:
 
 def has_files(source: str) -> bool:
     """Is the data set made of picture files, which can be scaled to any size?"""
-    return source not in ("cifar100", "glyphs") and not source.endswith(".npz")
+    return source not in ("cifar100", "glyphs") and not source.lower().endswith(".npz")
 
 
 def load(source: str, data_root: str | os.PathLike = "data", image_size: int = 32, border: int = 0) -> Data:
@@ -152,16 +152,17 @@ def load(source: str, data_root: str | os.PathLike = "data", image_size: int = 3
         import glyphs
 
         return from_arrays("glyphs", **glyphs.load(Path(data_root))._asdict())
-    path, root = Path(source), Path(data_root)
+    path, root, suffix = Path(source), Path(data_root), Path(source).suffix.lower()
     if source == "cifar100":
         return load_cifar100(root)
     if source == "omniglot":
         return load_omniglot(root, image_size, border)
-    if path.is_dir() or source.endswith(".zip"):
-        return load_folder(open_folder(path), path.resolve().name.removesuffix(".zip"), root, image_size, border)
-    if source.endswith(".csv"):
+    if path.is_dir() or suffix == ".zip":
+        name = path.resolve().name if path.is_dir() else path.stem
+        return load_folder(open_folder(path), name, root, image_size, border)
+    if suffix == ".csv":
         return load_table(path, root, image_size, border)
-    if source.endswith(".npz"):
+    if suffix == ".npz":
         return load_npz(path)
     raise ValueError(
         f"unknown data {source!r}: give {', '.join(NAMED)}, or the path of an .npz file, of a folder or .zip file that "
@@ -378,7 +379,7 @@ def load_table(path: Path, data_root: Path, size: int, border: int) -> Data:
             for row in table:
                 picture, label, split = ((row.get(name) or "").strip() for name in ("path", "label", "split"))
                 part = PARTS.get(split.lower() or "train")
-                if not (picture and label and part):
+                if not (picture and label and part) or "\0" in picture:
                     raise ValueError(f"line {table.line_num} needs path, label, and train, val or test as any split")
                 of = classes.setdefault(part, {}).setdefault(unicodedata.normalize("NFC", label), [])
                 of.append(path.parent / picture)
@@ -403,11 +404,17 @@ def load_pictures(
     class_names = sorted(set().union(*classes.values()))
     number = {name: label for label, name in enumerate(class_names)}
     found = [(part, number[each], file) for part, of in classes.items() for each in sorted(of) for file in of[each]]
-    owners: dict[tuple[str, str], int] = {}
+    owners: dict[str, int] = {}
+    once = {}
     for part, label, file in found:
-        owner = owners.setdefault((part, os.path.realpath(str(file))), label)
+        place = os.path.realpath(str(file))
+        owner = owners.setdefault(place, label)
         if owner != label:
             raise ValueError(f"{file} counts for two classes, {class_names[owner]} and {class_names[label]}")
+        once.setdefault((part, place), (part, label, file))
+    if len(once) < len(found):
+        print(f"{name}: left out {len(found) - len(once)} pictures that are there twice", file=sys.stderr)
+    found = [*once.values()]
     files = [file for _, _, file in found]
     stamps = [f"{part}/{class_names[label]}/{file.name} {stamp(file)}" for part, label, file in found]
     store, errors, mapped = read_pictures(files, size + 2 * border, data_root / "cache" / name, stamps)
@@ -468,9 +475,9 @@ def read_pictures(
 ) -> tuple[Tensor, list[str], Mapped | None]:
     """Pictures (N, 3, size, size) uint8, channels last, and an error message for each, "" if it was read.
 
-    Where they take more than IN_MEMORY they are mapped from the file `cache`-*.pixels: the pixels, then the messages as
-    JSON. It is written unless there is one for the same `stamps`; those of former pictures are deleted. Raises OSError,
-    and ValueError if the disk is too small.
+    Where they take more than IN_MEMORY they are mapped from the file `cache`-*.pixels: the pixels, then their SHA-256
+    and the messages as JSON. It is written unless there is one for the same `stamps` and what it could not read cannot
+    be read now; those of former pictures are deleted. Raises OSError, and ValueError if the disk is too small.
     """
     shape = (len(files), size, size, 3)
     if cache is None or math.prod(shape) <= IN_MEMORY:
@@ -480,21 +487,32 @@ def read_pictures(
             if picture is not None:
                 pixels[place] = picture
         return torch.from_numpy(pixels).permute(0, 3, 1, 2), errors, None
-    stamps = [f"{size} {PIL.__version__}", *stamps]
+    stamps = [f"{size} {PIL.__version__} SHA-256", *stamps]
     fingerprint = hashlib.sha256("\n".join(stamps).encode(errors="surrogateescape")).hexdigest()
     path = cache.with_name(f"{cache.name}-{size}-{fingerprint[:16]}.pixels")
+    if path.exists():
+        memory, _, errors = map_cache(path, math.prod(shape))
+        unread = [file for file, error in zip(files, errors, strict=True) if error]
+        if any(not error for _, error in decode(unread, size)):
+            memory.close()
+            path.unlink()
     if not path.exists():
         write_cache(path, cache, files, size)
-    with open(path, "rb") as file:
-        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    try:
-        errors = json.loads(memory[math.prod(shape) :])
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged; delete it, and it is made again") from error
+    memory, sha256, errors = map_cache(path, math.prod(shape))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of PyTorch: nothing may write to it
         store = torch.frombuffer(memory, dtype=torch.uint8, count=math.prod(shape)).view(shape)
-    return store.permute(0, 3, 1, 2), errors, Mapped(memory, fingerprint)
+    return store.permute(0, 3, 1, 2), errors, Mapped(memory, sha256)
+
+
+def map_cache(path: Path, length: int) -> tuple[mmap.mmap, str, list[str]]:
+    """A file of `write_cache`, whose pixels take `length` bytes: its memory, their SHA-256, and the messages."""
+    with open(path, "rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        return memory, *json.loads(memory[length:])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged; delete it, and it is made again") from error
 
 
 def write_cache(path: Path, cache: Path, files: list[File], size: int) -> None:
@@ -510,12 +528,14 @@ def write_cache(path: Path, cache: Path, files: list[File], size: int) -> None:
             f"{len(files):,} pictures of {size} pixels take {needed / 1e9:.1f} GB in {cache.parent}, where "
             f"{free / 1e9:.1f} GB are free; give --data-root on a larger disk, or a smaller --image-size"
         )
-    errors, blank = [], bytes(size * size * 3)
+    errors, blank, pixels = [], bytes(size * size * 3), hashlib.sha256()
     with cli.writing(path) as temporary, open(temporary, "wb") as file:
         for picture, error in decode(files, size):
-            file.write(blank if picture is None else picture)
+            picture = blank if picture is None else picture
+            file.write(picture)
+            pixels.update(picture)
             errors.append(error)
-        file.write(json.dumps(errors).encode())
+        file.write(json.dumps([pixels.hexdigest(), errors]).encode())
 
 
 def decode(files: list[File], size: int) -> Iterator[tuple[np.ndarray | None, str]]:

@@ -98,6 +98,8 @@ def load_teachers(paths: Sequence[str], train: data.TrainingData, net: model.Emb
     for path in paths:
         teacher, saved = checkpoints.load(path)
         training.note_learned(path, saved, train)
+        given = train.facts.get("given", [])
+        train.facts["given"] = [*given, checkpoints.fingerprint(teacher.settings, saved["model"])]
         if teacher.size != net.size:
             raise ValueError(f"{path} was trained on images of {teacher.size} pixels, these have {net.size}")
         teachers.append(teacher)

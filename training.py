@@ -29,6 +29,7 @@ from sources import has_files, listed
 Options = TypeVar("Options")
 FEW = 1000  # training images; from fewer, training from scratch does not pay (docs/recipe.md)
 PHOTOGRAPH = 96  # pixels
+NOT_FINITE = "the weights are no longer finite; try a lower --lr, or --precision float32"
 FIELDS = ("step", "images", "seconds", "loss", "rate", "triplet_accuracy", "pair_accuracy", "auc", "threshold")
 FIELDS += ("new_triplet_accuracy", "new_pair_accuracy", "new_one_shot")  # on validation classes, where there are any
 
@@ -43,6 +44,8 @@ def check(options: cli.RunOptions) -> None:
     cli.require(options, "width", least=1, most=1024)
     cli.require(options, "image_size", least=8, most=4096)
     cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
+    if options.log_dir is not None and Path(options.log_dir).is_file():
+        raise ValueError(f"--log-dir: {options.log_dir} is not a folder")
     if options.resume and options.overwrite:
         raise ValueError("--resume continues a run, --overwrite replaces it; give one of them")
     cli.RunFolder.check(options.out, options.resume, options.overwrite)
@@ -77,7 +80,9 @@ def with_defaults(options: Options, penultimate: float = 0.0, **usual: float) ->
     saved = checkpoints.read(options.weights) if options.weights else {}
     own = checkpoints.settings_of(saved) if checkpoints.is_ours(saved) else None
     files = has_files(options.data)
-    size = model.image_size(options.backbone, files, options.image_size, own.get("size") if own and files else None)
+    library = ":" in options.backbone
+    trained_at = own.get("input_size" if library else "size") if own and (files or library) else None
+    size = model.image_size(options.backbone, files, options.image_size, trained_at)
     if files and size >= PHOTOGRAPH:
         found = {"crop": 0.25, "jitter": 0.3, "cutout": 0.0, "rotate": 0.0}
     else:
@@ -161,7 +166,7 @@ def given_weights(options: cli.NetworkOptions, train: data.TrainingData) -> tupl
         return model.pretrained_weights(options.backbone), usual
     if options.weights is None:
         return None, train.pixel_statistics
-    saved = checkpoints.read(options.weights)
+    saved, settings = checkpoints.read(options.weights), {}
     if checkpoints.is_ours(saved):
         if options.pixel_mean is not None:
             raise ValueError(f"{options.weights} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
@@ -172,19 +177,24 @@ def given_weights(options: cli.NetworkOptions, train: data.TrainingData) -> tupl
         statistics = options.pixel_mean, options.pixel_std
     else:
         statistics = usual or train.pixel_statistics
-    return checkpoints.bare_state(saved, options.weights), statistics
+    state = checkpoints.bare_state(saved, options.weights)
+    train.facts["given"] = [checkpoints.fingerprint(settings, state)]
+    return state, statistics
 
 
 def note_learned(path: str, saved: dict, train: data.TrainingData) -> None:
     """Note the classes that a checkpoint was trained on, as known here before. Raises ValueError if one is an unseen or
     a validation class."""
     facts, learned = train.facts, checkpoints.trained_classes(saved["data"])
-    for kind, remedy in {"unseen": "--split", "validation": "--split and --withhold"}.items():
+    remedies = {"unseen": "the --split that it was trained with, or --split 100-0, which has none"}
+    remedies["validation"] = "the --split and --withhold, if any, that it was trained with"
+    for kind, remedy in remedies.items():
         leaked = [name for name in (facts["classes"][label] for label in facts[kind]) if name in learned]
         if leaked:
             why = f"{path} was trained on {kind} classes ({listed(leaked)})"
-            raise ValueError(f"{why}; give the {remedy} that it was trained with, or --split 100-0, which has none")
+            raise ValueError(f"{why}; give {remedy}")
     facts["learned_before"] = sorted(learned | {*facts.get("learned_before", [])})
+    facts["trained_on_test"] |= bool(saved["data"].get("trained_on_test"))
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -270,6 +280,9 @@ class Run:
             raise ValueError(f"{folder} was trained with other options; to resume it give {was}")
         if saved["data"].get("fingerprint") != self.train.facts["fingerprint"]:
             raise ValueError(f"{folder} was trained on other images, labels or classes than --data holds now")
+        given = self.train.facts.get("given")
+        if saved["data"].get("given", given) != given:
+            raise ValueError(f"{folder} learned from other networks than the files of --weights and --teacher hold now")
         state = saved["training"]
         processes, rank = len(state["generator"]), distributed.rank()
         if processes != distributed.world():
@@ -341,6 +354,7 @@ class Run:
                 if due or interrupted:
                     self.save(validated=due)
                 if interrupted:
+                    distributed.from_first(0.0)  # has saved: when one process ends, torchrun ends the others
                     done = f"step {self.step}, {100 * self.progress:.0f} % of the run"
                     self.end(f"stopped at {done}, saved; go on with --resume", 128 + int(interrupted))
             if self.best.get("step") == 0 < self.step:
@@ -435,7 +449,7 @@ class Run:
         """Normalised embeddings (N, D) and labels (N,) of images. Raises Stopped if they are not finite."""
         z = nn.functional.normalize(model.embed(self.net, images))
         if not z.isfinite().all():
-            raise Stopped("the weights are no longer finite; try a lower --lr, or --precision float32")
+            raise Stopped(NOT_FINITE)
         return z, images.labels
 
     def inference_state(self) -> dict:
@@ -455,7 +469,11 @@ class Run:
         }
 
     def save(self, validated: bool) -> None:
-        """Write last.pt, in the first process: inference state and everything that resuming needs."""
+        """Write last.pt, in the first process: inference state and everything that resuming needs.
+
+        Where it is not validated, it is written with the former calibration first: there may be no time to validate, as
+        torchrun kills what does not end within 30 seconds.
+        """
         own = {"generator": self.train.generator.get_state(), "rng": torch.get_rng_state()}
         if self.device.type == "cuda":
             own["rng_cuda"] = torch.cuda.get_rng_state(self.device)
@@ -463,14 +481,17 @@ class Run:
         of_processes = {name: distributed.gather(part[None]) for name, part in own.items()}
         if distributed.rank() > 0:
             return
-        if not validated:
-            self.validate()  # for last.pt alone: neither the log nor best.pt hears of it
+        if not all(tensor.isfinite().all() for tensor in self.net.state_dict().values()):
+            raise Stopped(NOT_FINITE)
         training = {name: part.state_dict() for name, part in self.parts.items()}
         training |= of_processes | {"net": self.net.state_dict(), "collapsed": self.collapsed}
         training |= {"tasks": self.train.sampler.tasks.get_state(), "best": self.best}
         training |= {"step": self.step, "images": self.images, "seconds": self.seconds, "log": self.rows}
         self.write("last.pt", self.inference_state() | {"training": training})
         self.folder.committed()
+        if not validated:
+            self.validate()  # for last.pt alone: neither the log nor best.pt hears of it
+            self.write("last.pt", self.inference_state() | {"training": training})
 
     def write(self, name: str, checkpoint: dict) -> None:
         """Save one of the run's checkpoints. Raises OSError."""
@@ -483,7 +504,8 @@ class Run:
             return
         if validate:
             row |= self.validate()
-            if self.validation["auc"] > self.best["auc"]:
+            ties = self.validation["auc"] == self.best["auc"] and self.best["step"] > 0  # the later is better trained
+            if self.validation["auc"] > self.best["auc"] or ties:
                 self.best = self.validation | {"step": self.step}
                 self.write("best.pt", self.inference_state())
         self.rows.append({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -180,6 +181,35 @@ def test_standard_splits_train_on_the_test_images_of_seen_classes(tmp_path):
     own = loaded.data.test.of(loaded.seen)
     assert torch.equal(own.images, data.hold_back(loaded.data.train.of(loaded.seen))[1].images)
     assert len(loaded.data.test.of(loaded.unseen)) == 20 * 3 and len(loaded.pictures) == 20 * (8 + 3)
+    assert len(loaded.trained_on) == 60 * (6 + 3)
+    shutil.copy(npz, tmp_path / "other.npz")  # the same images by another name
+    other = evaluate.load(
+        str(tmp_path / "run/last.pt"), evaluate.Options((), data=str(tmp_path / "other.npz")), torch.device("cpu")
+    )
+    assert torch.equal(other.data.test.of(loaded.seen).images, own.images) and other.notes == loaded.notes
+    more = ["--weights", tmp_path / "run/last.pt", "--out", tmp_path / "next"]
+    tiny.run(train_classic, *options, "--split", "100-0", *more)  # what weights were trained on is not forgotten
+    after = evaluate.load(str(tmp_path / "next/last.pt"), evaluate.Options(()), torch.device("cpu"))
+    assert "their test images were trained on" in after.notes[-1]
+
+
+def test_copies_are_counted_among_all_images_that_are_measured_or_trained_on(tmp_path):
+    """Also test images that a standard split trains on, and training images of unseen classes."""
+    npz, arrays = tmp_path / "cifar.npz", tiny.arrays(classes=100, train=8, test=3)
+    options = ["--data", npz, "--split", "fc100", "--width", 4, "--device", "cpu", "--epochs", 0.2]
+    np.savez(npz, **arrays | {"class_names": np.array(CIFAR100)})
+    tiny.run(train_classic, *options, "--out", tmp_path / "run")
+    loaded = evaluate.load(str(tmp_path / "run/last.pt"), evaluate.Options(()), torch.device("cpu"))
+    ours, theirs = (
+        (arrays[f"{part}_labels"] == label).nonzero()[0]
+        for part, label in (("test", loaded.seen[0]), ("train", loaded.unseen[0]))
+    )
+    arrays["train_images"][theirs[0]] = arrays["test_images"][ours[0]]
+    arrays["train_images"][theirs[1]] = arrays["train_images"][theirs[2]]
+    np.savez(tmp_path / "copies.npz", **arrays | {"class_names": np.array(CIFAR100)})
+    tiny.run(evaluate, tmp_path / "run/last.pt", "--data", tmp_path / "copies.npz", "--json", tmp_path / "a.json")
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["measured"]["copies"] == {"of_training_images": 1, "of_test_images": 1}
 
 
 def test_held_back_are_the_last_images_of_each_class():
@@ -232,6 +262,15 @@ def test_every_image_is_drawn_equally_often():
     assert (torch.bincount(drawn, minlength=8) - 1000).abs().max() < 150  # 5 standard deviations
 
 
+def test_images_of_small_classes_are_drawn_equally_often():
+    """Each is repeated as often as any other of its class, however large another is."""
+    sampler = data.Sampler(torch.tensor([0] * 3 + [1] * 4 + [2] * 7), torch.Generator().manual_seed(0))
+    drawn = torch.cat([sampler.batch(torch.tensor([0, 1, 2]), 5) for _ in range(3000)])
+    counts = torch.bincount(drawn, minlength=14)
+    for own, expected in ((counts[:3], 5000), (counts[3:7], 3750), (counts[7:], 15000 / 7)):
+        assert (own - expected).abs().max() < 250
+
+
 def test_the_images_against_a_class_are_of_all_others():
     labels = torch.tensor([3, 5, 5, 7, 7, 7, 9])
     sampler = data.Sampler(labels, torch.Generator().manual_seed(0))
@@ -256,6 +295,14 @@ def test_splits_and_validation_classes_are_whole_alphabets(split, share, sizes):
     assert sum(map(len, groups)) == 4 and bool(validation) == (share > 0)
     assert len(data.split_classes(ALPHABETS, split, 3)[1]) == int(split.split("-")[1])
     assert len(data.split_classes(ALPHABETS[:20], "80-20")[1]) == 4  # one alphabet
+
+
+def test_whole_alphabets_are_not_divided_where_names_are_in_no_order():
+    """Names in turns cannot be parted between alphabets; where one place can, it is taken."""
+    mixed = [f"{alphabet}/{n}" for n in range(10) for alphabet in "AB"]
+    assert len(data.split_classes(mixed, "90-10")[1]) == 2
+    seen, unseen = data.split_classes(mixed + [f"C/{n}" for n in range(4)], "90-10")
+    assert (len(seen), len(unseen)) == (20, 4)
 
 
 @pytest.mark.parametrize("flip", [True, False])

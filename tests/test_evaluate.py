@@ -23,6 +23,7 @@ import metrics
 import model
 import oneshot
 import tiny
+import train_classic
 
 REPORT = {"checkpoint", "commit", "data", "split", "threshold", "seen", "unseen", "per_class"}
 REPORT |= {"training", "network", "date", "thresholds", "compared_with", "measured", "notes", "open_set"}
@@ -409,6 +410,26 @@ def test_classes_are_known_by_name(folder, tmp_path, capsys, refusal, gone, adde
     assert "calls unseen (class" in refusal(evaluate, best, "--data", path, "--split", "0-100")
 
 
+def test_it_is_told_if_pictures_came_or_went(tmp_path):
+    """Without a test folder the last sixth is for testing, so images that were trained on may take its place."""
+    arrays = tiny.arrays(classes=4, train=48)
+    for place, (pixels, label) in enumerate(zip(arrays["train_images"], arrays["train_labels"], strict=True)):
+        (tmp_path / "a" / f"class {label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "a" / f"class {label}" / f"{place:03}.png")
+    options = ["--split", "100-0", "--image-size", 16, "--width", 4, "--epochs", 1, "--device", "cpu"]
+    tiny.run(train_classic, "--data", tmp_path / "a", *options, "--out", tmp_path / "run")
+
+    def notes():
+        evaluate.load_data.cache_clear()
+        return evaluate.load(str(tmp_path / "run" / "last.pt"), evaluate.Options(()), torch.device("cpu")).notes
+
+    assert not notes()
+    for path in sorted((tmp_path / "a").glob("*/*.png"))[-6:]:
+        path.unlink()
+    (note,) = notes()
+    assert note.startswith("pictures came, went or changed since the training: it may have seen")
+
+
 def test_weights_it_started_from_count_as_training(folder, tmp_path):
     saved = checkpoints.read(folder / "run" / "best.pt")
     saved["data"] |= {"classes": ["x", "y"], "seen": [0, 1], "unseen": [], "learned_before": ["class 3", "class 5"]}
@@ -480,7 +501,7 @@ def test_one_test_image_a_class(folder, tmp_path, capsys):
     report = evaluated(tmp_path, folder / "run" / "best.pt", *more)
     assert report["seen"] is report["unseen"] is None
     words = [f"{name} classes; nothing is measured" for name in ("seen: 9 images of 9", "unseen: 3 images of 3")]
-    words += ["copies among the test images: 1 of training images, 0 of other"]
+    words += ["copies among these images: 1 of training images, 0 of each other"]
     for text in (capsys.readouterr().out, (tmp_path / "page" / "index.html").read_text()):
         assert all(word in text for word in words)
 

@@ -202,6 +202,29 @@ def test_bootstrap_covers_the_spread_between_classes():
     assert torch.equal(metrics.resample(labels), metrics.resample(labels))
 
 
+@pytest.mark.parametrize("criterion", ["balanced", "eer", "far:0.01"])
+def test_thresholds_are_similarities(criterion):
+    """Of rows that are nearly or quite equal, whose products round to more than 1, none is above 1."""
+    labels = torch.arange(12) // 3
+    for seed in range(40):
+        noise = torch.randn(12, 24, generator=torch.Generator().manual_seed(seed))
+        z = normalize(torch.ones(12, 24) + (10.0 ** -(seed % 5 + 3) if seed % 5 else 0) * noise)
+        curve = metrics.roc(z, labels)
+        found = curve.threshold(criterion)
+        assert -1 <= found["value"] <= 1 and -1 <= curve.best()[1] <= 1
+        if found["value"] == 1.0:  # accepts none
+            assert metrics.pair_errors(z, labels, [1.0])[0] == found["false_accept"] == 0
+
+
+def test_classes_without_a_query_are_in_no_episode():
+    labels = torch.tensor([0] * 6 + [1] + [2] * 6 + [3] * 2 + [4] * 6)
+    for shot, classes in ((1, {0, 2, 3, 4}), (5, {0, 2, 4})):
+        for rows, images in metrics.draw_episodes(labels, 3, shot, episodes=50):
+            assert set(rows.flatten().tolist()) == classes and images.shape[2] == shot + 1
+            assert torch.equal(labels[images], rows[:, :, None].expand_as(images))
+    assert not [*metrics.draw_episodes(labels, 4, 5)] and not [*metrics.draw_episodes(labels, 5, 1)]
+
+
 @pytest.mark.parametrize("figure", ["triplet_accuracy", "pair_accuracy"])
 def test_differences_are_paired(figure):
     """Nearly equal embeddings differ by little, however much the classes differ; with itself a table differs by 0."""

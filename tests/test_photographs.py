@@ -99,6 +99,15 @@ def test_a_table_says_what_pictures_are_for(tmp_path, capsys):
     assert loaded.own_split == ([4, 5, 6, 7], [], [0, 1, 2, 3])
 
 
+def test_a_picture_that_a_table_names_twice_counts_once(tmp_path, capsys):
+    """Or its copy among the images for testing, or held back, would be one that was trained on."""
+    rows = photographs(tmp_path / "photos", count=6)
+    once = load(table(tmp_path / "photos" / "A.CSV", [("path", "label"), *rows]))
+    twice = load(table(tmp_path / "photos" / "b.csv", [("path", "label"), *rows, *rows]))
+    assert twice.train.same(once.train) and twice.test.same(once.test)
+    assert capsys.readouterr().err == f"b: left out {len(rows)} pictures that are there twice\n"
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -113,6 +122,11 @@ def test_a_table_says_what_pictures_are_for(tmp_path, capsys):
         ([("path", "label", "split"), ("a.jpg", "a", "test")], "it has none to train on"),
         ([("path", "label"), ("a.jpg", "a"), ("a.jpg", "b")], "a.jpg counts for two classes, a and b"),
         ([("path", "label"), ("a.jpg", "a")], "none of 1 files can be read: no such picture"),
+        ([("path", "label"), ("a" * 300, "a")], "none of 1 files can be read: no such picture"),
+        (
+            [("path", "label", "split"), ("a.jpg", "a", "train"), ("a.jpg", "b", "test")],
+            "a.jpg counts for two classes, a and b",
+        ),
     ],
 )
 def test_a_wrong_table_is_refused(tmp_path, rows, message):
@@ -136,7 +150,8 @@ def test_pictures_on_disk_are_those_in_memory(folder, on_disk, monkeypatch, caps
     decoded = []
     monkeypatch.setattr(sources, "read", lambda *args: decoded.append(args) or pictures.read(*args))
     again = load(folder)
-    assert not decoded and capsys.readouterr().err.count("bad.jpg is not a picture") == 2
+    assert [Path(file).name for file, _ in decoded] == ["bad.jpg"]  # perhaps it can be read now
+    assert capsys.readouterr().err.count("bad.jpg is not a picture") == 2
     monkeypatch.setattr(sources, "IN_MEMORY", 2**30)
     known = load(folder)
     assert decoded and known.train.mapped is None
@@ -178,6 +193,34 @@ def test_a_cache_among_the_pictures_is_none_of_them(tmp_path, on_disk, capsys):
     assert first.class_names == second.class_names and not any("cache" in name for name in second.class_names)
     assert first.train.mapped.fingerprint == second.train.mapped.fingerprint
     assert "no such picture" not in capsys.readouterr().err
+
+
+def test_what_could_not_be_read_is_tried_again(folder, on_disk, monkeypatch, capsys):
+    """By then the format may be known, or the file be allowed to be read: its times are as before."""
+    bad = folder / "flower 0" / "01.jpg"
+    read, count = pictures.read, len(load(folder).train)
+    os.utime(bad, (1, 1))
+
+    def refuse(picture, *given):
+        if str(picture) == str(bad):
+            raise ValueError(f"{bad} cannot be read: not today")
+        return read(picture, *given)
+
+    monkeypatch.setattr(sources, "read", refuse)
+    for _ in range(2):
+        assert len(load(folder).train) == count - 1
+        assert "not today" in capsys.readouterr().err
+    monkeypatch.setattr(sources, "read", read)
+    assert len(load(folder).train) == count and len(caches(folder)) == 1
+
+
+def test_a_run_of_pictures_on_disk_is_resumed_if_their_times_alone_changed(folder, on_disk):
+    before = load(folder).train
+    os.utime(folder / "flower 0" / "01.jpg", (1, 1))
+    after = load(folder).train
+    assert after.mapped.fingerprint == before.mapped.fingerprint
+    Image.new("RGB", (40, 40)).save(folder / "flower 0" / "01.jpg")
+    assert load(folder).train.mapped.fingerprint != before.mapped.fingerprint
 
 
 def test_a_damaged_cache_is_told_of(folder, on_disk):
@@ -260,6 +303,8 @@ def test_a_run_on_pictures_on_disk_is_resumed_with_the_same_ones_only(folder, on
     tiny.run(train_classic, *usual, "--epochs", 3)
     tiny.run(train_classic, *usual, "--epochs", 3, "--resume")
     os.utime(folder / "flower 0" / "00.jpg", (1, 1))
+    tiny.run(train_classic, *usual, "--epochs", 3, "--resume")
+    Image.new("RGB", (40, 40)).save(folder / "flower 0" / "00.jpg")
     assert "was trained on other images" in refusal(train_classic, *usual, "--epochs", "3", "--resume")
 
 

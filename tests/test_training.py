@@ -1,6 +1,7 @@
 """The training scripts end to end on a tiny data set: learning, resuming, stopping, logs, published settings."""
 
 import csv
+import dataclasses
 import itertools
 import os
 import re
@@ -329,6 +330,59 @@ def test_batch_norm_is_measured_on_what_is_better_on_held_back_images(npz, tmp_p
         z = torch.nn.functional.normalize(model.embed(net, train.held_back))
         found.append(metrics.roc(z, train.held_back.labels).auc)
     assert abs(found[0] - found[1]) > 1e-3 and abs(saved["validation"]["auc"] - max(found)) < 1e-6
+
+
+def test_batch_norm_is_measured_on_batches_of_one_size(npz):
+    """A last batch of one image would count as much as one of 250."""
+    train = data.load_for_training(cli.DataOptions(str(npz), split="75-25"), 0, torch.device("cpu"))
+    for count, sizes in ((251, [126, 125]), (250, [250]), (3, [3]), (501, [167] * 3)):
+        images = train.kept[torch.arange(count) % len(train.kept)]
+        batches = dataclasses.replace(train, kept=images).samples(lambda pixels: pixels.float(), False)
+        assert [len(batch) for batch in batches] == sizes
+
+
+def test_nearly_equal_embeddings_leave_a_checkpoint_that_can_be_read(train, tmp_path, monkeypatch):
+    """Their products round to more than 1, where no threshold may be."""
+    monkeypatch.setattr(
+        training.Run, "embed", lambda self, images: (torch.full((len(images), 24), 24**-0.5), images.labels)
+    )
+    out = train(train_classic, CLASSIC, tmp_path / "run", "--epochs", 1)
+    for name in ("best.pt", "last.pt"):
+        assert -1 <= checkpoints.read(out / name)["threshold"]["value"] <= 1
+
+
+def test_what_stops_is_saved_before_it_is_validated(train, tmp_path, monkeypatch):
+    """There may be no time to validate; a network that is not finite is not saved at all."""
+
+    def interrupt(run):
+        raise KeyboardInterrupt
+
+    out = train(train_classic, CLASSIC, tmp_path / "run", "--epochs", 2)
+    before = torch.load(out / "last.pt", weights_only=True)
+    check = training.Run.check
+
+    def stop(run):
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return check(run)
+
+    monkeypatch.setattr(training.Run, "LOG_EVERY", 1)
+    monkeypatch.setattr(training.Run, "check", stop)
+    monkeypatch.setattr(training.Run, "validate", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(train_classic, CLASSIC, tmp_path / "next", "--epochs", 2)
+    saved = torch.load(tmp_path / "next" / "last.pt", weights_only=True)
+    assert saved["step"] == 4 and saved["threshold"] is None
+    monkeypatch.undo()
+    train(train_classic, CLASSIC, tmp_path / "next", "--epochs", 2, "--resume")
+    assert same(torch.load(tmp_path / "next" / "last.pt", weights_only=True)["model"], before["model"])
+
+
+def test_the_best_of_equals_is_the_last(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.Run, "embed", lambda self, images: (F.one_hot(images.labels).float(), images.labels))
+    out = train(train_classic, CLASSIC, tmp_path / "run", "--epochs", 4, "--validate-every", 1)
+    best, last = (torch.load(out / name, weights_only=True)["step"] for name in ("best.pt", "last.pt"))
+    assert best == last
 
 
 def test_held_back_and_unseen_images_never_reach_the_training(npz):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from huggingface_hub import constants
+from PIL import Image
 from safetensors.torch import save_file
 
 import checkpoints
@@ -240,6 +241,37 @@ def test_a_student_sees_the_similarities_its_teachers_see(train, npz, arguments,
     errors = refusal(train_classic, *arguments(train_classic, "--teacher", teachers[0], "--data", larger))
     assert "a.pt was trained on images of 16 pixels, these have 32" in errors
     assert (tmp_path / "train_classic" / "last.pt").exists()  # what --overwrite would replace
+
+
+@pytest.mark.parametrize("option", ["--teacher", "--weights"])
+def test_a_run_goes_on_with_the_networks_it_began_with_only(train, arguments, tmp_path, refusal, option):
+    given, made = tmp_path / "given.pt", tmp_path / "train_classic" / "last.pt"
+    train(train_classic)
+    shutil.copy(made, given)
+    more = arguments(train_classic, option, given)
+    tiny.run(train_classic, *more)
+    resumed = [*(each for each in more if each != "--overwrite"), "--resume"]
+    tiny.run(train_classic, *resumed)
+    saved = checkpoints.read(given)
+    saved["model"]["bn1.weight"] += 1
+    torch.save(saved, given)
+    before = made.read_bytes()
+    assert "learned from other networks than the files of --weights and --teacher" in refusal(train_classic, *resumed)
+    assert made.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_network_of_a_library_keeps_the_size_it_was_trained_at(train, arguments, tmp_path):
+    """It scales images to that itself, whatever they come in: these have 16 pixels."""
+    train(train_classic, "--backbone", "torchvision:resnet18", "--image-size", 48)
+    shutil.copy(tmp_path / "train_classic" / "last.pt", tmp_path / "given.pt")
+    more = ["--backbone", "torchvision:resnet18", "--weights", tmp_path / "given.pt"]
+    assert train(train_classic, *more)["network"]["input_size"] == 48
+    for number in range(16):
+        (tmp_path / "photos" / f"{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((60, 50), 90).save(tmp_path / "photos" / f"{number % 2}" / f"{number}.png")
+    found = train(train_classic, *more, "--data", tmp_path / "photos", "--split", "100-0", "--epochs", 0)["network"]
+    assert (found["input_size"], found["size"]) == (48, 48)
 
 
 @pytest.mark.parametrize(
