@@ -2,7 +2,7 @@
 
     python benchmarks/small_sets.py --cifar data/cifar100.npz --out results/small-sets.json
 
-Ten of CIFAR-100's classes, which --weights was not trained on, play one's own classes; each has 5 to 100 training
+Ten of CIFAR-100's classes, which --weights was not trained on, play one's own classes; each has 6 to 100 training
 pictures, drawn at random. The ten classes after them stay unseen in all trainings. Figures are from CIFAR-100's test
 images of the ten own and of the ten new classes, in percent: AUC of all pairs and 10-way 1-shot accuracy. Finished
 trainings are kept in --out, so that the same command continues.
@@ -69,6 +69,7 @@ def small_set(cifar: dict, first: int, pictures: int, seed: int, path: Path) -> 
 def measure(checkpoint: Path | str, test: np.lib.npyio.NpzFile) -> dict:
     """AUC and 10-way 1-shot accuracy, each of the own and of the new classes, in percent."""
     net = checkpoints.load(checkpoint)[0].eval()
+    net.penultimate = 0.0
     images, labels = torch.from_numpy(test["test_images"]).permute(0, 3, 1, 2), torch.from_numpy(test["test_labels"])
     z, found = F.normalize(model.embed(net, images)), {}
     for side, rows in (("own", labels < 10), ("new", labels >= 10)):
