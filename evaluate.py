@@ -427,7 +427,8 @@ def measure(loaded: Loaded, threshold: dict | None) -> tuple[dict[str, Side], di
         measured[name] = {"classes": len(classes), "images": len(images)}
         too_few = "" if side or not classes else "; nothing is measured, for want of two images of one class"
         notes.append(f"{name}: {len(images)} images of {len(classes)} classes{too_few}")
-    few = [int((loaded.pictures.of(loaded.unseen).labels.unique(return_counts=True)[1] <= n).sum()) for n in (1, 5)]
+    counts = loaded.pictures.labels.unique(return_counts=True)[1]
+    few = [int((counts <= shot).sum()) for shot in (1, 5)]
     if any(few) and "unseen" in sides:
         notes.append(f"unseen classes with too few images for few-shot tasks: {few[0]} in 1-shot, {few[1]} in 5-shot")
     of_training, of_test = data.copies(loaded.trained_on, test.of(loaded.seen) + loaded.pictures)

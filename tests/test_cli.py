@@ -125,7 +125,7 @@ BOTH = [
     ("--minutes nan", "--minutes must be above 0 and at most 1e+06, got nan"),
     ("--seed -1", "--seed must be at least 0, got -1"),
     (f"--seed {2**64}", "--seed must be below"),
-    ("--log-dir {text}", "File exists"),
+    ("--log-dir {text}", "text is not a folder"),
     ("--resume", "no such file"),
     ("--lr 0", "--lr must be above 0, got 0"),
     ("--lr -1", "--lr must be above 0, got -1"),

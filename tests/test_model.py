@@ -254,7 +254,14 @@ def test_a_network_is_built_again_with_its_pixel_statistics():
 
 def test_an_older_checkpoint_keeps_its_pixel_statistics_with_the_data(tmp_path):
     net = model.build("resnet20", 4, size=24, mean=[0.5, 0.4, 0.3], std=[0.2, 0.3, 0.1])
-    saved = {"model": net.state_dict(), "options": {}, "threshold": {"value": 0.5, "logistic": [1.0, 0.0]}}
+    threshold = {
+        "value": 0.5,
+        "logistic": [1.0, 0.0],
+        "false_accept": 5.0,
+        "false_reject": 5.0,
+        "calibrated_on": "some",
+    }
+    saved = {"model": net.state_dict(), "options": {}, "threshold": threshold}
     pixels = {name: net.settings[name] for name in ("size", "mean", "std")}
     older = {
         "network": {"backbone": "resnet20", "width": 4},
