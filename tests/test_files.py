@@ -301,7 +301,7 @@ def test_a_checkpoint_without_all_of_its_calibration_is_refused(trained, tmp_pat
         assert "lacks a calibration: `python evaluate.py" in refusal(script, tmp_path / "a.pt", *arguments)
 
 
-def test_weights_of_any_type_are_recognised_by(trained, tmp_path):
+def test_weights_of_bfloat16_are_recognised(trained, tmp_path):
     saved = torch.load(trained / "run" / "best.pt", weights_only=True)
     saved["model"] = {
         name: each.bfloat16() if each.is_floating_point() else each for name, each in saved["model"].items()

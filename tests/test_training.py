@@ -352,7 +352,7 @@ def test_nearly_equal_embeddings_leave_a_checkpoint_that_can_be_read(train, tmp_
 
 
 def test_what_stops_is_saved_before_it_is_validated(train, tmp_path, monkeypatch):
-    """There may be no time to validate; a network that is not finite is not saved at all."""
+    """There may be no time to validate."""
 
     def interrupt(run):
         raise KeyboardInterrupt
