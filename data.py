@@ -6,6 +6,7 @@ gathered. There are no worker processes and no Python code that runs once per im
 
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -102,7 +103,9 @@ def whole_groups(class_names: list[str], first: int) -> int:
     Where every place divides one, `first` itself.
     """
     groups = [name.rpartition("/")[0] or name for name in class_names]
-    begins = [n for n in range(2, len(groups) - 1) if {*groups[:n]}.isdisjoint(groups[n:])]
+    last = {group: place for place, group in enumerate(groups)}
+    ends = [*itertools.accumulate((last[group] for group in groups), max)]  # of the groups that have begun
+    begins = [n for n in range(2, len(groups) - 1) if ends[n - 1] < n]
     return min(begins, key=lambda place: abs(place - first), default=first)
 
 

@@ -169,9 +169,8 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     same = bool(seen) and (loaded.name == facts.get("name") or names == facts["classes"])
     on_tests = same and facts.get("trained_on_test", False)
     parts = data.parts_of_training(loaded, seen, facts.get("validation", []) if same else [], on_tests)
-    changed = same and source not in NAMED and has_files(source) and size == own.get("size") and options.on == "test"
-    changed = changed and (seen, unseen) == (facts["seen"], facts.get("unseen"))
-    changed = changed and data.fingerprint(parts, facts) != facts.get("fingerprint")
+    comparable = same and source not in NAMED and has_files(source) and size == own.get("size")
+    comparable = comparable and options.on == "test" and (seen, unseen) == (facts["seen"], facts.get("unseen"))
     replaced = on_tests and options.on == "test"
     if replaced:
         loaded = data.without_seen_tests(loaded, seen, unseen)
@@ -190,7 +189,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         notes.append("seen: held-back images, which the threshold is calibrated on; unseen: the validation classes")
     if replaced:
         notes.append("seen classes are measured on held-back images: their test images were trained on")
-    if changed:
+    if comparable and data.fingerprint(parts, facts) != facts.get("fingerprint"):
         notes.append("pictures came, went or changed since the training: it may have seen some that are measured here")
     if not (seen or ours or options.pixel_mean) and backbone in model.RESNETS:
         notes.append("pixels are normalised by these images' statistics, for want of --pixel-mean and --pixel-std")
