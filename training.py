@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import math
 import os
 import signal
@@ -11,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -315,13 +316,13 @@ class Run:
     def steps(self) -> Iterator[float]:
         """The progress at each step, from where the run stands to its end.
 
-        Ctrl-C and SIGTERM end it after the step, saved.
+        Ctrl-C, SIGTERM and the loss of the terminal end it after the step, saved.
         """
         interrupts: list[int] = []
-        before = {
-            number: signal.signal(number, lambda number, frame: interrupts.append(number))
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
+            numbers.append(signal.SIGHUP)
+        before = {n: signal.signal(n, lambda number, frame: interrupts.append(number)) for n in numbers}
         self.bar = tqdm(
             total=self.total if self.options.minutes is None else None,
             initial=self.step,
@@ -337,6 +338,8 @@ class Run:
                     self.net.centre(self.train.kept)
                 self.log({"step": 0, "images": 0, "seconds": 0.0}, validate=True)  # given weights can be the best
                 self.save(validated=True)
+            if self.options.resume and self.progress == 1 and distributed.rank() == 0:
+                self.tell(f"{self.options.out} is at its end, step {self.step}: nothing is left to do")
             while self.progress < 1:
                 yield self.progress
                 self.step += 1
@@ -344,7 +347,7 @@ class Run:
                 self.seconds, interrupted = distributed.from_first(seconds, interrupts[0] if interrupts else 0)
                 self.bar.update()
                 if interrupted and distributed.rank() == 0:
-                    self.bar.write("stopping: validating and saving", file=sys.stderr)
+                    self.tell("stopping: validating and saving", sys.stderr)
                 due = self.step % self.validate_every == 0 or self.progress == 1
                 if due or self.step % self.LOG_EVERY == 0:
                     row = self.check()
@@ -359,7 +362,7 @@ class Run:
                     self.end(f"stopped at {done}, saved; go on with --resume", 128 + int(interrupted))
             if self.best.get("step") == 0 < self.step:
                 out, why = self.options.out, "nothing later did better on held-back images of seen classes"
-                self.bar.write(f"{out}/best.pt has the given weights: {why}; {out}/last.pt has those of the end")
+                self.tell(f"{out}/best.pt has the given weights: {why}; {out}/last.pt has those of the end")
         except Stopped as error:
             self.end(f"stopped at step {self.step}: {error}", 1)
         except BrokenPipeError:  # nobody reads what is printed
@@ -383,8 +386,16 @@ class Run:
         """End the program with this last message."""
         self.bar.close()
         if distributed.rank() == 0:
-            print(text, file=sys.stderr)
+            self.tell(text, sys.stderr)
         sys.exit(status)
+
+    def tell(self, text: str, stream: TextIO | None = None) -> None:
+        """Print above the progress bar, to standard output if not told otherwise; to nobody if the terminal is gone."""
+        try:
+            self.bar.write(text, file=stream)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
 
     def record(self, loss: Tensor, embeddings: Tensor, images: int, rate: float) -> None:
         """Tell the run of a step: its loss, last embeddings (B, D), images seen and learning or meta-step rate."""
@@ -515,7 +526,7 @@ class Run:
                 self.tensorboard.add_scalar(name, row[name], row["step"])
         if validate:
             when = f"step {self.step}" if self.step else "as given"
-            self.bar.write(f"{when}: held-back images {describe(row)}")
+            self.tell(f"{when}: held-back images {describe(row)}")
 
 
 def git_commit() -> str:

@@ -60,7 +60,7 @@ def test_training_learns_and_leaves_its_files(train, tmp_path, script, arguments
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
-def test_resuming_gives_the_same_bits(train, tmp_path, monkeypatch, script, arguments):
+def test_resuming_gives_the_same_bits(train, tmp_path, capsys, monkeypatch, script, arguments):
     whole = train(script, arguments, tmp_path / "whole")
     original = script.triplet_loss
     calls = []
@@ -83,6 +83,9 @@ def test_resuming_gives_the_same_bits(train, tmp_path, monkeypatch, script, argu
     ends = [checkpoints.read(out / "last.pt") for out in (whole, parts)]
     assert stopped["step"] < ends[0]["step"]
     assert same(*ends)
+    capsys.readouterr()
+    train(script, arguments, tmp_path / "parts", "--resume")
+    assert "nothing is left to do" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -167,28 +170,48 @@ def test_collapsed_embeddings_stop_the_run(train, tmp_path, capsys, monkeypatch)
     assert stop.value.code == 1 and "all embeddings point the same way" in capsys.readouterr().err
 
 
+def endless_training(npz, out, **streams):
+    """A process that trains without end and has saved a checkpoint."""
+    command = [sys.executable, "train_classic.py", "--data", npz, "--out", str(out), *CLASSIC, "--epochs", "100000"]
+    process = subprocess.Popen(command, cwd=ROOT, **streams)
+    deadline = time.monotonic() + 120
+    while not (out / "last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return process
+
+
 @pytest.mark.slow
 def test_ctrl_c_in_a_shell_saves_and_says_how_to_go_on(npz, tmp_path):
-    command = [
-        sys.executable,
-        "train_classic.py",
-        "--data",
-        npz,
-        "--out",
-        str(tmp_path / "run"),
-        *CLASSIC,
-        "--epochs",
-        "100000",
-    ]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "last.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    process = endless_training(npz, tmp_path / "run", stderr=subprocess.PIPE, text=True)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
     assert re.search("stopping: validating and saving.*go on with --resume", errors, re.DOTALL)
     assert checkpoints.read(tmp_path / "run" / "last.pt")["step"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_saves(npz, tmp_path, nohup):
+    fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
+    ours, theirs = os.openpty()
+
+    def take_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        if nohup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = endless_training(npz, tmp_path / "run", **streams, start_new_session=True, preexec_fn=take_terminal)
+    os.close(theirs)
+    saved = checkpoints.read(tmp_path / "run" / "last.pt")["step"]
+    os.close(ours)  # the kernel sends SIGHUP
+    if nohup:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=3)
+        process.terminate()
+    assert process.wait(timeout=60) == 128 + (signal.SIGTERM if nohup else signal.SIGHUP)
+    assert checkpoints.read(tmp_path / "run" / "last.pt")["step"] > saved
 
 
 PUBLISHED_CLASSIC = (
