@@ -4,10 +4,10 @@ import json
 import math
 import os
 import re
+import resource
 import stat
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -285,11 +285,11 @@ def test_damaged_checkpoints_give_one_message(trained, tmp_path, refusal, change
     saved = torch.load(trained / "run" / "best.pt", weights_only=True)
     change(saved)
     torch.save(saved, tmp_path / "a.pt")
-    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for script, arguments in ((evaluate, []), (predict, ["--compare", "a", "b"]), (export, [])):
         errors = refusal(script, tmp_path / "a.pt", *arguments)
         assert message in errors and len(errors) < 600
-    assert time.monotonic() - began < 20  # and nothing large was allocated
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 200  # MB
 
 
 @pytest.mark.parametrize("field", ["false_accept", "false_reject", "calibrated_on", "logistic"])
@@ -367,8 +367,6 @@ def test_damaged_npz_headers(tmp_path):
 
 
 def test_sixteen_bit_pictures_take_few_copies(tmp_path):
-    import resource
-
     Image.fromarray(np.arange(6000 * 6000, dtype=np.uint32).astype(np.uint16).reshape(6000, 6000)).save(
         tmp_path / "a.png"
     )

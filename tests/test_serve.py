@@ -274,7 +274,7 @@ def test_slow_clients_time_out(server, monkeypatch):
             connection.sendall(start)
             connection.settimeout(0.1)
             answer = b""
-            while time.monotonic() < began + 8:
+            while time.monotonic() < began + 60:
                 try:
                     part = connection.recv(1 << 16)
                     if not part:
@@ -284,7 +284,9 @@ def test_slow_clients_time_out(server, monkeypatch):
                     connection.sendall(drop)
                 except OSError:
                     break
-        assert time.monotonic() < began + 5 and (start != head or b" 408 " in answer)
+            else:
+                pytest.fail("the connection is still open")
+        assert start != head or b" 408 " in answer
 
 
 def test_fifty_at_once(folder, server, capfd):
