@@ -347,6 +347,8 @@ class Gallery(contextlib.AbstractContextManager):
 
     def __init__(self, path: str | os.PathLike, recogniser: Recogniser):
         self.path, self.recogniser, self.lock = os.fspath(path), recogniser, threading.RLock()
+        if not self.path:  # SQLite would make a file that is gone when it is closed
+            raise ValueError("a gallery needs the path of a file")
         self.version, self.calibrated = None, (None, None)
         with self.faults("open"):
             self.database = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
@@ -523,7 +525,7 @@ class Gallery(contextlib.AbstractContextManager):
 
     def arrange(self, found: list[tuple]) -> Enrolled:
         if not found:
-            raise ValueError(f"the gallery {self.path} is empty")
+            raise ValueError(f"the gallery {self.path} is empty; enrol pictures first")
         classes, numbers, blobs, names = zip(*found, strict=True)
         data = b"".join(blobs)
         if len(data) % (4 * len(found)) or not np.isfinite(np.frombuffer(data, "<f4")).all():

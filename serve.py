@@ -134,9 +134,10 @@ class Server(ThreadingHTTPServer):
         return found | {"threshold": value, "nearest": self.enrolled.nearest(z[0], most)}
 
     def enrol(self, body: bytes, *, name: str) -> dict:
-        name = unicodedata.normalize("NFC", name).strip()
-        if len(name) > 200 or {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, name)):
-            raise ValueError("the name of a class has at most 200 characters, and no control characters")
+        if not self.enrolled.numbers_of(name):
+            name = unicodedata.normalize("NFC", name).strip()
+            if len(name) > 200 or {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, name)):
+                raise ValueError("the name of a class has at most 200 characters, and no control characters")
         added = self.enrolled.enrol(name, body)
         return {"name": name, "added": added, "pictures": len(self.enrolled.numbers_of(name))}
 

@@ -155,11 +155,12 @@ class Browser:
             time.sleep(0.1)
         return {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
 
-    def click(self, selector: str) -> None:
-        """A press of the left button on an element."""
+    def click(self, selector: str, times: int = 1) -> None:
+        """A press of the left button on an element, or a double click."""
         at = self.middle(selector)
-        for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)
+        for count in range(1, times + 1):
+            for kind in ("mousePressed", "mouseReleased"):
+                self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=count, **at)
 
     def press(self, key: str, code: int, text: str = "") -> None:
         """A key."""

@@ -316,6 +316,8 @@ def test_what_a_hostile_gallery_holds_is_not_trusted(folder, recogniser, tmp_pat
 def test_a_folder_that_is_not_there(recogniser, tmp_path):
     with pytest.raises(OSError, match="cannot open the gallery"):
         oneshot.Gallery(tmp_path / "missing" / "a.gallery", recogniser)
+    with pytest.raises(ValueError, match="needs the path of a file"):
+        oneshot.Gallery("", recogniser)  # as of a variable that is not set
 
 
 @pytest.mark.parametrize("name", ["", " ", "unknown", 3])

@@ -432,6 +432,14 @@ def text(page, selector):
     return page.value(f"document.querySelector({json.dumps(selector)}).innerText")
 
 
+# answers of the server come later by `waits` milliseconds, one number for each
+LATE = """real = ask, ask = async (...given) => {
+  const found = await real(...given);
+  await new Promise(resolve => setTimeout(resolve, waits.shift()));
+  return found;
+}"""
+
+
 @pytest.mark.slow
 @needs_browser
 def test_the_page_shows_no_answer_that_came_too_late(folder, start, page):
@@ -442,10 +450,7 @@ def test_the_page_shows_no_answer_that_came_too_late(folder, start, page):
     page.window(1200, "light", 3000)
     page.open(server.address)
     page.wait("document.querySelectorAll('#list > li').length === 100")
-    late = (
-        "ask = async (...a) => { const found = await real(...a); await new Promise(r => setTimeout(r, waits.shift()));"
-    )
-    page.value(f"real = ask, waits = [700, 0], {late} return found; }}; $('more').click(); $('more').click(); 0")
+    page.value(f"{LATE}; waits = [700, 0]; $('more').click(); $('more').click(); 0")
     page.wait("!waits.length && document.querySelectorAll('#list > li').length === 150")
     page.value("waits = [0, 0, 0]; enrol('class 149', [], 'list-status'); 0")
     page.wait("waits.length === 2")
@@ -470,6 +475,65 @@ def test_the_page_shows_no_answer_that_came_too_late(folder, start, page):
 
 @pytest.mark.slow
 @needs_browser
+def test_the_page_and_what_it_did_not_make(folder, start, page, tmp_path):
+    """Changes by another window, names that the page would not give, the older of two answers, a double click."""
+    colours = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0)}
+    files = {name: tmp_path / f"{name}.png" for name in colours}
+    for name, colour in colours.items():
+        Image.new("RGB", (16, 16), colour).save(files[name])
+    server = start()
+    server.enrolled.enrol("red", files["red"])
+    server.enrolled.enrol("blue", files["blue"])
+    page.window(1200, "light", 3000)
+    page.open(server.address)
+    page.wait("document.querySelectorAll('#list > li').length === 2")
+    with oneshot.Gallery(server.enrolled.path, server.recogniser) as other:
+        other.remove("blue")
+        other.enrol("green", files["green"])
+    page.choose("#query-file", files["green"])
+    page.wait("document.querySelector('#nearest img')?.complete && answer.nearest[0][0] === 'green'")
+    draw = "draw = document.createElement('canvas').getContext('2d')"
+    page.value(f"{draw}; draw.drawImage(document.querySelector('#nearest img'), 0, 0, 1, 1); 0")
+    red, green, blue = page.value("[...draw.getImageData(0, 0, 1, 1).data].slice(0, 3)")
+    assert green > 200 and max(red, blue) < 50
+    assert page.value("$('name').closest('[role=status]').innerText").startswith(text(page, "#name"))
+
+    page.value(f"{LATE}; waits = [700, 0, 0]; recognise(); real('POST', '/remove', {{name: 'green'}}).then(changed); 0")
+    page.wait("!waits.length")
+    assert page.value("new Promise(r => setTimeout(() => r(answer.candidates.map(each => each.name)), 900))") == ["red"]
+    page.value("waits = [700, 0, 0, 0, 0]; refresh(); $('threshold').focus(); 0")
+    page.press("End", 35)
+    assert page.value("new Promise(r => setTimeout(() => r(gallery.threshold), 1500))") == 1
+    page.value("ask = real; setThreshold(null); 0")
+
+    strange = ["cafe\u0301", os.fsdecode(b"caf\xe9"), " lead"]
+    for name in strange:
+        server.enrolled.enrol(name, files["blue"])
+    page.value("refresh().then(() => 0)")
+    order = [*server.enrolled.names()]
+    for name in strange:
+        page.drop(f"#list > li:nth-child({order.index(name) + 1})", files["green"])
+        page.wait("$('list-status').textContent.startsWith('1 picture added to')")
+        page.value("refresh().then(() => say('list-status', ''))")
+    assert server.enrolled.names() == {"red": 1} | dict.fromkeys(strange, 2)
+    button = f"#list > li:nth-child({order.index(strange[1]) + 1}) button"
+    page.click(button, 2)
+    page.wait(f"document.querySelector({json.dumps(button)}).textContent === 'Remove 2 pictures?'")
+    assert page.value("new Promise(r => setTimeout(() => r(gallery.total), 500))") == 4
+    page.click(button)
+    page.wait("gallery.total === 3 && document.activeElement === $('list-status')")
+    assert [*server.enrolled.names()] == [name for name in order if name != strange[1]]
+
+    page.choose("#enrol-files", files["red"], files["blue"])
+    page.wait("$('enrol-status').textContent === '2 pictures chosen.'")
+    page.value("$('class').value = 'new', document.querySelector('#enrol button').focus()")
+    page.press("Enter", 13, "\r")
+    page.wait("$('enrol-status').textContent.startsWith('2 pictures added to new')")
+    page.wait("document.activeElement === document.querySelector('#enrol button')")
+
+
+@pytest.mark.slow
+@needs_browser
 def test_the_page(folder, start, page, tmp_path):
     """Real uploads, clicks and keys: classes are made, a picture is recognised, two are compared, a class is removed;
     at no moment does anything overflow, lack contrast or a label, or ask for anything elsewhere."""
@@ -481,7 +545,7 @@ def test_the_page(folder, start, page, tmp_path):
     assert page.value("location.search") == "" and "token" not in page.value("document.cookie")
 
     page.choose("#query-file", pictures(folder, part="queries")[0])
-    page.wait("$('query-status').textContent.includes('no class is enrolled yet')")
+    page.wait("$('query-status').textContent.includes('is empty; enrol pictures first')")
     names = {"class 9": "a <img src=x onerror=alert(1)> name", "class 10": "東京タワー", "class 11": "שלום"}
     for old, name in names.items():
         files = pictures(folder, old)
@@ -515,7 +579,7 @@ def test_the_page(folder, start, page, tmp_path):
 
     for place in (1, 2):
         page.choose(f".pair label:nth-child({place}) input", pictures(folder, part="queries")[place])
-    page.wait("!$('verdict').hidden")
+    page.wait("$('verdict').textContent")
     expected = server.recogniser.compare(*pictures(folder, part="queries")[1:3])
     assert text(page, "#verdict") == ("same class" if expected.same else "different classes")
     assert f"{expected.similarity:.3f}" in text(page, "#compare-status")
