@@ -8,11 +8,13 @@ what the native op is tested against. Candidates are the batch's rows and, behin
 import functools
 import importlib.util
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -132,7 +134,7 @@ def mine(
     find = resolve if torch.compiler.is_compiling() else resolve_once
     settings, codes = find(distance, mining, False, 0.0, 1.0, "none", impl)
     native = check(embeddings, labels, others, impl)
-    with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
+    with torch.no_grad(), no_autocast(embeddings.device):
         if native:
             return Mined(*torch.ops.oneshot.triplet_forward(*op_arguments(embeddings, labels, others, codes))[2:])
         return Mined(*mined_rows(*prepare(embeddings, labels, others, settings), settings))
@@ -223,7 +225,10 @@ def check_rows(name: str, embeddings: Tensor, label_name: str, labels: Tensor) -
 
 def candidates_of(embeddings: Tensor, labels: Tensor, others: Others) -> tuple[Tensor, Tensor]:
     """All candidates (B + M, D) and their labels (B + M,) int64."""
-    labels = labels if labels.dtype == torch.int64 else labels.long()
+    if labels.dtype != torch.int64:
+        labels = labels.long()
+    elif not torch.compiler.is_compiling() and labels.is_inference():  # the backward pass may not keep these
+        labels = labels.clone()
     if others is None:
         return embeddings, labels
     return torch.cat((embeddings, others[0])), torch.cat((labels, others[1].long()))
@@ -235,7 +240,7 @@ def candidates_of(embeddings: Tensor, labels: Tensor, others: Others) -> tuple[T
 def prepare(embeddings: Tensor, labels: Tensor, others: Others, settings: Settings) -> tuple[Tensor, ...]:
     """Candidates (B + M, D) in the type of the arithmetic, as given and, for cosine, normalised; and two masks
     (B, B + M): who is whose positive, who is whose negative. A non-finite value anywhere makes all candidates NaN."""
-    rows = len(embeddings)
+    rows = embeddings.shape[0]  # torch.compile takes len() for a constant
     x, labels = candidates_of(embeddings, labels, others)
     x = x if x.dtype == torch.float64 else x.float()
     finite = x.detach().isfinite().all()
@@ -248,8 +253,18 @@ def prepare(embeddings: Tensor, labels: Tensor, others: Others, settings: Settin
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wider)
         x = torch.where(norm == 0, 0, x / norm.clamp(min=least)).to(x.dtype)
     same = labels[:rows, None] == labels
-    itself = torch.arange(len(x), device=x.device) == torch.arange(rows, device=x.device)[:, None]
+    itself = torch.arange(x.shape[0], device=x.device) == torch.arange(rows, device=x.device)[:, None]
     return given, x, same & ~itself, ~same
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """The arithmetic in the block is in the types of its tensors."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def has_no_values(x: Tensor) -> bool:
+    """Are shapes all that is known, as under torch.compile and FakeTensorMode, and on the meta device?"""
+    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
 
 
 def has_float64(device: torch.device) -> bool:
@@ -259,23 +274,23 @@ def has_float64(device: torch.device) -> bool:
 
 def losses_and_counts(embeddings: Tensor, labels: Tensor, others: Others, settings: Settings) -> tuple[Tensor, Tensor]:
     """The loss of each anchor (B,) and how many anchors or triplets it stands for in the mean (B,)."""
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with no_autocast(embeddings.device):
         given, x, positives, negatives = prepare(embeddings, labels, others, settings)
         if settings.mining == "all":
             losses, count = losses_of_all(x, positives, negatives, settings)
         else:
             positive, negative = mined_rows(given, x, positives, negatives, settings)
-            takes_part, anchor = positive >= 0, x[: len(positives)]
+            takes_part, anchor = positive >= 0, x[: positives.shape[0]]
             near, far = (separation(anchor, x[row.clamp(min=0)], settings.distance) for row in (positive, negative))
             losses, count = torch.where(takes_part, cost(near - far, settings), 0), takes_part.long()
         return losses + 0 * x.detach().sum(), count  # NaN also where no anchor takes part
 
 
 def separation(a: Tensor, b: Tensor, distance: str) -> Tensor:
-    """Distances (B,) of paired rows (B, D), by differences where there are any."""
+    """Distances (...,) of paired rows (..., D), by differences where there are any."""
     if distance == "cosine":
-        return 1 - (a * b).sum(1)
-    squared = (a - b).square().sum(1)
+        return 1 - (a * b).sum(-1)
+    squared = (a - b).square().sum(-1)
     if distance == "sqeuclidean":
         return squared
     apart = squared > 0
@@ -298,8 +313,8 @@ def mined_rows(
     From what `prepare` made. Only the order of the distances matters. Where rounding leaves two candidates in doubt,
     `decisive_order` tells; on a GPU, and where shapes may not depend on values, all is in float64 instead.
     """
-    rows, cosine = len(positives), settings.distance == "cosine"
-    exact = x.device.type != "cpu" or torch.compiler.is_compiling() or is_rounded_more()
+    rows, cosine = positives.shape[0], settings.distance == "cosine"
+    exact = x.device.type != "cpu" or has_no_values(x) or is_rounded_more()
     exact = exact or torch._C._functorch.peek_interpreter_stack() is not None
     order, slack = order_in_float64(given, rows, cosine) if exact else order_and_slack(x, rows, cosine)
 
@@ -352,7 +367,7 @@ def order_and_slack(x: Tensor, rows: int, cosine: bool) -> tuple[Tensor, Tensor]
     order by slack[i] + slack[j] at most."""
     width, unit, tiny = x.shape[1], torch.finfo(x.dtype).eps / 2, torch.finfo(x.dtype).tiny
     if cosine:
-        return -(x[:rows] @ x.T), x.new_full((len(x),), (0.6 * width + 16) * unit)
+        return -(x[:rows] @ x.T), x.new_full((x.shape[0],), (0.6 * width + 16) * unit)
     x = x * power_near(x.abs().amax())  # so that nothing overflows
     x = x - x.mean(0)  # |b|^2 - 2ab cancels otherwise
     squares = x.square().sum(1)
@@ -363,11 +378,11 @@ def order_in_float64(given: Tensor, rows: int, cosine: bool) -> tuple[Tensor, Te
     """The same without doubt, but for the last digits of float64 (on Apple's GPUs, of float32)."""
     if cosine:
         x, least = for_cosines(given)
-        return cosine_order(x[:rows] @ x.T, x.square().sum(1), least), x.new_zeros(len(x))
+        return cosine_order(x[:rows] @ x.T, x.square().sum(1), least), x.new_zeros(x.shape[0])
     x = given.double() if has_float64(given.device) else given
     x = x - x[0]
     x = x * power_near(x.abs().amax())
-    return torch.addmm(x.square().sum(1), x[:rows], x.T, alpha=-2), x.new_zeros(len(x))
+    return torch.addmm(x.square().sum(1), x[:rows], x.T, alpha=-2), x.new_zeros(x.shape[0])
 
 
 def decisive_order(given: Tensor, anchor: Tensor, candidate: Tensor, cosine: bool) -> Tensor:
@@ -415,9 +430,11 @@ def cosine_order(products: Tensor, squares: Tensor, least: Tensor) -> Tensor:
 
 def losses_of_all(x: Tensor, positives: Tensor, negatives: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Summed loss (B,) of all triplets of each anchor, and how many of them count in the mean (B,)."""
-    rows = len(positives)
+    rows = positives.shape[0]
     if settings.distance == "cosine":
         distances = 1 - x[:rows] @ x.T
+    elif forward_ad._current_level >= 0:  # torch.cdist has no forward-mode gradients
+        distances = separation(x[:rows, None], x, settings.distance)
     else:
         distances = torch.cdist(x[:rows], x, compute_mode="donot_use_mm_for_euclid_dist")
         distances = distances.square() if settings.distance == "sqeuclidean" else distances
@@ -429,7 +446,7 @@ def losses_of_all(x: Tensor, positives: Tensor, negatives: Tensor, settings: Set
         return losses.sum(1), (losses > 0).sum(1)
 
     vmapped = torch._C._functorch.is_batchedtensor(positives)
-    if torch.compiler.is_compiling() or vmapped:  # no shapes that depend on data
+    if has_no_values(x) or vmapped:  # no shapes that depend on data
         gap = distances[:, :, None] - distances[:, None, :]
         losses = torch.where(positives[:, :, None] & negatives[:, None, :], cost(gap, settings), 0)
         summed, count = losses.sum((1, 2)), (losses > 0).sum((1, 2))
@@ -527,7 +544,7 @@ class Native(torch.autograd.Function):
     def forward(ctx, embeddings, far, labels, far_labels, codes, at_once):
         others = None if far is None else (far, far_labels)
         arguments = op_arguments(embeddings, labels, others, codes, ctx.needs_input_grad[1])
-        ctx.anchors, ctx.options, ctx.at_once = len(embeddings), arguments[2:], at_once
+        ctx.anchors, ctx.options, ctx.at_once = embeddings.shape[0], arguments[2:], at_once
         if at_once:
             loss, gradient = torch.ops.oneshot.triplet_loss_and_gradient.default(*arguments)
             ctx.save_for_backward(gradient)
@@ -545,7 +562,7 @@ class Native(torch.autograd.Function):
         gradient = saved[0] * grad if ctx.at_once else ctx.op(grad, *saved, *ctx.options)
         if not ctx.needs_input_grad[1]:
             return gradient, None, None, None, None, None
-        return *gradient.split((ctx.anchors, len(gradient) - ctx.anchors)), None, None, None, None
+        return *gradient.split((ctx.anchors, gradient.shape[0] - ctx.anchors)), None, None, None, None
 
 
 def two_ops(embeddings: Tensor) -> tuple:
@@ -559,8 +576,8 @@ def two_ops(embeddings: Tensor) -> tuple:
 def op_arguments(embeddings: Tensor, labels: Tensor, others: Others, codes: Codes, for_others: bool = False) -> tuple:
     """What the op takes. It computes no gradient `for_others` where none is needed."""
     candidates, labels = candidates_of(embeddings, labels, others)
-    gradient_rows = len(candidates) if for_others else len(embeddings)
-    return candidates.contiguous(), labels.contiguous(), len(embeddings), gradient_rows, *codes
+    gradient_rows = (candidates if for_others else embeddings).shape[0]
+    return candidates.contiguous(), labels.contiguous(), embeddings.shape[0], gradient_rows, *codes
 
 
 def fake_forward(candidates, labels, anchors, gradient_rows, *codes):

@@ -17,8 +17,8 @@
 // arguments in the schemas of the ops
 #define TRIPLET_BATCH "Tensor candidates, Tensor labels, "
 #define TRIPLET_OPTIONS                                                                                           \
-  "int anchors, int gradient_rows, int distance, int mining, bool soft_margin, float margin, float temperature, " \
-  "int reduction) -> "
+  "SymInt anchors, SymInt gradient_rows, int distance, int mining, bool soft_margin, float margin, " \
+  "float temperature, int reduction) -> "
 
 namespace triplet {
 

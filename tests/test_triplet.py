@@ -1,9 +1,12 @@
 """triplet.py and the native op against a plain-Python oracle: implementation x device x type x mining x distance."""
 
+import contextlib
 from itertools import product
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import contract
@@ -332,6 +335,83 @@ def test_compiles_to_one_graph(impl, device, mining):
         results.append((value.detach(), *torch.autograd.grad(value, leaf)))
     for eager, compiled in zip(*results, strict=True):
         assert torch.allclose(eager, compiled, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", MININGS)
+def test_one_graph_for_batches_of_any_size(impl, device, mining):
+    """Compiled, with gradients, and exported."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(x, labels):
+        return triplet_loss(x, labels, mining=mining, impl=impl)
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    for rows in range(8, 30, 2):
+        x, labels, _ = batch(rows, dtype=torch.float32)
+        leaves, labels = [x.to(device).clone().requires_grad_() for _ in range(2)], labels.to(device)
+        for run, leaf in zip((loss, compiled), leaves, strict=True):
+            run(leaf, labels).backward()
+        assert torch.allclose(leaves[0].grad, leaves[1].grad, atol=1e-6)
+    assert counter.frame_count <= 2
+
+    class Module(torch.nn.Module):
+        def forward(self, x, labels):
+            return loss(x, labels)
+
+    rows = torch.export.Dim("rows", min=2)
+    given = leaves[0].detach(), labels
+    exported = torch.export.export(Module(), given, dynamic_shapes=({0: rows}, {0: rows})).module()
+    fewer = given[0][:20], labels[:20]
+    assert torch.allclose(exported(*fewer), loss(*fewer), atol=1e-6)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("mining", MININGS)
+def test_labels_made_in_inference_mode(impl, device, mining):
+    x, labels, _ = batch(16, dtype=torch.float32)
+    with torch.inference_mode():
+        made = labels.to(device).clone()
+    gradients = []
+    for each in (labels.to(device), made):
+        leaf = x.to(device).clone().requires_grad_()
+        triplet_loss(leaf, each, mining=mining, reduction="none", impl=impl).sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("mining", MININGS)
+def test_forward_mode_gradients_of_plain_pytorch(mining, kind):
+    x, labels, _ = batch(12)
+    to, leaf = torch.randn_like(x), x.clone().requires_grad_()
+
+    def loss(x):
+        return triplet_loss(x, labels, mining=mining, distance=kind, impl="torch")
+
+    loss(leaf).backward()
+    _, forward = torch.func.jvp(loss, (x,), (to,))
+    assert torch.allclose(forward, (leaf.grad * to).sum())
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_shapes_without_values(mining, kind, impl):
+    """On the meta device, and as fake tensors."""
+    for context, device in ((contextlib.nullcontext(), "meta"), (FakeTensorMode(), "cpu")):
+        with context:
+            x = torch.empty(12, 5, device=device, requires_grad=True)
+            losses = triplet_loss(
+                x, torch.zeros(12, dtype=torch.long, device=device), mining=mining, reduction="none", impl=impl
+            )
+            losses.sum().backward()
+            assert losses.shape == (12,) and x.grad.shape == x.shape
+            if mining != "all":
+                mined = mine(x, torch.zeros(12, dtype=torch.long, device=device), mining=mining, impl=impl)
+                assert mined.positive.shape == (12,)
 
 
 @pytest.mark.slow
