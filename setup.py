@@ -25,7 +25,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -190,6 +191,11 @@ def extensions() -> list[Extension]:
 class BuildPackage(build_py):
     """oneshot.py is installed as a package, with the three modules it needs inside; in the checkout all are flat."""
 
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # without an extension build_ext does not run
+            remove_others(self, ROOT)
+
     def find_modules(self) -> list[tuple[str, str, str]]:
         found = super().find_modules()
         if self.editable_mode:
@@ -198,14 +204,34 @@ class BuildPackage(build_py):
         return [("oneshot", inside[name], file) if name in inside else ("", name, file) for _, name, file in found]
 
 
+def build_command(base: type[Command]) -> type[Command]:
+    """build_ext, which leaves no library of an earlier build that this one does not make."""
+
+    class Build(base):
+        def run(self) -> None:
+            super().run()
+            remove_others(self, ROOT if self.inplace else Path(self.build_lib))
+
+    return Build
+
+
+def remove_others(command: Command, folder: Path) -> None:
+    """Remove the libraries in a folder that are not built here: they would be loaded, or packed, all the same."""
+    built = {each.name for each in command.distribution.ext_modules or ()}
+    for path in folder.glob("oneshot_C*"):
+        if path.suffix in (".so", ".pyd") and path.name.split(".")[0] not in built:
+            tell(f"one-shot: {path.name} of an earlier build is removed")
+            path.unlink()
+
+
 def main() -> None:
     os.chdir(ROOT)
     modules = extensions()
-    commands, options = {"build_py": BuildPackage}, {}
+    commands, options = {"build_py": BuildPackage, "build_ext": build_command(build_ext)}, {}
     if modules:
         from torch.utils.cpp_extension import BuildExtension
 
-        commands["build_ext"] = BuildExtension
+        commands["build_ext"] = build_command(BuildExtension)
         options["bdist_wheel"] = {"py_limited_api": "cp310"}  # they use none of Python's ABI: for every later Python
     setup(ext_modules=modules, cmdclass=commands, options=options)
 

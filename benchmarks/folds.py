@@ -40,7 +40,12 @@ def show(means: dict[str, dict[str, float]]) -> None:
 
 
 def run_folds(out: str, script: str, *options: str) -> None:
-    rows, trainings = [], []
+    rows, trainings, command = [], [], " ".join((script, *options))
+    note = Path("runs") / Path(out).stem / "command"
+    note.parent.mkdir(parents=True, exist_ok=True)
+    if note.exists() and note.read_text() != command:
+        raise ValueError(f"{note.parent} has folds of {note.read_text()}; remove it, or give another OUT")
+    note.write_text(command)
     for fold in range(1, FOLDS + 1):
         run = Path("runs") / Path(out).stem / f"{fold}"
         report = run / "report.json"
@@ -60,7 +65,7 @@ def run_folds(out: str, script: str, *options: str) -> None:
         print(f"fold {fold}: {rows[-1]}", flush=True)
     means = {name: mean_of([row[name] for row in rows]) for name in rows[0]}
     show(means)
-    found = {"command": " ".join((script, *options)), "trainings": trainings, "folds": rows, "mean": means}
+    found = {"command": command, "trainings": trainings, "folds": rows, "mean": means}
     cli.write_json(out, found)
 
 
@@ -70,4 +75,5 @@ def compare(first: str, second: str) -> None:
 
 
 if __name__ == "__main__":
-    compare(*sys.argv[2:]) if sys.argv[1:2] == ["--compare"] else run_folds(*sys.argv[1:])
+    with cli.user_errors():
+        compare(*sys.argv[2:]) if sys.argv[1:2] == ["--compare"] else run_folds(*sys.argv[1:])

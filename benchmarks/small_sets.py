@@ -90,7 +90,11 @@ def train(arm: str, options: Options, data: Path, seed: int, folder: Path) -> No
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     out = Path(options.out)
-    rows = json.loads(out.read_text())["rows"] if out.exists() else []
+    settings = {name: getattr(options, name) for name in ("weights", "first", "iters")}
+    known = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    if other := [name for name in settings if known.get(name, settings[name]) != settings[name]]:
+        raise SystemExit(f"{out} has rows of another --{other[0]}, {known[other[0]]}; give another --out")
+    rows = known["rows"]
     done = {(row["arm"], row["pictures"], row["seed"]) for row in rows}
     cifar = dict(np.load(options.cifar))
     with tempfile.TemporaryDirectory() as temporary:
@@ -108,7 +112,7 @@ def main() -> None:
                     seconds = round(time.monotonic() - started)
                     figures = measure(options.weights if arm == "as it is" else folder / "best.pt", test)
                     rows.append({"arm": arm, "pictures": pictures, "seed": seed, "seconds": seconds, **figures})
-                    text = {"weights": options.weights, "first": options.first, "rows": rows}
+                    text = settings | {"rows": rows}
                     with cli.writing(out) as path:
                         path.write_text(json.dumps(text, indent=1))
                     print(rows[-1], flush=True)

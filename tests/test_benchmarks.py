@@ -103,6 +103,8 @@ def test_folds(many, tmp_path, monkeypatch, capsys):
     assert pairs["ci95"] == pytest.approx(2.262 * 3.02765 / 10**0.5, rel=1e-5)  # of 71..80
     capsys.readouterr()
     folds.compare("folds.json", "folds.json")
+    with pytest.raises(ValueError, match="has folds of train.py --data my.npz --epochs 4"):
+        folds.run_folds("folds.json", "train.py", "--data", "my.npz", "--epochs", "5")
     assert "unseen pair_accuracy: 0.0 +- 0.0 (0.0 to 0.0)" in capsys.readouterr().out
 
 

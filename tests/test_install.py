@@ -177,6 +177,16 @@ def test_left_out_or_forced_against_each_other(tmp_path):
     assert both.returncode != 0 and "ONESHOT_NATIVE=0" in both.stderr
 
 
+@pytest.mark.parametrize("command", ["build_ext --inplace", "editable_wheel"])
+def test_libraries_of_an_earlier_build_do_not_stay(tmp_path, command):
+    """They would be loaded all the same."""
+    for name in ("oneshot_C.abi3.so", "oneshot_C_cuda.abi3.so", "another.so"):
+        (tmp_path / name).touch()
+    done = run_setup(tmp_path, "-q", *command.split(), ONESHOT_NATIVE="0")
+    assert done.returncode == 0 and done.stderr.count("of an earlier build is removed") == 2, done.stderr
+    assert [path.name for path in tmp_path.glob("*.so")] == ["another.so"]
+
+
 def test_the_notice_is_printed_by_the_build_alone(tmp_path):
     """pip runs setup.py for the metadata as well."""
     assert "compiler" not in run_setup(tmp_path, "-q", "egg_info").stderr
