@@ -273,3 +273,13 @@ def test_bad_values_give_one_message(known, tmp_path, refusal, more, message):
     torch.save(known[1].state_dict(), tmp_path / "net.pt")
     arguments = [tmp_path / "net.pt", "--backbone", "resnet20", "--width", 4, "--data", known[-1], *more]
     assert message in refusal(evaluate, *arguments)
+
+
+def test_an_adaptation_has_the_settings_of_the_training(known, monkeypatch):
+    """No flips where the training had none, and Adam without momentum."""
+    (loaded, net, *_), flips, betas, augment, steps = known, [], [], adapt.augment, adapt.adapt
+    monkeypatch.setattr(adapt, "augment", lambda *a, **k: flips.append(k["flip"]) or augment(*a, **k))
+    monkeypatch.setattr(adapt, "adapt", lambda *a, **k: betas.append(k["beta1"]) or steps(*a, **k))
+    _, episodes = next(metrics.draw_episodes(loaded.test.labels, 5, 1, episodes=1))
+    adapt.SupportAdaptation(net, cli.LossOptions().triplet, 1, 1e-3, flip=False).answers(loaded.test, episodes, 1)
+    assert flips == [False] and betas == [0.0]

@@ -242,3 +242,10 @@ def test_too_few_validation_images_are_refused(capsys, tmp_path):
 )
 def test_an_option_is_shown_as_one_gives_it(name, value, text):
     assert cli.as_given(name, value) == text
+
+
+def test_what_is_printed_of_a_name():
+    """Words of any script as they are; what a terminal would obey, or nobody could see, as an escape."""
+    for name in ("می\u200cخواهم", "東京\u3000タワー", "👩\u200d🌾", "10\u00a0%"):
+        assert cli.printable(name) == name
+    assert cli.printable("\x1b[2J \u202e \u2028 \udce9") == r"\x1b[2J \u202e \u2028 \udce9"

@@ -389,3 +389,36 @@ def test_channel_statistics():
     exact = images.double() / 255
     assert torch.allclose(torch.tensor(mean, dtype=torch.float64), exact.mean((0, 2, 3)))
     assert torch.allclose(torch.tensor(std, dtype=torch.float64), exact.std((0, 2, 3), correction=0))
+
+
+RAMP = torch.arange(16, dtype=torch.uint8).expand(4000, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+
+
+def test_half_of_the_images_are_flipped_or_none(tmp_path):
+    flipped = data.augment(RAMP, torch.Generator().manual_seed(0), shift=False)[:, 0, 0, 0] > 8
+    assert 0.46 < flipped.float().mean() < 0.54
+    npz = str(tiny.write_npz(tmp_path / "tiny.npz"))
+    train = data.load_for_training(cli.DataOptions(npz, split="75-25", flip=False), 0, torch.device("cpu"))
+    ramps = dataclasses.replace(train.kept, store=RAMP[: len(train.kept.store)])
+    train = dataclasses.replace(train, kept=ramps)
+    images = train.batch(lambda images: images.float(), torch.zeros(50, dtype=torch.int64))[0]
+    assert (images[..., 9] > images[..., 6]).all()
+
+
+def test_all_shifts_are_as_likely():
+    found = data.shifted(16, 9000, torch.Generator().manual_seed(0), True)[:, 8]
+    assert (torch.bincount(found, minlength=11)[6:11] - 1800).abs().max() < 200
+
+
+def test_any_part_of_an_image_is_as_likely_to_be_cut_out():
+    images = data.cut_out(torch.ones(8000, 3, 16, 16), 0.25, torch.Generator().manual_seed(0))
+    lost = (images == 0)[:, 0].float().mean(0)
+    assert torch.allclose(lost[4:12, 4:12], torch.tensor(1 / 16), atol=0.015)
+
+
+def test_images_of_a_training_are_distorted(tmp_path):
+    npz, made = str(tiny.write_npz(tmp_path / "tiny.npz")), []
+    for strength in (0.0, 0.5):
+        train = data.load_for_training(cli.DataOptions(npz, split="75-25", distort=strength), 0, torch.device("cpu"))
+        made.append(train.batch(lambda images: images.float(), torch.arange(20))[0])
+    assert not torch.equal(*made)

@@ -118,6 +118,7 @@ def test_recipes_are_chosen_without_test_images_and_unseen_classes(folder, tmp_p
     new = loaded.data.train.of([6, 7, 8])
     found = metrics.accuracies(loaded.embed(new), new.labels, 0.5)["triplet_accuracy"]
     assert report["unseen"]["triplet_accuracy"] == found.value
+    assert found.value == pytest.approx(float(log["new_triplet_accuracy"]), abs=1e-3)
     for arguments, message in (
         ([folder / "run" / "best.pt", "--on", "validation"], "train with --withhold 0.1"),
         ([out / "last.pt", "--on", "validation", "--adapt-published"], "--adapt-published trains on the images"),

@@ -241,3 +241,19 @@ def test_contact_sheet(tmp_path):
     glyphs.sheet(tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.size == (660, 660)
+
+
+def test_all_faces_are_drawn():
+    faces = torch.stack([torch.zeros(64, 64), *[torch.ones(64, 64)] * 3])
+    drawn = glyphs.place(faces, glyphs.Chance(800, 0)).sum((1, 2, 3)) > 0
+    assert 0.68 < drawn.float().mean() < 0.82
+
+
+def test_glyphs_are_tilted_and_shifted():
+    bar = torch.zeros(1, 64, 64)
+    bar[0, 8:56, 30:34] = 1
+    found, axis = glyphs.place(bar, glyphs.Chance(300, 0))[:, 0], torch.arange(32.0)
+    parts = found[:, :14], found[:, 18:]
+    whole = (parts[0].sum((1, 2)) > 3) & (parts[1].sum((1, 2)) > 3)
+    top, bottom = ((part.sum(1) @ axis / part.sum((1, 2)).clamp(min=1e-6))[whole] for part in parts)
+    assert (top - bottom).std() > 1.5 and ((top + bottom) / 2).std() > 2

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 import evaluate
 import metrics
+import oneshot
 
 
 def embeddings(images, classes, seed=0, levels=None):
@@ -328,3 +329,37 @@ def test_published_few_shot():
     score, constant = evaluate.published_few_shot(normalize(z), labels, 0.5)
     # supports 0 and 1, queries 2, 3, 4: six pairs, of which (0, 4) is accepted and (1, 4) refused, both wrongly
     assert score == pytest.approx(100 * 4 / 6) and constant == pytest.approx(50)
+
+
+def test_intervals_hold_95_percent():
+    assert metrics.interval(torch.arange(1001.0).double()) == pytest.approx((25, 975))
+
+
+def test_open_set_by_loops():
+    """Strangers are of no enrolled class, and a name counts where it is the right one."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(12).repeat_interleave(9)
+    z = normalize(torch.randn(12, 8, generator=generator)[labels] + torch.randn(108, 8, generator=generator))
+    table, way, shot = oneshot.Strangers(metrics.strangers(z, labels)), 4, 1
+    found = metrics.open_set((z, labels), (z, labels), way, shot, table, adapt=False)
+    generator, known, right, strange, named = torch.Generator().manual_seed(0), [], [], [], []
+    limit = table.threshold(0.1, oneshot.STRANGERS * way, shot)
+    for rows, images in metrics.draw_episodes(labels, way, shot, 15, episodes=400):
+        taken = torch.stack([torch.isin(labels, row) for row in rows])
+        drawn = (torch.rand(taken.shape, generator=generator) - taken.float()).topk(way * (9 - shot)).indices
+        for row, own, others in zip(rows, images, drawn, strict=True):
+            assert not torch.isin(labels[others], row).any()
+            means = normalize(z[own[:, :shot]].mean(1))
+            similarity = z[own[:, shot:].flatten()] @ means.T
+            known.append(similarity.amax(1))
+            right.append(similarity.argmax(1) == torch.arange(way).repeat_interleave(9 - shot))
+            strange.append((z[others] @ means.T).amax(1))
+            named.append((strange[-1] > limit).double().mean())
+    above = float(np.quantile(torch.cat(strange).numpy(), 0.9))
+    expected = {
+        "right@0.1": [(r & (k > above)).double().mean() for k, r in zip(known, right, strict=True)],
+        "named@0.1": named,
+        "auroc": [(k[:, None] > s).double().mean() for k, s in zip(known, strange, strict=True)],
+    }
+    for name, values in expected.items():
+        assert float(found[name].mean()) == pytest.approx(100 * float(torch.stack(values).mean()), abs=0.05), name

@@ -380,3 +380,21 @@ def test_turned_views_are_appended_when_not_training(mirror):
 def test_wrong_networks_are_refused(backbone, settings, message):
     with pytest.raises(ValueError, match=message):
         model.build(backbone, **settings)
+
+
+def test_batch_norm_is_the_mean_of_all_batches():
+    net = model.build("resnet20", 4)
+    batches = [torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) + seed for seed in range(3)]
+    model.refresh_batch_norm(net, batches)
+    wanted = torch.stack([net.conv1(batch).mean((0, 2, 3)) for batch in batches]).mean(0)
+    assert torch.allclose(net.bn1.running_mean, wanted, atol=1e-5)
+
+
+def test_a_network_is_centred_on_images_of_all_classes():
+    """Which may be sorted by class."""
+    assert 2300 < model.to_centre(torch.arange(5000)).float().mean() < 2700
+
+
+def test_settings_are_part_of_what_tells_networks_apart():
+    state = {"weight": torch.ones(2)}
+    assert checkpoints.fingerprint({"mirror": True}, state) != checkpoints.fingerprint({"mirror": False}, state)

@@ -13,6 +13,7 @@ import pytest
 import sklearn.datasets
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 import checkpoints
 import data
@@ -311,7 +312,7 @@ def test_a_run_on_pictures_on_disk_is_resumed_with_the_same_ones_only(folder, on
 # --------------------------------------------------------------------------------------------------------- augmentation
 
 
-def test_crops_and_colours():
+def test_crops_and_colours(monkeypatch):
     """Parts of the picture within the bounds, scaled; each image changes by itself, the same way for the same seed."""
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     ramp = torch.stack((2 * y, 2 * x, 0 * x + 100)).to(torch.uint8).expand(200, 3, 64, 64)
@@ -330,6 +331,10 @@ def test_crops_and_colours():
     before = torch.get_rng_state()
     data.crop_and_colour(grey, 8, 0.5, 0.5, torch.Generator())
     assert torch.equal(torch.get_rng_state(), before)
+    given, jitter = [], v2.ColorJitter
+    monkeypatch.setattr(v2, "ColorJitter", lambda *strengths: given.append(strengths) or jitter(*strengths))
+    data.crop_and_colour(grey, 8, 0.0, 0.3, torch.Generator())
+    assert given == [(0.3, 0.3, 0.3)]  # brightness, contrast, saturation
 
 
 @pytest.mark.parametrize(

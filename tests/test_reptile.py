@@ -75,3 +75,16 @@ def test_reptile_keeps_its_weights_at_meta_step_size_0(train, tmp_path):
     fresh = dict(model.build("resnet20", 4).named_parameters())
     saved = checkpoints.read(out / "last.pt")["model"]
     assert all(torch.allclose(saved[name], parameter, rtol=0, atol=1e-25) for name, parameter in fresh.items())
+
+
+def test_each_task_starts_from_the_kept_weights(train, tmp_path, monkeypatch):
+    starts, original = [], train_reptile.adapt
+
+    def spy(run, *given):
+        starts.append(torch.cat([parameter.detach().flatten() for parameter in run.net.parameters()]))
+        return original(run, *given)
+
+    monkeypatch.setattr(train_reptile, "adapt", spy)
+    out = train(train_reptile, [*REPTILE, "--iters", "1", "--meta-batch", "3"], tmp_path / "run")
+    assert len(starts) == 3 and all(torch.equal(start, starts[0]) for start in starts)
+    assert checkpoints.read(out / "last.pt")["images"] == 3 * 3 * 3 * 4  # tasks, steps, classes, images of each

@@ -429,3 +429,58 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "bad.pt").write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="is not a checkpoint"):
         checkpoints.read(tmp_path / "bad.pt")
+
+
+def test_the_rate_rises_and_falls(train, tmp_path):
+    options = train_classic.Options(warmup=0.2)
+    rates = [train_classic.schedule(progress, options) for progress in (0, 0.1, 0.2, 0.6, 1)]
+    assert rates == pytest.approx([0.01, 0.505, 1, 0.5, 0])
+    state = checkpoints.read(train(train_classic, CLASSIC, tmp_path / "run", "--epochs", "1") / "last.pt")["training"]
+    groups = [group for name in ("muon", "optimizer") for group in state[name]["param_groups"]]
+    shares = [group["lr"] / group["peak"] for group in groups]
+    assert len(shares) == 3 and shares == pytest.approx([shares[0]] * 3) and shares[0] < 0.5
+
+
+def test_turned_classes_are_targets_of_their_own(npz):
+    options = train_classic.Options(data=npz, split="75-25", width=4, rotate=1.0)
+    train = data.load_for_training(training.with_defaults(options, lr=0.1, muon_lr=0.1), 0, torch.device("cpu"))
+    seen = torch.tensor(train.facts["seen"])
+    _, target, index = train_classic.draw(train, model.build("resnet20", 4), seen, options)
+    assert (target >= len(seen)).all() and torch.equal(seen[target % len(seen)], train.kept.labels[index])
+
+
+@pytest.mark.parametrize(("script", "arguments"), SCRIPTS)
+def test_every_option_of_the_loss_reaches_it(train, tmp_path, monkeypatch, script, arguments):
+    found, original = [], script.triplet_loss
+    monkeypatch.setattr(script, "triplet_loss", lambda *a, **k: found.append(k) or original(*a, **k))
+    given = "--distance euclidean --mining hard --no-soft-margin --margin 0.7 --temperature 0.2".split()
+    shorter = ["--epochs", "0.1"] if script is train_classic else ["--iters", "1"]
+    train(script, arguments, tmp_path / "run", *shorter, *given)
+    wanted = {"distance": "euclidean", "mining": "hard", "soft_margin": False, "margin": 0.7, "temperature": 0.2}
+    assert {name: found[0][name] for name in wanted} == wanted
+
+
+def test_without_flips_an_embedding_has_no_mirror_image(train, tmp_path):
+    out = train(train_classic, CLASSIC, tmp_path / "run", "--epochs", "0.1", "--no-flip")
+    assert checkpoints.read(out / "last.pt")["network"]["mirror"] is False
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_rest_of_its_minutes(train, tmp_path, monkeypatch):
+    """By a clock that advances each time it is read."""
+    seconds, calls, original = itertools.count(0, 0.03), [], train_classic.triplet_loss
+
+    def stop(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 15:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(train_classic, "triplet_loss", stop)
+    with pytest.raises(SystemExit):
+        train(train_classic, CLASSIC, tmp_path / "run", "--minutes", "0.02")
+    before = checkpoints.read(tmp_path / "run" / "last.pt")["seconds"]
+    assert 0.3 < before < 1.2
+    train(train_classic, CLASSIC, tmp_path / "run", "--minutes", "0.02", "--resume")
+    assert len(calls) <= 15 + (1.2 - before) / 0.03 + 1

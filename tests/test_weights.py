@@ -237,6 +237,9 @@ def test_a_student_sees_the_similarities_its_teachers_see(train, npz, arguments,
     student, distance = apart("--triplet-weight", 0, "--softmax-weight", 0, "--teacher", *teachers)
     assert distance < 0.5 * alone
     assert student["data"]["learned_before"] == [f"class {label}" for label in range(6)]
+    train(train_classic, "--rotate", 1, "--triplet-weight", 0, "--softmax-weight", 0, "--teacher", teachers[0])
+    with open(tmp_path / "train_classic" / "log.csv", newline="") as file:
+        assert {float(row["loss"]) for row in csv.DictReader(file)} == {0}  # teachers were shown no turned images
     larger = tiny.write_npz(tmp_path / "larger.npz", train=8, test=3, side=32)
     errors = refusal(train_classic, *arguments(train_classic, "--teacher", teachers[0], "--data", larger))
     assert "a.pt was trained on images of 16 pixels, these have 32" in errors
