@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,8 +233,10 @@ def check_output(option: str, path: str | os.PathLike | None, *inputs: str | os.
 
 
 def printable(text: str) -> str:
-    """Text that a terminal shows and does not obey: control characters and bytes that are no UTF-8 are escaped."""
-    escaped = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    """Text that a terminal shows and does not obey: control characters and bytes that are no UTF-8 are escaped, spaces
+    and the (non-)joiners of Indic and Persian words are not."""
+    shown = (c.isprintable() or c in "\n\u200c\u200d" or unicodedata.category(c) == "Zs" for c in text)
+    escaped = (c if fine else c.encode("unicode_escape").decode() for c, fine in zip(text, shown, strict=True))
     return "".join(escaped).encode("utf-8", "backslashreplace").decode()
 
 

@@ -424,7 +424,7 @@ def measure(loaded: Loaded, threshold: dict | None) -> tuple[dict[str, Side], di
         side = metrics.measure(images, z, threshold["value"], shots)
         sides |= {name: side} if side else {}
         measured[name] = {"classes": len(classes), "images": len(images)}
-        too_few = "" if side or not classes else "; nothing is measured, for want of two images of one class"
+        too_few = "" if side or not classes else "; nothing is measured: that takes two classes, and two images of one"
         notes.append(f"{name}: {len(images)} images of {len(classes)} classes{too_few}")
     counts = loaded.pictures.labels.unique(return_counts=True)[1]
     few = [int((counts <= shot).sum()) for shot in (1, 5)]
