@@ -16,7 +16,7 @@
 
 // arguments in the schemas of the ops
 #define TRIPLET_BATCH "Tensor candidates, Tensor labels, "
-#define TRIPLET_OPTIONS                                                                                           \
+#define TRIPLET_OPTIONS                                                                              \
   "SymInt anchors, SymInt gradient_rows, int distance, int mining, bool soft_margin, float margin, " \
   "float temperature, int reduction) -> "
 
