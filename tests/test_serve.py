@@ -457,8 +457,15 @@ def test_the_page_shows_no_answer_that_came_too_late(folder, start, page):
     assert page.value("new Promise(r => setTimeout(() => r(gallery.classes.length), 300))") == 150
     assert page.value("new Set([...document.querySelectorAll('#list h3')].map(each => each.innerText)).size") == 150
 
+    page.open(server.address)
+    page.wait("document.querySelectorAll('#list > li').length === 100")
+    server.enrolled.enrol("class 000 and more", np.full((16, 16, 3), 200, np.uint8))  # by another, meanwhile
+    page.click("#more")
+    page.wait("document.querySelectorAll('#list > li').length === 151")
+    assert page.value("new Set([...document.querySelectorAll('#list h3')].map(each => each.innerText)).size") == 151
+
     one, two, three = pictures(folder, part="queries")[:3]
-    page.value("waits = [700, 0]; 0")
+    page.value(f"{LATE}; waits = [700, 0]; 0")
     page.choose(".pair label:nth-child(1) input", one)
     page.choose(".pair label:nth-child(2) input", two)
     page.choose(".pair label:nth-child(2) input", three)
