@@ -398,3 +398,23 @@ def test_a_network_is_centred_on_images_of_all_classes():
 def test_settings_are_part_of_what_tells_networks_apart():
     state = {"weight": torch.ones(2)}
     assert checkpoints.fingerprint({"mirror": True}, state) != checkpoints.fingerprint({"mirror": False}, state)
+
+
+def test_features_are_centred_on_more_images_than_pass_at_once():
+    """And features that are always the same stay finite."""
+    net = model.build("resnet20", 4, penultimate=0.5).eval()
+    pixels = torch.randint(256, (300, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    net.centre(pixels)
+    with torch.no_grad():
+        inputs = net.before_last(net.normalise(pixels)).mean((2, 3))
+    assert torch.allclose(net.penultimate_mean, inputs.mean(0), rtol=1e-4)
+    assert torch.allclose(net.penultimate_std, inputs.std(0, correction=0).clamp(min=1e-6), rtol=1e-3)
+    net.centre(pixels[:1].expand(5, -1, -1, -1))
+    assert torch.isfinite(model.embed(net, pixels[:3])).all()
+
+
+def test_a_librarys_network_scales_images_as_it_was_made_for():
+    for name in ("test_vit", "tf_efficientnet_lite0", "vit_base_patch16_clip_224.openai"):
+        assert model.made_for(f"timm:{name}")["interpolation"] == timm.get_pretrained_cfg(name).interpolation
+    assert model.made_for("timm:test_vit")["interpolation"] == "bicubic"
+    assert model.made_for("torchvision:resnet18")["interpolation"] == "bilinear"

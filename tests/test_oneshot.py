@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -671,3 +672,222 @@ def test_bad_input_leaves_the_gallery_as_it_is(folder, recogniser, tmp_path, ref
     names = {"gallery": path, "folder": folder, "unknown": tmp_path / "classes"}
     assert message in refusal(predict, folder / "best.pt", *(argument.format(**names) for argument in arguments))
     assert path.read_bytes() == before and (folder / "best.pt").read_bytes() == checkpoint
+
+
+def test_two_pictures_are_the_same_above_the_threshold_of_the_network():
+    """The stored value decides, not a usual one."""
+    rows = np.array([[1.0, 0.0], [0.6, 0.8]], np.float32)
+    for value, same in ((0.59, True), (0.61, False), (-0.2, True), (0.9, False)):
+        facts = {"value": value, "logistic": [1.0, 0.0]}
+        recogniser = oneshot.Recogniser(lambda pixels: rows[: len(pixels)], 8, facts, frozenset(), "x")
+        assert recogniser.compare(*np.zeros((2, 8, 8, 3), np.uint8)).same == same, value
+
+
+def test_probabilities_of_one_class_are_those_of_a_pair_with_an_intercept():
+    alone = oneshot.probabilities(np.array([[0.2], [0.5], [0.9]]), [10.0, -4.0], 1)[:, 0]
+    assert alone == pytest.approx([oneshot.probability_same(value, [10.0, -4.0]) for value in (0.2, 0.5, 0.9)])
+
+
+def test_the_factor_of_strangers_is_the_formula():
+    """Ten classes of one picture, three of which are above the similarity that three should exceed."""
+    table = oneshot.Strangers(
+        {"shots": [1], "classes": [1, 1000], "rates": [0.1, 0.9], "similarities": [[[0.8, 0.0]] * 2]}
+    )
+    threshold = table.threshold(0.3, 1, 1)
+    for above in (0, 3, 10):
+        similarities = np.where(np.arange(10) < above, threshold + 0.01, threshold - 0.01)
+        expected = oneshot.STRANGERS * (above + 1) / (3 + 1)
+        assert table.factor(similarities, np.arange(10), 10, 1) == pytest.approx(expected)
+
+
+def test_a_gallery_is_the_same_in_blocks(monkeypatch):
+    """Of as many similarities as are held at once."""
+    z, labels = (part.numpy() for part in embeddings(12, 3, 0.8, seed=4))
+    gallery = gallery_of(z, [f"class {label}" for label in labels], made_recogniser())
+    whole = gallery.strangers(), gallery.recognised(0.3), gallery.load().left_out, gallery.answer(z, 2, 0.3)
+    monkeypatch.setattr(oneshot, "CELLS", 12 * 5)
+    again = gallery_of(z, [f"class {label}" for label in labels], made_recogniser())
+    assert np.allclose(again.load().left_out[1], whole[2][1], atol=1e-6)
+    assert again.strangers()[1:] == whole[0][1:] and again.recognised(0.3) == whole[1]
+    assert [each.name for each in again.answer(z, 2, 0.3)] == [each.name for each in whole[3]]
+
+
+def test_pictures_left_out_in_turn_are_spread_over_a_large_gallery():
+    """Of 4000 pictures, 2000 are tried; classes of one come first, then pairs that are alike."""
+    z = normalize(torch.randn(3000, 64, generator=torch.Generator().manual_seed(0))).numpy()
+    names = [f"single {k}" for k in range(2000)] + [f"pair {k // 2}" for k in range(2000)]
+    gallery = gallery_of(np.concatenate([z[:2000], z[2000:].repeat(2, 0)]), names, made_recogniser())
+    chosen, _ = gallery.load().left_out
+    assert len(chosen) == 2000 and gallery.recognised(0.9) == (1.0, (chosen >= 2000).sum())
+
+
+def test_a_gallery_that_another_network_makes_meanwhile_is_its_own(recogniser, tmp_path, monkeypatch):
+    """Two processes find no tables; the second one to write is refused."""
+    path = tmp_path / "a.gallery"
+    first = oneshot.Recogniser(None, 8, {}, frozenset(), "first")
+    oneshot.Gallery(path, first).close()
+    value = oneshot.Gallery.value
+    monkeypatch.setattr(
+        oneshot.Gallery,
+        "value",
+        lambda self, query, *given: 0 if "count(*) FROM sqlite_master" in query else value(self, query, *given),
+    )
+    with pytest.raises(ValueError, match="was made with another network"):
+        oneshot.Gallery(path, recogniser)
+    monkeypatch.undo()
+    oneshot.Gallery(path, first).close()
+
+
+def test_nobody_else_writes_during_a_change(folder, recogniser, tmp_path):
+    """From its beginning, so that what it reads stays true."""
+    path = tmp_path / "a.gallery"
+    with oneshot.Gallery(path, recogniser) as gallery, oneshot.Gallery(path, recogniser) as other:
+        other.database.execute("PRAGMA busy_timeout = 50")
+        with gallery.transaction(), pytest.raises(OSError, match="database is locked"):
+            other.enrol("a", next(folder.glob("support/*/*.png")))
+
+
+def test_a_change_that_fails_halfway_is_undone(folder, recogniser, tmp_path, monkeypatch):
+    """What was removed before the failure is there again."""
+    with oneshot.Gallery(tmp_path / "a.gallery", recogniser) as gallery:
+        (tmp_path / "classes" / "a").mkdir(parents=True)
+        for number, picture in enumerate(sorted(folder.glob("support/*/*.png"))[:2]):
+            (tmp_path / "classes" / "a" / f"{number}.png").write_bytes(picture.read_bytes())
+        gallery.synchronise(tmp_path / "classes")
+        (tmp_path / "classes" / "a" / "0.png").unlink()
+        monkeypatch.setattr(gallery, "insert", lambda rows: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            gallery.synchronise(tmp_path / "classes")
+        assert gallery.names() == {"a": 2}
+    with oneshot.Gallery(tmp_path / "a.gallery", recogniser) as gallery:
+        assert gallery.names() == {"a": 2}
+
+
+def test_answers_are_of_what_is_enrolled_now():
+    """After each change, by the gallery that made it."""
+    z, labels = (part.numpy() for part in embeddings(40, 1, 1.0, seed=2))
+    names = [f"class {label}" for label in labels]
+    gallery = gallery_of(z[:20], names[:20], made_recogniser())
+    assert gallery.answer(z[30:31], 1, -1.0)[0].name in names[:20]
+    threshold = gallery.threshold(0.1)
+    rows = [(names[k], "", bytes([k]), z[k].astype("<f4").tobytes(), b"") for k in range(20, 40)]
+    with gallery.transaction():
+        gallery.insert(rows)
+    assert gallery.answer(z[30:31], 1, 0.99)[0].name == "class 30"
+    assert gallery.threshold(0.1) == gallery_of(z, names, made_recogniser()).threshold(0.1) != threshold
+    gallery.remove("class 30")
+    assert gallery.answer(z[30:31], 1, 0.99)[0].name is None
+    assert "class 30" not in {name for name, *_ in gallery.nearest(z[30], 40)}
+
+
+def test_a_class_has_as_many_pictures_as_all_have_on_average():
+    z, labels = (part.numpy() for part in embeddings(4, 3, 0.2, seed=3))
+    gallery = gallery_of(z[[0, 1, 2, 3, 6, 9]], ["a"] * 3 + ["b", "c", "d"], made_recogniser())
+    assert gallery.strangers()[2] == 1.5
+
+
+def test_a_folder_whose_name_begins_alike_is_another(folder, recogniser, tmp_path):
+    paths = sorted(folder.glob("support/*/*.png"))
+    for place, picture in (("pets", paths[0]), ("pets 2", paths[1])):
+        (tmp_path / place / "cat").mkdir(parents=True)
+        (tmp_path / place / "cat" / "0.png").write_bytes(picture.read_bytes())
+    with oneshot.Gallery(tmp_path / "a.gallery", recogniser) as gallery:
+        gallery.synchronise(tmp_path / "pets 2")
+        changes = gallery.synchronise(tmp_path / "pets")
+        assert (changes.added, changes.removed, changes.kept) == (1, 0, 0) and gallery.names() == {"cat": 2}
+
+
+def test_thumbnails_and_numbers_are_of_the_pictures(recogniser):
+    """The nearest picture's number leads to it, upright and in its colours."""
+    shown = np.zeros((16, 16, 3), np.uint8)
+    shown[:8], shown[8:, :8] = (255, 0, 0), (0, 0, 255)
+    with oneshot.Gallery(":memory:", recogniser) as gallery:
+        gallery.enrol("b", 255 - shown)
+        gallery.enrol("a", shown)
+        gallery.enrol("b", np.zeros((16, 16, 3), np.uint8))  # the third, of the first class
+        name, number, _ = gallery.nearest(recogniser.embed(shown)[0], 1)[0]
+        found = np.asarray(Image.open(io.BytesIO(gallery.thumbnail(number)))).astype(int)
+    assert name == "a" and abs(found - shown).mean() < 20
+
+
+def test_probabilities_of_a_gallery_count_its_classes_as_it_is_calibrated():
+    z, labels = (part.numpy() for part in embeddings(40, 1, 1.0, seed=2))
+    z = z * 0.3 + z[:1]
+    z /= np.linalg.norm(z, axis=1, keepdims=True)
+    gallery = gallery_of(z, [f"class {label}" for label in labels], made_recogniser())
+    counted = gallery.strangers()[1]
+    (answer,) = gallery.answer(z[:1], 40, 0.5)
+    similarities = np.array([[each.similarity for each in answer.candidates]])
+    expected = oneshot.probabilities(similarities, [10.0, -5.0], counted)[0]
+    assert counted > 120 and [each.probability for each in answer.candidates] == pytest.approx(list(expected), rel=1e-4)
+
+
+def test_more_pictures_than_are_read_at_once(recogniser, monkeypatch):
+    """And one of them cannot be read."""
+    monkeypatch.setattr(oneshot, "BATCH", 3)
+    some = [np.full((16, 16, 3), 20 * k, np.uint8) for k in range(8)]
+    z = np.concatenate([recogniser.embed(each) for each in some])
+    assert np.allclose(recogniser.embed(some), z, atol=1e-6)
+    found = list(recogniser.embed_each([*some[:4], b"no picture", *some[4:]]))
+    assert [bool(error) for *_, error in found] == [False] * 4 + [True] + [False] * 4
+    assert np.allclose(np.stack([row for _, row, error in found if not error]), z, atol=1e-6)
+
+
+def test_classes_trained_on_say_nothing_beside_others():
+    """Half of the classes were."""
+    z, labels = (part.numpy() for part in embeddings(40, 1, 1.0, seed=2))
+    names = [f"class {label}" for label in labels]
+    gallery = gallery_of(z, names, made_recogniser(trained=names[:20]))
+    table, classes, _ = gallery.strangers()
+    _, other = gallery.load().left_out
+    expected = table.factor(other[20:], np.arange(20), 39, 1)
+    assert classes / 40 == pytest.approx(expected) and abs(expected - oneshot.STRANGERS) > 0.1
+
+
+def test_a_comparison_at_the_threshold_that_is_given(folder, tmp_path, capsys):
+    """And by default at the stored one, with its rates the right way round."""
+    saved = checkpoints.read(folder / "best.pt")
+    saved["threshold"] |= {"false_accept": 12.5, "false_reject": 37.5}
+    torch.save(saved, tmp_path / "a.pt")
+    pair = sorted(folder.glob("queries/class 9/*.png"))[:2]
+    for threshold, answer in ((-1, "same"), (1, "different")):
+        more = ["--threshold", threshold, "--json", tmp_path / "a.json"]
+        tiny.run(predict, tmp_path / "a.pt", "--compare", *pair, *more)
+        found = json.loads((tmp_path / "a.json").read_text())
+        assert found["threshold"] == threshold and found["answers"][0]["answer"] == answer
+        assert "it accepts" not in capsys.readouterr().out
+    tiny.run(predict, tmp_path / "a.pt", "--compare", *pair)
+    printed = capsys.readouterr().out
+    assert f"threshold {saved['threshold']['value']:.3f}" in printed
+    assert "it accepts 12.5 % of different-class pairs\nand refuses 37.5 % of same-class pairs" in printed
+
+
+def test_the_share_of_enrolled_pictures_that_are_recognised_is_printed(folder, capsys):
+    arguments = ["--support", folder / "support", "--query", folder / "queries", "--threshold", -1]
+    tiny.run(predict, folder / "best.pt", *arguments)
+    assert "of 12 enrolled pictures, each left out in turn, 100.0 % are given their class" in capsys.readouterr().out
+
+
+def test_a_class_is_removed_by_either_spelling_of_its_name(folder, tmp_path, capsys):
+    (tmp_path / "classes" / "cafe\u0301").mkdir(parents=True)
+    picture = next(folder.glob("support/*/*.png"))
+    (tmp_path / "classes" / "cafe\u0301" / "0.png").write_bytes(picture.read_bytes())
+    gallery = [folder / "best.pt", "--gallery", tmp_path / "a.gallery"]
+    tiny.run(predict, *gallery, "--add", tmp_path / "classes")
+    tiny.run(predict, *gallery, "--remove", "cafe\u0301")
+    assert "caf\u00e9 removed, 1 pictures" in capsys.readouterr().out
+
+
+def test_the_other_classes_of_an_answer_go_with_their_similarities(folder, tmp_path):
+    """And its probability is that of the best."""
+    target = tmp_path / "a.json"
+    more = ["--query", folder / "queries", "--top", 3, "--json", target]
+    tiny.run(predict, folder / "best.pt", "--support", folder / "support", *more)
+    with oneshot.Gallery(":memory:", oneshot.load(folder / "best.pt")) as gallery:
+        gallery.synchronise(folder / "support")
+        for found in json.loads(target.read_text())["answers"]:
+            (answer,) = gallery.recognise(found["picture"], top=3)
+            names = [found["nearest"], found["nearest_2"], found["nearest_3"]]
+            assert names == [each.name for each in answer.candidates]
+            assert found["similarity_3"] == pytest.approx(answer.candidates[2].similarity, abs=1e-5)
+            assert found["probability"] == pytest.approx(answer.candidates[0].probability, abs=1e-4)

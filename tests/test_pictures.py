@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 from PIL import Image
 
@@ -186,3 +187,35 @@ def test_files_of_a_folder(tmp_path):
     folder = pictures.open_folder(tmp_path)
     assert all(path == tmp_path.joinpath(*place) for place, path in folder.files.items()) and len(folder.files) == 7
     assert [*folder.pictures()] == [("a.png",), ("b.JPG",), ("c.heic",), ("picture",), ("folder", "d")]
+
+
+def test_a_large_jpeg_is_scaled_as_its_pixels_are(tmp_path):
+    """What decodes at a part of its size is nearly as sharp."""
+    photo = Image.fromarray(sklearn.datasets.load_sample_images().images[0][:, :427])
+    photo.resize((512, 512)).save(tmp_path / "a.jpg", quality=95)
+    decoded = np.asarray(Image.open(tmp_path / "a.jpg"))
+    found, expected = (pictures.read(each, 64).astype(int) for each in (tmp_path / "a.jpg", decoded))
+    assert abs(found - expected).mean() < 1.5
+
+
+@pytest.mark.parametrize("shape", [(40, 61), (61, 40)])
+def test_pictures_are_scaled_by_pillows_bicubic_filter(shape):
+    """Of the square in the middle, also where that begins half a pixel in; as export.py says."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    box = ((shape[1] - 40) / 2, (shape[0] - 40) / 2, (shape[1] + 40) / 2, (shape[0] + 40) / 2)
+    expected = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC, box=box)
+    assert np.array_equal(pictures.read(pixels, 32), np.asarray(expected).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_deep_grey_is_rounded_and_stays_dark(tmp_path, suffix):
+    """Values of 16 bits below 256 are nearly black, not of 8 bits."""
+    for value, level in ((200, 1), (120, 0), (90 * 257 + 200, 91), (90 * 257 + 100, 90)):
+        Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / f"a.{suffix}")
+        assert np.unique(pictures.read(tmp_path / f"a.{suffix}", 8)).tolist() == [level], value
+
+
+def test_integers_of_more_than_16_bits_are_refused(tmp_path):
+    for values in ([-1, 5], [0, 65536]):
+        with pytest.raises(ValueError, match="are not of 8 or 16 bits"):
+            pictures.read(Image.fromarray(np.array([values], np.int32).repeat(2, 0)), 2)

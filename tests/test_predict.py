@@ -290,3 +290,31 @@ def test_onnx_says_what_it_needs(folder, monkeypatch, tmp_path, refusal):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     errors = refusal(export, folder / "best.pt", "--out", tmp_path / "model.onnx")
     assert "ONNX needs more packages (onnxruntime): pip install" in errors
+
+
+def test_the_largest_difference_of_an_export_is_of_all_batches_and_not_a_number_is_infinite():
+    net = model.PixelEmbedder(model.build("resnet20", 4, size=16).eval())
+    images = export.random_images(64, 16)
+    with torch.no_grad():
+        assert export.largest_difference(net, net, images) == 0
+        for size in export.BATCHES:
+            for wrong, expected in ((0.25, 0.25), (torch.nan, float("inf"))):
+
+                def one_off(batch, size=size, wrong=wrong):
+                    z = net(batch)
+                    z[-1, 0] += wrong * (len(batch) == size)
+                    return z
+
+                assert export.largest_difference(one_off, net, images) == pytest.approx(expected)
+
+
+def test_an_export_says_how_it_is_used(folder):
+    """Pictures are scaled to the size with the border."""
+    saved = checkpoints.read(folder / "best.pt")
+    net = model.build(**saved["network"] | {"size": 16, "border": 2})
+    found = export.describe(net, saved, "uint8")
+    assert "resize to 20 x 20, " in found["preprocessing"] and "its central 16 x 16;" in found["preprocessing"]
+    assert json.loads(found["logistic"]) == saved["threshold"]["logistic"]
+    assert json.loads(found["seen"]) == saved["data"]["seen"] == list(range(9))
+    facts = json.loads(found["recogniser"])
+    assert (facts["size"], facts["border"]) == (16, 2) and len(facts["trained"]) == 9

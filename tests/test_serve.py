@@ -621,3 +621,29 @@ def test_the_page(folder, start, page, tmp_path):
     page.wait("fetch('/gallery').then(() => false, () => true)")  # no connection made in advance is left
     page.choose("#query-file", pictures(folder, part="queries")[0])
     page.wait("$('query-status').textContent.includes('no answer: is the server running')")
+
+
+def test_a_server_has_the_threshold_of_its_share_of_strangers(folder, start):
+    """And shows as many pictures as are asked for."""
+    server = start(false_accept=0.5)
+    server.enrolled.synchronise(folder / "support")
+    query = next(folder.glob("queries/class 9/*.png")).read_bytes()
+    expected = server.enrolled.threshold(0.5)
+    assert call(server, "GET", "/gallery")[1]["default"] == expected < server.enrolled.threshold(0.1)
+    found = call(server, "POST", "/recognise?top=2", query)[1]
+    assert found["threshold"] == expected and len(found["nearest"]) == len(found["candidates"]) == 2
+
+
+def test_a_class_is_removed_by_the_name_it_was_enrolled_by(folder, start):
+    server, body = start(), next(folder.glob("support/*/*.png")).read_bytes()
+    name = "cafe%CC%81%20"
+    assert call(server, "POST", f"/enrol?name={name}", body)[1]["name"] == "caf\u00e9"
+    assert call(server, "POST", f"/remove?name={name}")[1] == {"removed": 1}
+    server.enrolled.enrol("cafe\u0301", body)  # by another program, which keeps names as they are
+    assert call(server, "POST", "/remove?name=cafe%CC%81")[1] == {"removed": 1}
+
+
+def test_the_cookie_is_not_for_other_sites_and_names_of_hosts_have_no_case(start):
+    server = start(token="my-own-token")
+    cookie = call(server, "GET", "/?token=my-own-token", Host="LocalHost")[2]["Set-Cookie"]
+    assert "; SameSite=Lax;" in cookie
