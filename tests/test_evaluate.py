@@ -1,6 +1,7 @@
 """evaluate.py end to end: its report, checkpoints of both kinds, thresholds, refusals."""
 
 import csv
+import dataclasses
 import datetime
 import io
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +20,12 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 import checkpoints
+import data
 import evaluate
 import metrics
 import model
 import oneshot
+import sources
 import tiny
 import train_classic
 
@@ -193,8 +197,8 @@ def test_pictures_of_a_folder_are_scaled_as_wished(tmp_path):
 def test_a_threshold_goes_with_the_size_of_the_pictures(folder, tmp_path):
     path, large = str(folder / "run" / "best.pt"), tiny.write_npz(tmp_path / "large.npz", classes=12, side=32)
     stored = checkpoints.read(path)["threshold"]
-    for data, wanted in ((None, stored), (str(large), None)):
-        loaded = evaluate.load(path, evaluate.Options((path,), data=data), torch.device("cpu"))
+    for place, wanted in ((None, stored), (str(large), None)):
+        loaded = evaluate.load(path, evaluate.Options((path,), data=place), torch.device("cpu"))
         assert loaded.calibration == wanted
 
 
@@ -656,3 +660,85 @@ def test_damaged_runs_are_refused(folder, tmp_path, refusal):
     error = refusal(evaluate, best, "--runs", path, "--split", "80-20", "--on", "validation", "--store")
     assert "--runs measures these runs alone; leave --split, --on, --store out" in error
     assert "is an input" in refusal(evaluate, best, "--runs", path, "--json", path)
+
+
+def test_validation_needs_the_classes_of_the_training(folder, tmp_path, refusal):
+    saved = evaluate.checkpoints.read(folder / "run" / "best.pt")
+    saved["data"] |= {"seen": [*range(6)], "validation": [6, 7, 8]}
+    torch.save(saved, tmp_path / "best.pt")
+    names = [f"class {label}" for label in (*range(1, 12), 0)]
+    other = with_classes(folder / "tiny.npz", tmp_path / "other.npz", names)
+    message = refusal(evaluate, tmp_path / "best.pt", "--data", other, "--on", "validation")
+    assert "was trained on other classes than" in message
+
+
+def test_a_bare_state_dict_of_a_library_is_centred_on_training_images(monkeypatch, npz, tmp_path):
+    given, net = [], evaluate.model.build("torchvision:resnet18")
+    torch.save({name: each for name, each in net.state_dict().items() if name != "mean_embedding"}, tmp_path / "net.pt")
+    monkeypatch.setattr(evaluate.model.LibraryNetwork, "centre", lambda net, images: given.append(images))
+    options = evaluate.Options((), backbone="torchvision:resnet18", data=npz, image_size=32, split="75-25")
+    loaded = evaluate.load(str(tmp_path / "net.pt"), options, torch.device("cpu"))
+    assert given[0].same(data.hold_back(loaded.data.train.of(loaded.seen))[0])
+
+
+def test_classes_too_small_for_few_shot_tasks_are_counted(folder):
+    loaded = evaluate.load(str(folder / "run" / "best.pt"), evaluate.Options(()), torch.device("cpu"))
+    test = loaded.data.test
+    few = torch.where(torch.arange(12) == 9, 7, torch.where(torch.arange(12) == 10, 3, 0))  # leaves 1, 5 and 8 images
+    kept = test.part(few)[0]
+    changed = dataclasses.replace(loaded, data=dataclasses.replace(loaded.data, test=kept))
+    notes = evaluate.measure(changed, {"value": 0.5})[2]
+    assert "unseen classes with too few images for few-shot tasks: 1 in 1-shot, 2 in 5-shot" in notes
+
+
+def test_checkpoints_of_other_images_are_not_compared(folder, tmp_path):
+    best, other = folder / "run" / "best.pt", tmp_path / "other.pt"
+    saved = evaluate.checkpoints.read(best)
+    saved["data"] |= {"seen": [*range(8)], "unseen": [8, 9, 10, 11]}
+    torch.save(saved, other)
+    tiny.run(evaluate, best, other, "--json", tmp_path / "r.json")
+    second = json.loads((tmp_path / "r.json").read_text())[1]
+    assert second["compared_with"] is None
+    assert f"not compared with {best}: measured on other images" in second["notes"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["--data", "x.npz"], ["--split-seed", 1], ["--threshold", 0.5], ["--adapt-steps", 2], ["--adapt-published"]],
+)
+def test_runs_go_with_no_option_of_other_measurements(refusal, more):
+    message = refusal(evaluate, "a.pt", "--runs", "runs.zip", *more)
+    assert f"--runs measures these runs alone; leave {more[0]} out" in message
+
+
+def test_other_options_that_do_not_go_together(folder, refusal):
+    best, npz = folder / "run" / "best.pt", folder / "tiny.npz"
+    assert "is an input" in refusal(evaluate, best, "--data", npz, "--json", npz)
+    assert "measures the run's own classes" in refusal(evaluate, best, "--on", "validation", "--split-seed", 1)
+    assert "--turned must be" in refusal(evaluate, best, "--turned", 1.5)
+    assert "--penultimate must be" in refusal(evaluate, best, "--penultimate", -0.1)
+
+
+def test_turned_views_are_not_adapted(folder, tmp_path, refusal):
+    npz = tiny.write_npz(tmp_path / "a.npz", classes=12)
+    torch.save(evaluate.model.build("resnet20", 4).state_dict(), tmp_path / "net.pt")
+    arguments = ["--backbone", "resnet20", "--width", 4, "--data", npz, "--split", "50-50", "--adapt-steps", 1]
+    message = refusal(evaluate, tmp_path / "net.pt", *arguments, "--turned", 0.5, "--threshold", 0.5)
+    assert "give --turned 0 with it" in message
+
+
+def test_adaptation_has_the_loss_and_flips_of_the_training(monkeypatch):
+    given = []
+    monkeypatch.setattr(evaluate.adapt, "SupportAdaptation", lambda *a: given.append(a) or SimpleNamespace(report=id))
+    options = {"margin": 0.125, "flip": False}
+    loaded = SimpleNamespace(saved={"options": options}, net=None, pictures=None)
+    evaluate.adapted(loaded, {"value": 0.5}, evaluate.Options((), adapt_steps=3, adapt_lr=0.5))
+    ((_, loss, steps, lr, flip),) = given
+    assert loss["margin"] == 0.125 and (steps, lr, flip) == (3, 0.5, False)
+
+
+def test_runs_have_the_border_of_the_training(folder, tmp_path):
+    runs = write_runs(tmp_path / "runs.zip", np.load(folder / "tiny.npz"), runs=2)
+    loaded = sources.load_runs(runs, 16, 4)
+    assert loaded.test.size == 16 and loaded.test.store.shape[2] == 24
+    assert loaded.class_names[:2] == ["run01/class01", "run01/class02"]

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import setup as build
 
@@ -211,3 +212,48 @@ def test_the_library_links_libtorch_cpu_and_neither_python_nor_cuda():
     assert not [
         name for name in needed if re.match(rb"lib(torch_python|torch_cuda|c10_cuda|cuda|python|torch\.so)", name)
     ]
+
+
+def test_every_architecture_is_built_for_without_a_gpu(monkeypatch):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert build.architectures(13, gpu=False) == "7.5;8.0;9.0;10.0+PTX;12.0"
+    assert build.architectures(12, gpu=False) == "7.0;7.5;8.0;9.0+PTX"
+
+
+def test_toolkits_that_are_not_named(tmp_path, monkeypatch):
+    """CUDA_PATH names one, too; of those in /usr/local the newest comes first."""
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("CUDA_PATH", "named")
+    monkeypatch.setattr(build.Path, "glob", lambda path, pattern: [path / "cuda-12.8", path / "cuda-13.0"])
+    found = [str(path) for path in build.toolkit_candidates()]
+    assert found[:4] == ["named", *(f"/usr/local/{name}" for name in ("cuda", "cuda-13.0", "cuda-12.8"))]
+
+
+def test_a_toolkit_with_its_headers_in_targets(tmp_path):
+    home = toolkit(tmp_path / "home", headers=False)
+    (tmp_path / "home/targets/x86_64-linux/include").mkdir(parents=True)
+    (tmp_path / "home/targets/x86_64-linux/include/cuda_runtime.h").touch()
+    assert build.toolkit_version(home) == 13
+
+
+def test_pytorch_is_told_which_toolkit_and_architectures(monkeypatch, tmp_path):
+    for name in ("ONESHOT_NATIVE", "ONESHOT_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "CXX"):
+        monkeypatch.setenv(name, "")
+    for name, value in (("compiler", "c++"), ("toolkit_to_use", tmp_path), ("toolkit_version", 13)):
+        monkeypatch.setattr(build, name, lambda *_, value=value: value)
+    for name in ("native_extension", "cuda_extension"):
+        monkeypatch.setattr(build, name, lambda *_, name=name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert build.extensions() == ["native_extension", "cuda_extension"]
+    assert build.os.environ["CUDA_HOME"] == str(tmp_path) and build.os.environ["CXX"] == "c++"
+    assert build.os.environ["TORCH_CUDA_ARCH_LIST"] == "7.5;8.0;9.0;10.0+PTX;12.0"
+
+
+def test_a_build_elsewhere_leaves_the_checkouts_libraries(monkeypatch, tmp_path):
+    removed = []
+    monkeypatch.setattr(build, "remove_others", lambda command, folder: removed.append(folder))
+    base = type("Base", (), {"run": lambda self: None, "build_lib": str(tmp_path), "inplace": False})
+    build.build_command(base)().run()
+    base.inplace = True
+    build.build_command(base)().run()
+    assert removed == [tmp_path, build.ROOT]

@@ -26,6 +26,7 @@ import sources
 import tiny
 import train_classic
 import training
+from test_sources import zipped
 
 
 def photographs(folder: Path, count: int = 12) -> list[tuple[str, str]]:
@@ -411,3 +412,23 @@ def test_from_photographs_to_an_exported_network(tmp_path, on_disk, capsys):
     tiny.run(train_classic, *usual, *more)
     tuned = checkpoints.read(tmp_path / "tuned" / "last.pt")
     assert tuned["step"] > 0 and tuned["options"]["crop"] == 0.25 and tuned["validation"]["auc"] > 90
+
+
+def test_a_cache_notices_pictures_of_the_same_size(tmp_path, on_disk):
+    """In a zip file by their checksum, elsewhere by times, to the nanosecond."""
+    for name in "ab":
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "set" / name / f"{number}.bmp")
+    path, found = tmp_path / "set" / "a" / "0.bmp", []
+
+    def load(source):
+        return data.load(str(source), tmp_path / "root", 8).train.images.clone()
+
+    for source in (lambda: tmp_path / "set", lambda: zipped(tmp_path / "set")):
+        found.clear()
+        for pixel, time in ((0, 10**18), (9, 10**18 + 1000)):
+            Image.new("RGB", (8, 8), (pixel, 0, 0)).save(path)
+            sources.os.utime(path, ns=(time, time))
+            found.append(load(source()))
+        assert not torch.equal(*found)

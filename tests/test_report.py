@@ -5,7 +5,10 @@ import itertools
 import os
 import re
 import warnings
+from types import SimpleNamespace
 
+import matplotlib.figure
+import numpy as np
 import pytest
 import torch
 from matplotlib.text import Text
@@ -208,3 +211,242 @@ def test_the_map_keeps_clusters_apart():
     distances = torch.cdist(places, places).fill_diagonal_(torch.inf)
     assert (index[distances.argmin(1)] == index).float().mean() > 0.95
     assert torch.equal(places, figures.tsne(z, perplexity=15))
+
+
+@pytest.fixture(scope="module")
+def made():
+    """A report with figures that are all different, its sides and names."""
+    return make(8)
+
+
+def by_name(table):
+    """Rows of a table, as dicts from its header, by name."""
+    return {row[0]: dict(zip(table.header[1:], row[1:], strict=True)) for row in table.rows}
+
+
+def test_columns_of_the_tables_hold_what_their_header_says(made):
+    found, measured, _ = made
+    for name, row in by_name(report.side_table(found)).items():
+        side = found[name] if name in found else found["unseen"]["adapted"]["published"]
+        for column, figure in (("triplets", "triplet_accuracy"), ("pairs", "pair_accuracy")):
+            assert row[column].startswith(f"{side[figure]:.1f} ({side['ci95'][figure][0]:.1f}..")
+        for column, figure in (("pairs, best threshold", "pair_accuracy_oracle"), ("AUC", "auc"), ("EER", "eer")):
+            assert row[column] == side.get(figure)
+    for row in found["thresholds"]:
+        cells = by_name(report.threshold_table(found))[row["name"]]
+        for side in ("seen", "unseen"):
+            assert [cells[f"{side} {of}"] for of in ("1:1", "1:9")] == [row[side][of] for of in ("1:1", "1:9")]
+            assert cells[f"{side} false accept"] == row[side].get("false_accept")
+    assert list(report.threshold_table(found).header)[2:4] == ["seen 1:1", "seen 1:9"]
+    for label, row in zip(range(6, 14), report.class_table(found).rows, strict=True):
+        cells = dict(zip(report.class_table(found).header, row, strict=True))
+        assert cells["class"].startswith(f"{label} ")
+        for column, figure in (("triplets", "triplet_accuracy"), ("pairs", "pair_accuracy")):
+            assert cells[column] == float(measured["unseen"].accuracies[figure].per_class[label - 6])
+    rows = by_name(report.few_shot_table(found))
+    assert [rows[f"{way} 1-shot"]["chance"] for way in ("5-way", "10-way", "all 8,")] == [20, 10, 12.5]
+    row = by_name(report.adapted_table(found))["5-way 1-shot"]
+    assert (row["zero steps"][:4], row["adapted"][:4]) == ("45.0", "48.0")
+
+
+def test_columns_of_the_open_set_table():
+    figures_ = {"auroc": 90.0, "right@0.01": 1.0, "right@0.1": 10.0, "named@0.05": 5.0, "named@0.1": 11.0}
+    row = {"enrolled": "seen", "classes": 6, "pictures": 1} | {name: (value, None) for name, value in figures_.items()}
+    (cells,) = by_name(report.open_set_table({"open_set": [row]})).values()
+    assert cells == {
+        "AUROC": "90.0",
+        "right, 1 %": "1.0",
+        "right, 10 %": "10.0",
+        "named, 5 %": "5.0",
+        "named, 10 %": "11.0",
+    }
+
+
+def test_the_worst_classes_are_listed(monkeypatch, made):
+    """Those without a pair come last."""
+    monkeypatch.setattr(report, "LISTED", 3)
+    accuracies = 9, 1, 8, 2, 7, 3, 6, torch.nan
+    found = [row | {"pair_accuracy": each} for row, each in zip(made[0]["per_class"], accuracies, strict=True)]
+    table = report.class_table(made[0] | {"per_class": found})
+    assert [row[2] for row in table.rows] == [1, 2, 3]
+
+
+def test_figures_stand_beside_published_ones_in_the_same_columns(made):
+    few_shot = made[0]["unseen"]["few_shot"] | {"10w1s": {"accuracy": 33.0, "ci95": None}}
+    found = made[0] | {"data": "cifar100", "split": "90-10", "unseen": made[0]["unseen"] | {"few_shot": few_shot}}
+    cells = by_name(report.known_table(found))["this checkpoint"]
+    for side in ("seen", "unseen"):
+        for kind in ("triplet", "pair"):
+            assert cells[f"{kind}s {side}"] == found[side][f"{kind}_accuracy"]
+    assert (cells["10-way"], cells["5-way"]) == (33.0, few_shot["5w1s"]["accuracy"])
+    known = report.published(found)["classes"]
+    for row in report.class_table(found | {"per_class": [row | {"label": 90} for row in found["per_class"]]}).rows:
+        assert row[-1] == known["90"]
+
+
+def test_the_facts_and_cards_of_a_report(made):
+    found = made[0]
+    text = report.threshold_text(found["threshold"])
+    assert "accepts 12.0 % of different-class pairs and refuses 9.0 % of same-class pairs" in text
+    cards = report.cards(found)
+    for kind in ("pair", "triplet"):
+        low, high = found["unseen"]["ci95"][f"{kind}_accuracy"]
+        value = f"{found['unseen'][f'{kind}_accuracy']:.1f}"
+        assert f"{kind}s, unseen</span><b>{value}<i> %</i></b><small>95 %: {low:.1f} to {high:.1f}<" in cards
+    bars = re.findall(r'--share: ([\d.]+)%">([\d.]+)<', report.class_table(found).html())
+    assert bars and all(share == shown for share, shown in bars)
+
+
+def test_a_difference_differs_where_its_interval_leaves_out_zero(made):
+    compared = {"a": (1.0, 2.0), "b": (-2.0, -1.0), "c": (-1.0, 1.0), "d": None}
+    rows = {name: {"difference": 0.5, "ci95": ci95} for name, ci95 in compared.items()}
+    found = made[0] | {"compared_with": {"checkpoint": "first.pt", "seen": rows, "unseen": None}}
+    cells = by_name(report.comparison_table(found))
+    assert [cells[f"seen {name}"][""] for name in compared] == ["differs", "differs", "", ""]
+    assert [cells[f"seen {name}"]["95 %"] for name in "ad"] == ["+1.0..+2.0", ""]
+
+
+def test_comparisons_are_of_the_same_images_and_their_intervals_in_order():
+    measured, _ = sides(8)
+    side = measured["unseen"]
+    shots = {name: None if a is None else a - torch.arange(len(a)) % 3 for name, a in side.episodes.items()}
+    other = metrics.Side(side.images, side.z, side.curve, side.accuracies, shots)
+    row = report.compare({"unseen": side}, {"unseen": other})["unseen"]["5w1s"]
+    assert row["ci95"][0] < row["difference"] < row["ci95"][1]
+    changed = metrics.Side(Images(side.images.store ^ 1, side.labels), side.z, side.curve, side.accuracies, shots)
+    assert report.compare({"unseen": side}, {"unseen": changed}) is None
+
+
+def test_a_report_has_the_figures_of_its_side(made):
+    found, measured, _ = made
+    for name, side in measured.items():
+        assert (found[name]["auc"], found[name]["eer"]) == (side.curve.auc, side.curve.eer)
+    for row, label in zip(found["per_class"], range(6, 14), strict=True):
+        own = measured["unseen"].accuracies
+        assert [row[name] for name in own] == [float(of.per_class[label - 6]) for of in own.values()]
+    mean, half = metrics.mean_interval(measured["unseen"].episodes["5w1s"])
+    assert found["unseen"]["few_shot"]["5w1s"] == {"accuracy": mean, "ci95": half, "episodes": 10_000}
+
+
+def test_the_rows_of_recognition_with_strangers(monkeypatch):
+    """Of 24 seen and 12 unseen classes; the thresholds are adapted as a gallery's for the unseen ones alone."""
+    given = []
+
+    def open_set(enrolled, others, way, shot, table, adapt):
+        given.append((len(enrolled[1].unique()), len(others[1].unique()), way, shot, adapt))
+        return {"auroc": torch.tensor([50.0, 60.0])}
+
+    monkeypatch.setattr(evaluate.metrics, "open_set", open_set)
+    monkeypatch.setattr(evaluate, "Strangers", lambda table: table)
+    for unseen, interval in ((12, True), (4, False)):
+        given.clear()
+        made = {
+            name: SimpleNamespace(z=None, labels=torch.arange(n).repeat(5))
+            for name, n in (("seen", 24), ("unseen", unseen))
+        }
+        rows = evaluate.open_set_rows(made, {"strangers": [1]})
+        way = min(5, unseen // 2)
+        assert given == [
+            *((unseen, unseen, way, shot, True) for shot in (1, 5)),
+            *((24, unseen, way, shot, False) for way in (20, 24) for shot in (1, 5)),
+        ]
+        assert all((row["auroc"][1] is not None) == interval for row in rows)
+
+
+@pytest.fixture
+def axes_of(monkeypatch):
+    """Draws a picture; returns the axes of its light version."""
+    drawn = []
+
+    def draw(paint, height):
+        figure = matplotlib.figure.Figure()
+        paint(figure)
+        drawn.append(figure)
+        return {"": b"", "-dark": b""}
+
+    monkeypatch.setattr(figures, "draw", draw)
+
+    def run(function, *arguments):
+        function(*arguments)
+        return drawn.pop().axes
+
+    return run
+
+
+def test_the_roc_curve_is_the_share_of_same_class_pairs_by_that_of_others(made, axes_of):
+    measured = made[1]
+    (axes,) = axes_of(figures.of_roc, measured, 0.5)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("different-class pairs accepted", "same-class pairs accepted")
+    for place, (name, side) in enumerate(measured.items()):
+        curve, dot = axes.lines[2 * place : 2 * place + 2]
+        accept, reject = metrics.pair_errors(side.z, side.labels, [0.5])
+        assert dot.get_xydata().tolist() == [[float(accept), 1 - float(reject)]]
+        x, y = curve.get_xydata().T
+        assert 100 * abs(np.trapezoid(y, x)) == pytest.approx(side.curve.auc, abs=0.5) and side.curve.auc > 60
+        assert (np.diff(x) <= 0).all() and curve.get_color() == {"seen": figures.SEEN, "unseen": figures.UNSEEN}[name]
+
+
+def test_similarities_of_one_class_are_the_higher_ones(made, axes_of):
+    every = axes_of(figures.of_similarities, made[1], {"auto": 0.5, "fixed": -0.2})
+    assert [axes.get_title(loc="left") for axes in every] == ["seen classes", "unseen classes"]
+    for axes, side in zip(every, made[1].values(), strict=True):
+        kinds = metrics.pair_histogram(side.z, side.labels, 100)
+        assert [line.get_xdata()[0] for line in axes.lines] == [0.5, -0.2]
+        outlines = {patch.get_label(): patch.get_data().values for patch in axes.patches if patch.get_label()}
+        for values, label in zip(kinds, ("different classes", "same class"), strict=True):
+            assert np.allclose(outlines[label], 50 * values / values.sum())
+        middle = {label: (values * np.arange(100)).sum() / values.sum() for label, values in outlines.items()}
+        assert middle["same class"] > middle["different classes"]
+
+
+def test_names_on_the_map_are_near_their_points(axes_of):
+    labels = torch.arange(4).repeat_interleave(20)
+    z = normalize(torch.eye(4)[labels] + 0.05 * torch.randn(80, 4, generator=torch.manual_seed(0)))
+    side = metrics.measure(Images(torch.zeros(80, 3, 4, 4, dtype=torch.uint8), labels), z, 0.5)
+    (axes,) = axes_of(figures.of_map, side, list("abcd"))
+    middles = np.stack([points.get_offsets().mean(0) for points in axes.collections])
+    for place, text in enumerate(axes.texts):
+        assert text.get_text() == "abcd"[place]
+        assert np.square(middles - text.get_position()).sum(1).argmin() == place
+
+
+def test_rows_of_the_confusions_are_the_classes_of_the_queries(monkeypatch, axes_of):
+    shares = torch.tensor([[90.0, 10, 0, 0], [30, 70, 0, 0], [0, 0, 99, 1], [0, 0, 0, 100]])
+    monkeypatch.setattr(figures, "DRAWN_CLASSES", 2)
+    (axes,) = axes_of(figures.of_confusion, shares, torch.arange(4), list("abcd"))
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("taken for", "class of the query")
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]  # which are confused most
+    assert axes.images[0].get_array().tolist() == [[90, 10], [30, 70]]
+    assert {text.get_position(): text.get_text() for text in axes.texts}[1, 0] == "10"
+
+
+def test_thumbnails_stand_upright():
+    image = torch.randint(0, 256, (3, 6, 4), dtype=torch.uint8)
+    side = SimpleNamespace(image=image)
+    file = re.search('base64,([^"]+)', figures.thumbnail(side.image, "a"))[1]
+    shown = Image.open(figures.io.BytesIO(figures.base64.b64decode(file)))
+    assert np.array_equal(np.array(shown), image.permute(1, 2, 0))
+
+
+def test_a_wrong_answer_is_named_on_the_board():
+    labels, z = torch.tensor([0, 0, 1, 1]), torch.eye(3)[[0, 1, 1, 1]]
+    side = SimpleNamespace(z=z, labels=labels, images=Images(torch.zeros(4, 3, 4, 4, dtype=torch.uint8), labels))
+    body = figures.board(side, torch.tensor([[0, 1], [2, 3]]), torch.tensor([[1], [1]]), ["a", "b"])
+    assert re.findall("<small>(.*?)</small>", body) == ["✗ <bdi>b</bdi>", "✓"]
+
+
+def test_examples_say_how_many_are_right(made):
+    picture = figures.of_episodes(made[1]["unseen"], made[2])
+    right = picture.body.count('class="right"')
+    assert f"{right} of 20 are right" in picture.text and right > 0
+
+
+def test_the_hardest_pairs():
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    angle = torch.tensor([0.0, 0.1, 1.2, 1.5, 2.0, 2.1])
+    pixels = (40 * torch.arange(6, dtype=torch.uint8)).view(6, 1, 1, 1).expand(6, 3, 2, 2)
+    side = SimpleNamespace(z=torch.stack((angle.cos(), angle.sin()), 1), labels=labels, images=Images(pixels, labels))
+    body = figures.of_hardest_pairs(side, ["a", "b"], pairs=1).body
+    assert re.findall("<b>(.*?)</b>", body) == [f"{np.cos(1.2):.2f}", f"{np.cos(0.3):.2f}"]
+    files = [figures.base64.b64decode(file) for file in re.findall('base64,([^"]+)', body)]
+    assert [np.array(Image.open(figures.io.BytesIO(file)))[0, 0, 0] // 40 for file in files] == [0, 2, 2, 3]

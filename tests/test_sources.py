@@ -555,3 +555,41 @@ def test_heic_pictures_that_pillow_cannot_read(tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match=r"none of 6 files can be read: .*a/00\.HEIC .*HEIC: pip install pillow-heif"):
         load(tmp_path)
     assert capsys.readouterr().err == ""
+
+
+def test_images_on_a_gpu_have_their_border():
+    images = sources.Images(torch.zeros(4, 3, 12, 12, dtype=torch.uint8), torch.arange(4), border=2)
+    moved = images[1:].to(torch.device("meta"))
+    assert (moved.size, moved.store.shape, moved.border) == (8, (3, 3, 12, 12), 2)
+
+
+def test_validation_folders_hold_what_they_hold(tmp_path):
+    """A class of val/ and test/ is unseen, never one to choose by; of val/, seen classes alone are tested on it."""
+    folders = {
+        f"{part}/{name}": 12 for part, names in {"train": "ab", "test": "cd", "val": "abce"}.items() for name in names
+    }
+    save_pictures(tmp_path, folders)
+    loaded = data.load(str(tmp_path), image_size=8)
+    assert loaded.own_split == ([0, 1], [4], [2, 3])
+    assert torch.bincount(loaded.test.labels, minlength=5).tolist() == [12, 12, 12, 12, 0]
+    assert torch.bincount(loaded.train.labels, minlength=5).tolist() == [12, 12, 0, 0, 12]
+
+
+def test_a_table_of_a_spreadsheet_in_two_spellings(tmp_path):
+    """With the mark that Excel puts before UTF-8, and names as Linux and macOS write them."""
+    save_pictures(tmp_path, {"p": 12})
+    names = ["caf\u00e9", "cafe\u0301", "b", "b"]
+    rows = "".join(f"p/{n:02}.png,{names[n % 4]}\n" for n in range(12))
+    (tmp_path / "a.csv").write_text("\ufeffpath,label\n" + rows, encoding="utf-8")
+    assert data.load(str(tmp_path / "a.csv"), image_size=8).class_names == ["b", names[0]]
+
+
+def test_which_data_can_be_scaled():
+    found = {source: sources.has_files(source) for source in ("cifar100", "omniglot", "glyphs", "a.NPZ", "a", "a.csv")}
+    assert [source for source, has in found.items() if has] == ["omniglot", "a", "a.csv"]
+
+
+def test_a_folder_is_named_by_its_real_name(tmp_path, monkeypatch):
+    save_pictures(tmp_path / "photos", {"a": 3, "b": 3})
+    monkeypatch.chdir(tmp_path / "photos")
+    assert data.load(".", tmp_path / "root", 8).name == "photos"

@@ -562,3 +562,62 @@ def test_on_a_device_without_float64(monkeypatch, kind, mining):
             assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
         if kind == "cosine":  # squares beyond float32
             assert torch.allclose(found(x * 1e25)[0], expected[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["high", "one backend"])
+def test_rows_are_not_mined_on_products_that_are_less_exact(monkeypatch, precision):
+    monkeypatch.setattr(triplet, "order_and_slack", lambda *_: pytest.fail("the slack is that of float32"))
+    x, labels = torch.randn(8, 4), torch.arange(8) // 2
+    try:
+        if precision == "high":
+            torch.set_float32_matmul_precision("high")
+        else:
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        mine(x, labels, impl="torch")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_triplets_in_parts(monkeypatch):
+    """More pairs than are held at a time: the same losses and gradients."""
+    x, labels = torch.randn(24, 4, generator=torch.manual_seed(0)), torch.arange(24) // 4
+    found, pairs = [], 5
+    for parts in (False, True):
+        if parts:
+            monkeypatch.setattr(triplet, "max", lambda a, b: min(pairs, b) if b > 1000 else max(a, b), raising=False)
+        leaf = x.clone().requires_grad_()
+        losses = triplet_loss(leaf, labels, mining="all", reduction="none", impl="torch")
+        found.append((losses.detach(), torch.autograd.grad(losses.square().sum(), leaf)[0]))
+    for whole, in_parts in zip(*found, strict=True):
+        assert torch.allclose(whole, in_parts, atol=1e-6)
+
+
+@pytest.mark.parametrize("mining", ["hard", "semihard"])
+def test_rows_far_from_the_origin_mine_correctly_under_transforms(mining):
+    """There float64 products decide; they are of differences."""
+    x = torch.randint(-2048, 2049, (60, 8), generator=torch.manual_seed(0)) / 1024
+    labels = torch.arange(60) // 4
+    settings = {"mining": mining, "distance": "sqeuclidean", "impl": "torch"}
+    expected = triplet_loss(x.double(), labels, **settings)
+    (found,) = torch.func.vmap(lambda e: triplet_loss(e, labels, **settings))(x.double()[None] + 2.0**31)
+    assert torch.allclose(found, expected)
+
+
+def test_the_type_of_a_loss_is_known_before_it_is_computed():
+    x, labels = torch.randn(6, 3, dtype=torch.float64), torch.arange(6) // 2
+    for reduction in ("mean", "none"):
+        compiled = torch.compile(lambda x, how=reduction: triplet_loss(x, labels, reduction=how), backend="aot_eager")
+        assert torch.allclose(compiled(x), triplet_loss(x, labels, reduction=reduction), rtol=1e-12)
+    codes = triplet.codes_of(triplet.Settings("cosine", "hard", False, 0.3, 1.0, "mean"))
+    assert triplet.fake_forward(x, labels, 6, 6, *codes)[0].dtype == torch.float64
+
+
+def test_tensors_on_two_devices_are_refused():
+    x, labels = torch.randn(4, 3), torch.arange(4) // 2
+    for others, names, message in (
+        (None, labels.to("meta"), "labels are on meta, embeddings on cpu"),
+        ((x.to("meta"), labels.to("meta")), labels, "others are on meta, embeddings on cpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            triplet_loss(x, names, others=others)
