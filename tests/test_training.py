@@ -170,19 +170,27 @@ def test_collapsed_embeddings_stop_the_run(train, tmp_path, capsys, monkeypatch)
     assert stop.value.code == 1 and "all embeddings point the same way" in capsys.readouterr().err
 
 
-def endless_training(npz, out, **streams):
-    """A process that trains without end and has saved a checkpoint."""
-    command = [sys.executable, "train_classic.py", "--data", npz, "--out", str(out), *CLASSIC, "--epochs", "100000"]
-    process = subprocess.Popen(command, cwd=ROOT, **streams)
-    deadline = time.monotonic() + 120
-    while not (out / "last.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return process
+@pytest.fixture
+def endless_training(npz, tmp_path):
+    """Starts a process that trains without end; returns it when it has saved a checkpoint."""
+    command = [sys.executable, "train_classic.py", "--data", npz, "--out", str(tmp_path / "run"), *CLASSIC]
+    started = []
+
+    def start(**options):
+        started.append(subprocess.Popen([*command, "--epochs", "100000"], cwd=ROOT, **options))
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return started[0]
+
+    yield start
+    started[0].kill()
+    started[0].wait()
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_shell_saves_and_says_how_to_go_on(npz, tmp_path):
-    process = endless_training(npz, tmp_path / "run", stderr=subprocess.PIPE, text=True)
+def test_ctrl_c_in_a_shell_saves_and_says_how_to_go_on(endless_training, tmp_path):
+    process = endless_training(stderr=subprocess.PIPE, text=True)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors
@@ -192,17 +200,16 @@ def test_ctrl_c_in_a_shell_saves_and_says_how_to_go_on(npz, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nohup", [False, True])
-def test_a_closed_terminal_saves(npz, tmp_path, nohup):
+def test_a_closed_terminal_saves(endless_training, tmp_path, nohup):
     fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
     ours, theirs = os.openpty()
 
     def take_terminal():
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        if nohup:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
 
     streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    process = endless_training(npz, tmp_path / "run", **streams, start_new_session=True, preexec_fn=take_terminal)
+    process = endless_training(**streams, start_new_session=True, preexec_fn=take_terminal)
     os.close(theirs)
     saved = checkpoints.read(tmp_path / "run" / "last.pt")["step"]
     os.close(ours)  # the kernel sends SIGHUP
