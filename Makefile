@@ -6,7 +6,7 @@ build:  ## the native op, in place
 	ONESHOT_NATIVE=1 python setup.py -q build_ext --inplace
 
 test: build
-	ONESHOT_NATIVE=1 OMP_NUM_THREADS=1 pytest -q -n auto --dist loadfile
+	ONESHOT_NATIVE=1 OMP_NUM_THREADS=1 pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 lint:
 	ruff check .
