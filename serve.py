@@ -117,6 +117,11 @@ class Server(ThreadingHTTPServer):
     def threshold(self, given: str) -> float:
         return number(given, -1.0, 1.0) if given else self.enrolled.threshold(self.options.false_accept)
 
+    def named(self, given: str) -> tuple[str, bool]:
+        """A class's name and whether it is enrolled as given; if not, the name is as those of new classes are kept."""
+        known = bool(self.enrolled.numbers_of(given))
+        return given if known else unicodedata.normalize("NFC", given).strip(), known
+
     def page(self, body: bytes) -> bytes:
         return self.html
 
@@ -134,17 +139,14 @@ class Server(ThreadingHTTPServer):
         return found | {"threshold": value, "nearest": self.enrolled.nearest(z[0], most)}
 
     def enrol(self, body: bytes, *, name: str) -> dict:
-        if not self.enrolled.numbers_of(name):
-            name = unicodedata.normalize("NFC", name).strip()
-            if len(name) > 200 or {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, name)):
-                raise ValueError("the name of a class has at most 200 characters, and no control characters")
+        name, known = self.named(name)
+        if not known and (len(name) > 200 or {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, name))):
+            raise ValueError("the name of a class has at most 200 characters, and no control characters")
         added = self.enrolled.enrol(name, body)
         return {"name": name, "added": added, "pictures": len(self.enrolled.numbers_of(name))}
 
     def remove(self, body: bytes, *, name: str) -> dict:
-        if not self.enrolled.numbers_of(name):  # perhaps it was enrolled here
-            name = unicodedata.normalize("NFC", name).strip()
-        return {"removed": self.enrolled.remove(name)}
+        return {"removed": self.enrolled.remove(self.named(name)[0])}
 
     def gallery(self, body: bytes, *, start: str = "0", most: str = "100", threshold: str = "") -> dict:
         names, first = list(self.enrolled.names()), number(start, 0, 10**9)

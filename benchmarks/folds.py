@@ -41,13 +41,14 @@ def show(means: dict[str, dict[str, float]]) -> None:
 
 def run_folds(out: str, script: str, *options: str) -> None:
     rows, trainings, command = [], [], " ".join((script, *options))
-    note = Path("runs") / Path(out).stem / "command"
-    note.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path("runs") / Path(out).stem
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "command"
     if note.exists() and note.read_text() != command:
-        raise ValueError(f"{note.parent} has folds of {note.read_text()}; remove it, or give another OUT")
+        raise ValueError(f"{folder} has folds of {note.read_text()}; remove it, or give another OUT")
     note.write_text(command)
     for fold in range(1, FOLDS + 1):
-        run = Path("runs") / Path(out).stem / f"{fold}"
+        run = folder / f"{fold}"
         report = run / "report.json"
         if not report.exists():
             more = ["--resume"] if (run / "last.pt").exists() else []

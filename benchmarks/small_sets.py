@@ -93,7 +93,8 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("weights", "first", "iters")}
     known = json.loads(out.read_text()) if out.exists() else {"rows": []}
     if other := [name for name in settings if known.get(name, settings[name]) != settings[name]]:
-        raise SystemExit(f"{out} has rows of another --{other[0]}, {known[other[0]]}; give another --out")
+        with cli.user_errors():
+            raise ValueError(f"{out} has rows of another --{other[0]}, {known[other[0]]}; give another --out")
     rows = known["rows"]
     done = {(row["arm"], row["pictures"], row["seed"]) for row in rows}
     cifar = dict(np.load(options.cifar))

@@ -115,7 +115,7 @@ def test_views(many, main, tmp_path):
     assert len(rows) == 20 and all(50 < row[side]["triplets"] <= 100 for row in rows for side in ("new", "seen"))
 
 
-def test_small_sets(many, main, tmp_path):
+def test_small_sets(many, main, tmp_path, capsys):
     npz, best = many
     usual = ["--cifar", npz, "--weights", best, "--first", 4, "--pictures", 6, "--iters", 2]
     usual += ["--arms", "fine-tuned", "by Reptile, --freeze 0", "--out", tmp_path / "a.json"]
@@ -124,6 +124,9 @@ def test_small_sets(many, main, tmp_path):
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [row["arm"] for row in rows] == ["as it is", "fine-tuned", "by Reptile, --freeze 0"]
     assert all(0 < row[side][figure] <= 100 for row in rows for side in ("own", "new") for figure in row[side])
+    with pytest.raises(SystemExit) as stop:
+        main(script("small_sets"), *usual, "--seeds", 0, "--iters", 3)
+    assert stop.value.code == 2 and "has rows of another --iters, 2; give another --out" in capsys.readouterr().err
 
 
 def test_photographs(monkeypatch, tmp_path, capsys):

@@ -663,7 +663,7 @@ def test_damaged_runs_are_refused(folder, tmp_path, refusal):
 
 
 def test_validation_needs_the_classes_of_the_training(folder, tmp_path, refusal):
-    saved = evaluate.checkpoints.read(folder / "run" / "best.pt")
+    saved = checkpoints.read(folder / "run" / "best.pt")
     saved["data"] |= {"seen": [*range(6)], "validation": [6, 7, 8]}
     torch.save(saved, tmp_path / "best.pt")
     names = [f"class {label}" for label in (*range(1, 12), 0)]
@@ -673,9 +673,9 @@ def test_validation_needs_the_classes_of_the_training(folder, tmp_path, refusal)
 
 
 def test_a_bare_state_dict_of_a_library_is_centred_on_training_images(monkeypatch, npz, tmp_path):
-    given, net = [], evaluate.model.build("torchvision:resnet18")
+    given, net = [], model.build("torchvision:resnet18")
     torch.save({name: each for name, each in net.state_dict().items() if name != "mean_embedding"}, tmp_path / "net.pt")
-    monkeypatch.setattr(evaluate.model.LibraryNetwork, "centre", lambda net, images: given.append(images))
+    monkeypatch.setattr(model.LibraryNetwork, "centre", lambda net, images: given.append(images))
     options = evaluate.Options((), backbone="torchvision:resnet18", data=npz, image_size=32, split="75-25")
     loaded = evaluate.load(str(tmp_path / "net.pt"), options, torch.device("cpu"))
     assert given[0].same(data.hold_back(loaded.data.train.of(loaded.seen))[0])
@@ -693,7 +693,7 @@ def test_classes_too_small_for_few_shot_tasks_are_counted(folder):
 
 def test_checkpoints_of_other_images_are_not_compared(folder, tmp_path):
     best, other = folder / "run" / "best.pt", tmp_path / "other.pt"
-    saved = evaluate.checkpoints.read(best)
+    saved = checkpoints.read(best)
     saved["data"] |= {"seen": [*range(8)], "unseen": [8, 9, 10, 11]}
     torch.save(saved, other)
     tiny.run(evaluate, best, other, "--json", tmp_path / "r.json")
@@ -721,7 +721,7 @@ def test_other_options_that_do_not_go_together(folder, refusal):
 
 def test_turned_views_are_not_adapted(folder, tmp_path, refusal):
     npz = tiny.write_npz(tmp_path / "a.npz", classes=12)
-    torch.save(evaluate.model.build("resnet20", 4).state_dict(), tmp_path / "net.pt")
+    torch.save(model.build("resnet20", 4).state_dict(), tmp_path / "net.pt")
     arguments = ["--backbone", "resnet20", "--width", 4, "--data", npz, "--split", "50-50", "--adapt-steps", 1]
     message = refusal(evaluate, tmp_path / "net.pt", *arguments, "--turned", 0.5, "--threshold", 0.5)
     assert "give --turned 0 with it" in message

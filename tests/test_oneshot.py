@@ -823,7 +823,7 @@ def test_probabilities_of_a_gallery_count_its_classes_as_it_is_calibrated():
 
 
 def test_more_pictures_than_are_read_at_once(recogniser, monkeypatch):
-    """And one of them cannot be read."""
+    """One of them cannot be read."""
     monkeypatch.setattr(oneshot, "BATCH", 3)
     some = [np.full((16, 16, 3), 20 * k, np.uint8) for k in range(8)]
     z = np.concatenate([recogniser.embed(each) for each in some])
@@ -845,7 +845,7 @@ def test_classes_trained_on_say_nothing_beside_others():
 
 
 def test_a_comparison_at_the_threshold_that_is_given(folder, tmp_path, capsys):
-    """And by default at the stored one, with its rates the right way round."""
+    """By default the stored one decides, whose rates are printed."""
     saved = checkpoints.read(folder / "best.pt")
     saved["threshold"] |= {"false_accept": 12.5, "false_reject": 37.5}
     torch.save(saved, tmp_path / "a.pt")
@@ -879,7 +879,7 @@ def test_a_class_is_removed_by_either_spelling_of_its_name(folder, tmp_path, cap
 
 
 def test_the_other_classes_of_an_answer_go_with_their_similarities(folder, tmp_path):
-    """And its probability is that of the best."""
+    """The probability is that of the best."""
     target = tmp_path / "a.json"
     more = ["--query", folder / "queries", "--top", 3, "--json", target]
     tiny.run(predict, folder / "best.pt", "--support", folder / "support", *more)

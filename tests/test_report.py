@@ -250,8 +250,8 @@ def test_columns_of_the_tables_hold_what_their_header_says(made):
 
 
 def test_columns_of_the_open_set_table():
-    figures_ = {"auroc": 90.0, "right@0.01": 1.0, "right@0.1": 10.0, "named@0.05": 5.0, "named@0.1": 11.0}
-    row = {"enrolled": "seen", "classes": 6, "pictures": 1} | {name: (value, None) for name, value in figures_.items()}
+    values = {"auroc": 90.0, "right@0.01": 1.0, "right@0.1": 10.0, "named@0.05": 5.0, "named@0.1": 11.0}
+    row = {"enrolled": "seen", "classes": 6, "pictures": 1} | {name: (value, None) for name, value in values.items()}
     (cells,) = by_name(report.open_set_table({"open_set": [row]})).values()
     assert cells == {
         "AUROC": "90.0",
@@ -399,9 +399,10 @@ def test_similarities_of_one_class_are_the_higher_ones(made, axes_of):
         assert middle["same class"] > middle["different classes"]
 
 
-def test_names_on_the_map_are_near_their_points(axes_of):
-    labels = torch.arange(4).repeat_interleave(20)
-    z = normalize(torch.eye(4)[labels] + 0.05 * torch.randn(80, 4, generator=torch.manual_seed(0)))
+def test_names_on_the_map_are_near_their_points(monkeypatch, axes_of):
+    monkeypatch.setattr(figures, "tsne", lambda z: 100 * z)
+    labels, corners = torch.arange(4).repeat_interleave(20), torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    z = normalize(corners[labels] + 0.05 * torch.randn(80, 2, generator=torch.Generator().manual_seed(0)))
     side = metrics.measure(Images(torch.zeros(80, 3, 4, 4, dtype=torch.uint8), labels), z, 0.5)
     (axes,) = axes_of(figures.of_map, side, list("abcd"))
     middles = np.stack([points.get_offsets().mean(0) for points in axes.collections])
@@ -422,8 +423,7 @@ def test_rows_of_the_confusions_are_the_classes_of_the_queries(monkeypatch, axes
 
 def test_thumbnails_stand_upright():
     image = torch.randint(0, 256, (3, 6, 4), dtype=torch.uint8)
-    side = SimpleNamespace(image=image)
-    file = re.search('base64,([^"]+)', figures.thumbnail(side.image, "a"))[1]
+    file = re.search('base64,([^"]+)', figures.thumbnail(image, "a"))[1]
     shown = Image.open(figures.io.BytesIO(figures.base64.b64decode(file)))
     assert np.array_equal(np.array(shown), image.permute(1, 2, 0))
 

@@ -624,7 +624,7 @@ def test_the_page(folder, start, page, tmp_path):
 
 
 def test_a_server_has_the_threshold_of_its_share_of_strangers(folder, start):
-    """And shows as many pictures as are asked for."""
+    """It shows as many pictures as are asked for."""
     server = start(false_accept=0.5)
     server.enrolled.synchronise(folder / "support")
     query = next(folder.glob("queries/class 9/*.png")).read_bytes()
