@@ -211,12 +211,13 @@ class Strangers:
 
     `stored` is a table that training measured on held-back images (`metrics.strangers`): "similarities" (shots,
     classes, rates), those that a share `rates` of strangers exceeds, for so many `classes` with so many pictures of
-    each, `shots`. Between its points it is linear in the logarithms of all three.
+    each, `shots`. Between its points it is linear in the logarithms of all three. All strangers exceed -1.
     """
 
     def __init__(self, stored: dict):
         self.shots, self.classes, self.rates = (np.log(stored[name]) for name in ("shots", "classes", "rates"))
-        self.similarities = np.array(stored["similarities"])
+        self.rates = np.append(self.rates, 0.0)
+        self.similarities = np.pad(stored["similarities"], ((0, 0), (0, 0), (0, 1)), constant_values=-1.0)
 
     def curve(self, classes: float, shots: float) -> np.ndarray:
         """Similarities (R,), falling as the rates rise."""

@@ -100,11 +100,12 @@ class Server(ThreadingHTTPServer):
             raise OSError(f"cannot listen at {address}: {error.strerror}; give another --port or --host") from error
         host, port = self.server_address
         local = ipaddress.ip_address(host).is_loopback
-        self.names = ("localhost", "127.0.0.1", options.host) if local else None  # what a Host header may say
+        self.names = ("localhost", "127.0.0.1", host, options.host.lower()) if local else None  # a Host header's
         self.token = options.token or (None if local else secrets.token_urlsafe(16))
         self.cookie = f"oneshot-{port}"  # browsers send a cookie to all ports
         host = socket.gethostname() if host == "0.0.0.0" else host
         self.address = f"http://{host}:{port}/" + (f"?token={self.token}" if self.token else "")
+        self.hidden = gallery.path, Path(gallery.path).name  # clients need not know the folder
         self.html = Path(__file__).with_name("serve.html").read_bytes()
         self.headers = dict(HEADERS)
         for kind, text in re.findall(rb"<(style|script)>(.*?)</\1>", self.html, re.DOTALL):
@@ -151,7 +152,7 @@ class Server(ThreadingHTTPServer):
     def gallery(self, body: bytes, *, start: str = "0", most: str = "100", threshold: str = "") -> dict:
         names, first = list(self.enrolled.names()), number(start, 0, 10**9)
         shown = names[first : first + number(most, 0, 1000)]
-        found = {"gallery": Path(self.enrolled.path).name, "total": len(names), "most_bytes": MOST_BYTES}
+        found = {"gallery": self.hidden[1], "total": len(names), "most_bytes": MOST_BYTES}
         found["classes"] = [{"name": name, "pictures": self.enrolled.numbers_of(name)} for name in shown]
         if names:
             found |= {"threshold": (value := self.threshold(threshold)), "default": self.threshold("")}
@@ -200,7 +201,8 @@ class Handler(BaseHTTPRequestHandler):
         """The terminal shows no requests."""
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        self.respond({"error": message or "this request cannot be understood"}, 405 if code == 501 else code)
+        message = (message or "this request cannot be understood").replace(*self.server.hidden)
+        self.respond({"error": message}, 405 if code == 501 else code)
 
     def respond(self, content: dict | bytes, status: int = 200) -> None:
         kind = "text/html; charset=utf-8" if content is self.server.html else "image/jpeg"
@@ -282,7 +284,7 @@ def main(args: Sequence[str] | None = None) -> None:
     with cli.user_errors():
         cli.require(options, "port", least=0, most=65535)
         cli.require(options, "false_accept", most=1)
-        if not re.fullmatch("[A-Za-z0-9_-]{8,200}", options.token or "no-token"):
+        if not re.fullmatch("[A-Za-z0-9_-]{8,200}", "no-token" if options.token is None else options.token):
             raise ValueError("--token must be 8 or more letters, digits, - and _")
         recogniser = oneshot.load(options.checkpoint, options.device)
         with oneshot.Gallery(options.gallery, recogniser) as gallery, Server(recogniser, gallery, options) as server:

@@ -205,8 +205,12 @@ def test_cache_is_used_and_keyed(tmp_path, drawings):
     assert list((tmp_path / "new" / "folder").iterdir()) == [glyphs.cache_path(tmp_path / "new" / "folder")]
 
 
-def test_other_fonts_have_another_cache(tmp_path, monkeypatch):
+def test_other_fonts_and_drawings_have_another_cache(tmp_path, monkeypatch):
     path = glyphs.cache_path(tmp_path)
+    with monkeypatch.context() as changed:
+        (tmp_path / "glyphs.py").write_text("another way to draw")
+        changed.setattr(glyphs, "__file__", str(tmp_path / "glyphs.py"))
+        assert glyphs.cache_path(tmp_path) != path
     monkeypatch.setattr(matplotlib, "__version__", "0.1")
     assert glyphs.cache_path(tmp_path) != path
 
@@ -241,6 +245,20 @@ def test_contact_sheet(tmp_path):
     glyphs.sheet(tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.size == (660, 660)
+        drawn = glyphs.generate(CLASSES[10:11], 1, 0).train_images[0].repeat(2, 0).repeat(2, 1)
+        assert np.array_equal(np.asarray(image)[67:131, 1:65, :3], drawn)
+
+
+@pytest.mark.parametrize("part", ["scratches", "blur", "noise"])
+def test_pictures_have_clutter_blur_and_noise(monkeypatch, part):
+    usual = glyphs.draw(torch.zeros(1, 64, 64), 50, 0)
+    if part == "blur":
+        monkeypatch.setattr(glyphs, "blur", lambda images, _: images)
+    else:
+        place, name = (glyphs, "scratches") if part == "scratches" else (torch, "randn")
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *given, **options: 0 * real(*given, **options))
+    assert not np.array_equal(glyphs.draw(torch.zeros(1, 64, 64), 50, 0), usual)
 
 
 def test_all_faces_are_drawn():

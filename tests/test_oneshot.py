@@ -397,6 +397,7 @@ def test_the_table_of_strangers_holds_on_other_classes(shots, classes):
         threshold = found.threshold(rate, classes, shots)
         assert found.rate(threshold, classes, shots) == pytest.approx(rate, rel=0.05)
         assert (np.concatenate(best) > threshold).mean() == pytest.approx(rate, rel=0.3)
+    assert found.rate(-1, classes, shots) == 1 and found.threshold(1, classes, shots) == -1
 
 
 def test_arrays_of_other_shapes_are_other_pictures_and_empty_ones_none(recogniser):

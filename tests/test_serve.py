@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import threading
@@ -120,12 +121,16 @@ def test_endpoints(folder, recogniser, server):
     assert call(server, "POST", "/recognise?threshold=1", first)[1]["name"] is None
     found = call(server, "GET", "/gallery?start=1&most=1&threshold=0.25")[1]
     assert [each["name"] for each in found["classes"]] == ["class 11"] and found["total"] == 3
+    assert found["most_bytes"] == 20_000_000 and found["gallery"] == "a.gallery"
     assert found["false_accept"] == pytest.approx(server.enrolled.false_accept(0.25))
     assert found["recognised"] == [*server.enrolled.recognised(0.25)] and found["threshold"] == 0.25
     assert found["default"] == pytest.approx(server.enrolled.threshold(0.1)) == server.threshold("")
     status, jpeg, headers = call(server, "GET", f"/thumbnail/{found['classes'][0]['pictures'][0]}")
     assert Image.open(io.BytesIO(jpeg)).size == (16, 16) and headers["Content-Type"] == "image/jpeg"
     assert headers["X-Content-Type-Options"] == "nosniff" and "default-src 'none'" in headers["Content-Security-Policy"]
+    for rule in ("base-uri", "form-action", "frame-ancestors"):
+        assert f"; {rule} 'none'" in headers["Content-Security-Policy"]
+    assert headers["Cross-Origin-Resource-Policy"] == "same-origin" and headers["Cache-Control"] == "no-store"
     assert "this file is not a picture" in call(server, "POST", "/compare?first=0", first)[1]["error"]
     assert call(server, "POST", "/remove?name=class%209")[1] == {"removed": 4}
     assert server.enrolled.names() == {"class 10": 4, "class 11": 4}
@@ -172,6 +177,7 @@ PICTURE = b"a picture"  # stands for a real one below
         ("POST", "/enrol?name=%20unknown%20", PICTURE, 400, "a class cannot be called 'unknown'"),
         ("POST", "/enrol?name=a%00b", PICTURE, 400, "no control characters"),
         ("POST", "/enrol?name=a%1b[2Jb", PICTURE, 400, "no control characters"),
+        ("POST", "/enrol?name=a%E2%80%A8b", PICTURE, 400, "no control characters"),
         ("POST", "/enrol?name=a%FF", PICTURE, 400, "no control characters"),
         ("POST", f"/enrol?name={'a' * 10_000}", PICTURE, 400, "at most 200 characters"),
         ("POST", "/enrol?name=a", b"<script>alert(1)</script>", 400, "this file is not a picture in a known format"),
@@ -182,6 +188,7 @@ PICTURE = b"a picture"  # stands for a real one below
         ("POST", "/recognise", PICTURE, 400, "is empty"),
         ("POST", "/recognise?threshold=nan", PICTURE, 400, "'nan' should be a number in -1.0..1.0"),
         ("POST", "/recognise?threshold=2", PICTURE, 400, "'2' should be a number in -1.0..1.0"),
+        ("POST", "/recognise?threshold=0.5&top=0", PICTURE, 400, "'0' should be a whole number in 1..100"),
         ("POST", "/recognise?threshold=0.5&top=1e9", PICTURE, 400, "'1e9' should be a whole number in 1..100"),
         ("POST", "/compare", PICTURE, 400, "missing a required argument: 'first'"),
         ("POST", "/compare?first=-1", PICTURE, 400, "whole number"),
@@ -228,6 +235,30 @@ def test_senders(start):
         found = call(server, "POST", "/remove?name=a", Origin=origin)
         assert found[0] == status and "Access-Control-Allow-Origin" not in found[2]
     assert raw(server, b"GET /gallery\r\n\r\n").count(b'{"error"') == 1  # HTTP/0.9 has no Host
+    answer = raw(server, b"POST /remove?name=a HTTP/1.1\r\nHost: localhost\r\n\r\n")  # as curl -X POST does
+    assert answer.startswith(b"HTTP/1.1 400 ") and b"no class 'a'" in answer
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "127.2"])
+def test_a_server_answers_at_the_address_that_it_prints(start, host):
+    server = start(host=host)
+    own = server.address.split("/")[2]
+    assert own.startswith("127.0.0.2:")
+    assert raw(server, f"GET /gallery HTTP/1.1\r\nHost: {own}\r\n\r\n".encode()).startswith(b"HTTP/1.1 200 ")
+
+
+def test_clients_are_not_told_where_the_gallery_is(server):
+    found = call(server, "POST", "/remove?name=a")[1]
+    assert found == {"error": "no class 'a' is enrolled in a.gallery"}
+
+
+def test_clients_that_go_away_are_no_news(server, capfd):
+    connection = socket.create_connection(server.server_address)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.sendall(b"GET /")
+    connection.close()  # with a reset
+    time.sleep(0.4)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -261,6 +292,7 @@ def test_a_large_body_is_refused_before_it_is_read(server, capfd):
     """And the client that goes on sending all the same gets the answer."""
     status, found, _ = call(server, "POST", "/enrol?name=a", bytes(50_000_000))
     assert (status, found) == (413, {"error": "50,000,000 bytes are more than the 20,000,000 allowed"})
+    assert capfd.readouterr() == ("", "")
 
 
 def test_slow_clients_time_out(server, monkeypatch):
@@ -328,6 +360,7 @@ def test_connections_are_closed_at_once(server):
 
 
 def test_more_than_can_be_served_are_told(server, monkeypatch):
+    assert (serve.Handler.timeout, serve.PATIENCE, server.free._value) == (10, 60, 64)
     monkeypatch.setattr(serve.Handler, "timeout", 2.0)
     server.free = threading.Semaphore(2)
     held = [socket.create_connection(server.server_address) for _ in range(2)]
@@ -354,6 +387,7 @@ def test_tokens(start):
     status, page, headers = call(server, "GET", f"/?token={token}", Host="any.example")
     assert status == 200 and page.startswith(b"<!doctype html>") and "HttpOnly" in headers["Set-Cookie"]
     sent = headers["Set-Cookie"].split(";")[0]
+    assert sent == f"{cookie}={token}" and f"//{socket.gethostname()}:" in server.address
     assert call(server, "GET", "/gallery", Cookie=f"other=1; {sent}")[0] == 200
     assert call(server, "GET", "/gallery", Authorization=f"Bearer {token}")[0] == 200
     for wrong in ("", "x", token[:-1], token + "x", "\xff"):
@@ -385,7 +419,27 @@ def test_what_cannot_be_served(folder, recogniser, refusal, tmp_path):
     assert "cannot listen at nowhere.invalid" in refusal(serve, best, "--gallery", path, "--host", "nowhere.invalid")
     assert "--port must be" in refusal(serve, best, "--gallery", path, "--port", 65536)
     assert "--false-accept must be" in refusal(serve, best, "--gallery", path, "--false-accept", 0)
-    assert "--token must be 8 or more letters" in refusal(serve, best, "--gallery", path, "--token", "a; b")
+    for token in ("", "short-1", "eight; chars", "a\r\nSet-Cookie: b"):
+        assert "--token must be 8 or more letters" in refusal(serve, best, "--gallery", path, "--token", token)
+
+
+def test_a_change_that_is_being_made_is_finished(folder, tmp_path, monkeypatch):
+    done = []
+
+    def serve_forever(server):
+        def finish():
+            time.sleep(0.3)
+            with contextlib.suppress(sqlite3.Error):  # the gallery was closed
+                done.append(server.enrolled.enrol("a", pictures(folder)[0]))
+            server.lock.release()
+
+        server.lock.acquire()
+        threading.Thread(target=finish).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve.Server, "serve_forever", serve_forever)
+    tiny.run(serve, folder / "best.pt", "--gallery", tmp_path / "a.gallery", "--port", 0)
+    assert done == [1]
 
 
 @pytest.mark.slow
@@ -452,6 +506,7 @@ def test_the_page_shows_no_answer_that_came_too_late(folder, start, page):
     page.wait("document.querySelectorAll('#list > li').length === 100")
     page.value(f"{LATE}; waits = [700, 0]; $('more').click(); $('more').click(); 0")
     page.wait("!waits.length && document.querySelectorAll('#list > li').length === 150")
+    assert text(page, "#summary") == "150 classes"
     page.value("waits = [0, 0, 0]; enrol('class 149', [], 'list-status'); 0")
     page.wait("waits.length === 2")
     assert page.value("new Promise(r => setTimeout(() => r(gallery.classes.length), 300))") == 150
@@ -462,6 +517,10 @@ def test_the_page_shows_no_answer_that_came_too_late(folder, start, page):
     server.enrolled.enrol("class 000 and more", np.full((16, 16, 3), 200, np.uint8))  # by another, meanwhile
     page.click("#more")
     page.wait("document.querySelectorAll('#list > li').length === 151")
+    page.wait("document.activeElement === $('list').children[100].querySelector('h3')")
+    assert page.value("$('more').hidden && setThreshold(0.5).then(() => gallery.classes.length)") == 151
+    many = "gallery.classes = Array(1500).fill(gallery.classes[0]); refresh().then(() => $('summary').textContent)"
+    assert page.value(many) == "151 classes"
     assert page.value("new Set([...document.querySelectorAll('#list h3')].map(each => each.innerText)).size") == 151
 
     one, two, three = pictures(folder, part="queries")[:3]
@@ -511,6 +570,8 @@ def test_the_page_and_what_it_did_not_make(folder, start, page, tmp_path):
     page.value("waits = [700, 0, 0, 0, 0]; refresh(); $('threshold').focus(); 0")
     page.press("End", 35)
     assert page.value("new Promise(r => setTimeout(() => r(gallery.threshold), 1500))") == 1
+    page.value("waits = [300, 0]; setThreshold(0.25); setThreshold(0.75); 0")
+    page.wait("!waits.length && !asking && gallery.threshold === 0.75")
     page.value("ask = real; setThreshold(null); 0")
 
     strange = ["cafe\u0301", os.fsdecode(b"caf\xe9"), " lead"]
@@ -537,6 +598,9 @@ def test_the_page_and_what_it_did_not_make(folder, start, page, tmp_path):
     page.press("Enter", 13, "\r")
     page.wait("$('enrol-status').textContent.startsWith('2 pictures added to new')")
     page.wait("document.activeElement === document.querySelector('#enrol button')")
+    page.click("#enrol button")
+    page.wait("$('enrol-status').textContent === 'Choose one or more pictures first.'")
+    assert server.enrolled.names()["new"] == 2
 
 
 @pytest.mark.slow
@@ -563,6 +627,7 @@ def test_the_page(folder, start, page, tmp_path):
         page.wait("!document.querySelector('#enrol button').disabled")
         if old == "class 9":
             assert "broken.png: this file is not a picture" in text(page, "#enrol-status")
+            assert page.value("['enrol-status', 'query-status'].map(id => $(id).className)") == ["wrong", ""]
     assert server.enrolled.names() == dict.fromkeys(names.values(), 4)
     assert page.value("document.querySelectorAll('#list img').length") == 12
     assert page.value("document.querySelectorAll('img[onerror]').length") == 0
@@ -574,15 +639,27 @@ def test_the_page(folder, start, page, tmp_path):
     assert text(page, "#name") == (names["class 9"] if shown["name"] else "unknown")
     assert f"{shown['candidates'][0]['similarity']:.3f}" in text(page, "#why")
     assert page.value("document.querySelectorAll('#nearest img').length") == 5
+    percents = page.value("[0.1234, 0.99, 0.9962, 1].map(percent)")
+    assert percents == ["12\u00a0%", "99\u00a0%", "99.6\u00a0%", "100\u00a0%"]
+    cells = "[...document.querySelectorAll('#candidates tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+    assert page.value(cells) == [
+        [each["name"], f"{each['similarity']:.3f}", page.value(f"percent({each['probability']})")]
+        for each in shown["candidates"]
+    ]
     page.value("$('threshold').focus()")
     page.press("End", 35)
     page.wait("$('value').textContent === '1.000' && $('own').textContent.includes(', 0\\u00a0% are recognised')")
     assert text(page, "#name") == "unknown" and "About 0" in text(page, "#strangers")
+    assert ", not above the threshold of 1.000." in text(page, "#why")
     page.press("Home", 36)
     page.wait("$('own').textContent.startsWith('Of 12 enrolled pictures') && $('value').textContent === '-1.000'")
-    assert text(page, "#name") == names["class 9"]
+    assert text(page, "#name") == names["class 9"] and ", above the threshold of -1.000." in text(page, "#why")
+    assert "About 100" in text(page, "#strangers")
+    assert page.value("$('threshold').ariaValueText").startswith("-1.000. ")
     page.click("#default")
     page.wait(f"$('value').textContent === '{shown['threshold']:.3f}'")
+    page.wait(f"Math.abs($('threshold').valueAsNumber - {shown['threshold']}) < 0.005")
+    assert page.value("document.activeElement === $('threshold') && $('default').disabled")
 
     for place in (1, 2):
         page.choose(f".pair label:nth-child({place}) input", pictures(folder, part="queries")[place])
@@ -590,6 +667,10 @@ def test_the_page(folder, start, page, tmp_path):
     expected = server.recogniser.compare(*pictures(folder, part="queries")[1:3])
     assert text(page, "#verdict") == ("same class" if expected.same else "different classes")
     assert f"{expected.similarity:.3f}" in text(page, "#compare-status")
+
+    page.choose(".pair label:nth-child(1) input", broken)
+    page.wait("$('compare-status').textContent.includes('this file is not a picture')")
+    assert text(page, "#verdict") == ""
 
     for width in (1200, 400, 360):
         for scheme in ("light", "dark"):
@@ -600,6 +681,16 @@ def test_the_page(folder, start, page, tmp_path):
         "[...document.querySelectorAll('input, button')].filter(e => !(e.labels?.length || e.ariaLabel || e.innerText))"
     )
     assert page.value(f"{unlabelled}.length") == 0
+    said = "['summary', 'query-status', 'name', 'enrol-status', 'verdict', 'compare-status', 'list-status']"
+    assert page.value(f"{said}.filter(id => !$(id).closest('[role=status]'))") == []
+    assert page.value("document.querySelector('meta[name=viewport]').content").startswith("width=device-width")
+    assert page.value("[...document.querySelectorAll('input[type=file]')].every(each => !each.files.length)")
+
+    (large := tmp_path / "large.png").write_bytes(bytes(20_000_001))
+    page.choose("#query-file", large)
+    page.wait("$('query-status').textContent === 'large.png: larger than the 20 MB allowed'")
+    assert text(page, "#name") == text(page, "#why") == "" and page.value("$('answer').hidden")
+    assert page.value("setThreshold(0).then(() => setThreshold(null)).then(() => $('name').textContent)") == ""
 
     page.drop("#query", pictures(folder, "class 11", "queries")[0])
     page.wait("$('query').querySelector('img').alt.endsWith('.png') && answer.nearest[0][0] === 'שלום'")
@@ -608,8 +699,13 @@ def test_the_page(folder, start, page, tmp_path):
     assert server.enrolled.names()["東京タワー"] == 6
     page.wait("document.querySelectorAll('#list img').length === 14")
 
+    remove = "document.querySelector('#list > li:last-child button')"
     page.click("#list > li:last-child button")
-    page.wait("document.querySelector('#list > li:last-child button').textContent === 'Remove 6 pictures?'")
+    page.wait(f"{remove}.ariaLabel === 'Really remove the class 東京タワー and 6 pictures?'")
+    page.value("$('class').focus()")
+    assert page.value(f"[{remove}.textContent, {remove}.ariaLabel]") == ["Remove", "Remove the class 東京タワー"]
+    page.click("#list > li:last-child button")
+    page.wait(f"{remove}.textContent === 'Remove 6 pictures?'")
     assert len(server.enrolled.names()) == 3  # it asks first
     page.press("Enter", 13, "\r")
     page.wait(
@@ -621,6 +717,14 @@ def test_the_page(folder, start, page, tmp_path):
     page.wait("fetch('/gallery').then(() => false, () => true)")  # no connection made in advance is left
     page.choose("#query-file", pictures(folder, part="queries")[0])
     page.wait("$('query-status').textContent.includes('no answer: is the server running')")
+    page.value("refresh().then(() => 0)")
+    assert text(page, "#summary").startswith("The gallery cannot be read: no answer")
+    page.click("#list > li:last-child button")
+    page.wait(f"{remove}.textContent.endsWith('?')")
+    page.click("#list > li:last-child button")
+    page.wait("$('list-status').textContent.includes('is not removed: no answer')")
+    told = "gallery.false_accept = null, showRates(), $('strangers').textContent"
+    assert "no calibration" in page.value(told)
 
 
 def test_a_server_has_the_threshold_of_its_share_of_strangers(folder, start):
