@@ -20,7 +20,7 @@ if __package__:  # installed by pip, in the package oneshot
 else:
     from model import Embedder, build
 
-CALIBRATION = {"value", "false_accept", "false_reject", "calibrated_on", "logistic"}
+CALIBRATION = {"value", "false_accept", "false_reject", "calibrated_on", "logistic", "strangers"}
 OPTIONAL = ("num_batches_tracked", "mean_embedding", "penultimate_mean", "penultimate_std")  # a state dict may lack
 
 
@@ -88,8 +88,6 @@ def check_structure(saved: dict, path: str | os.PathLike) -> None:
         wrong.append("network settings")
     elif not wrong:
         settings = {name: data[name] for name in ("size", "mean", "std") if name in data} | network
-        if settings.get("backbone") == "resnet18":
-            raise ValueError(f"{path} is of a former backbone, resnet18; train --backbone torchvision:resnet18 anew")
         known = {"backbone", "width", "input_size", "mirror", "turned", "penultimate", "size", "border", "mean", "std"}
         sizes = [settings.get(name, 1) for name in ("width", "input_size", "size", "border")]
         valid = all(type(size) is int for size in sizes) and numbers(sizes, 4, 1, 2**16)
@@ -106,21 +104,21 @@ def check_structure(saved: dict, path: str | os.PathLike) -> None:
         known = known and numbers(threshold.get("logistic", [0, 0]), 2, -math.inf, math.inf)
         if not (known and numbers([threshold.get("value")], 1, -1, 1)):
             wrong.append("threshold")
-        elif not is_table(threshold.get("strangers", {})):
+        elif "strangers" in threshold and not is_table(threshold["strangers"]):
             wrong.append("table of strangers")
     if wrong:
         raise ValueError(f"{path} is a damaged checkpoint: {', '.join(wrong)} missing or of no use")
 
 
 def is_table(strangers: object) -> bool:
-    """Is this a table for `oneshot.Strangers`, or {}, which older checkpoints have?"""
+    """Is this a table for `oneshot.Strangers`?"""
     try:
         axes = [torch.tensor(strangers[name], dtype=torch.float64) for name in ("shots", "classes", "rates")]
         similarities = torch.tensor(strangers["similarities"], dtype=torch.float64)
         rising = all(axis.ndim == 1 and axis[0] > 0 and (axis.diff() > 0).all() for axis in axes)
         return bool(rising and similarities.shape == tuple(map(len, axes)) and (similarities.abs() <= 1).all())
     except (LookupError, TypeError, ValueError, RuntimeError):
-        return strangers == {}
+        return False
 
 
 def is_ours(saved: dict) -> bool:
@@ -130,8 +128,6 @@ def is_ours(saved: dict) -> bool:
 
 def settings_of(saved: dict) -> dict:
     """The arguments of `build` that a checkpoint of ours holds; older ones keep size, mean and std with the data."""
-    if saved.get("center") is not None:
-        raise ValueError("the checkpoint subtracts a mean embedding, which this version does not: train it again")
     older = {name: saved["data"][name] for name in ("size", "mean", "std") if name in saved["data"]}
     return older | saved.get("network", {})
 

@@ -162,11 +162,10 @@ def withhold(class_names: list[str], split: str, seen: list[int], share: float) 
     return seen[:first], seen[first:]
 
 
-def for_choosing(data: Data, seen: list[int], validation: list[int]) -> Data:
-    """A data set to choose recipes by: its test images are replaced by training images that no network was trained on,
-    the held-back images of the seen classes and all images of the validation classes."""
-    test = hold_back(data.train.of(seen))[1] + data.train.of(validation)
-    return Data(data.name, data.train, test, data.class_names)
+def with_held_back(data: Data, seen: list[int], others: Images) -> Data:
+    """A data set whose test images are those that no network was trained on: the held-back images of the seen classes,
+    and `others` of other classes."""
+    return Data(data.name, data.train, hold_back(data.train.of(seen))[1] + others, data.class_names)
 
 
 def is_standard(split: str) -> bool:
@@ -178,12 +177,6 @@ def few_shot_images(data: Data, classes: list[int], split: str) -> Images:
     """Images for N-way K-shot: the test images; with the standard splits all of them."""
     test = data.test.of(classes)
     return data.train.of(classes) + test if is_standard(split) else test
-
-
-def without_seen_tests(data: Data, seen: list[int], unseen: list[int]) -> Data:
-    """For networks that were trained on test images of the seen classes: these are replaced by held-back images."""
-    test = hold_back(data.train.of(seen))[1] + data.test.of(unseen)
-    return Data(data.name, data.train, test, data.class_names)
 
 
 def copies(train: Images, test: Images) -> tuple[int, int]:

@@ -165,7 +165,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         if names != facts["classes"]:
             raise ValueError(f"--on validation: {path} was trained on other classes than {source} has now")
         seen, unseen, split = facts["seen"], facts["validation"], f"{split}, validation classes"
-        loaded = data.for_choosing(loaded, seen, unseen)
+        loaded = data.with_held_back(loaded, seen, loaded.train.of(unseen))
     same = bool(seen) and (loaded.name == facts.get("name") or names == facts["classes"])
     on_tests = same and facts.get("trained_on_test", False)
     parts = data.parts_of_training(loaded, seen, facts.get("validation", []) if same else [], on_tests)
@@ -173,7 +173,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     comparable = comparable and options.on == "test" and (seen, unseen) == (facts["seen"], facts.get("unseen"))
     replaced = on_tests and options.on == "test"
     if replaced:
-        loaded = data.without_seen_tests(loaded, seen, unseen)
+        loaded = data.with_held_back(loaded, seen, loaded.test.of(unseen))
     if not seen:  # nothing was trained on, so all images are for testing
         loaded = data.Data(loaded.name, loaded.train.of([]), loaded.train + loaded.test, names)
     kept, held_back = data.hold_back(loaded.train.of(seen))
@@ -263,7 +263,7 @@ def pick_thresholds(loaded: Loaded, options: Options) -> tuple[dict, dict[str, f
     if threshold and not own and loaded.data.name != loaded.saved["data"].get("name", loaded.data.name):
         threshold["data"] = loaded.data.name  # it is not that of the training
     if own.get("criterion") == options.criterion:
-        threshold = threshold | own  # older checkpoints lack the table of strangers
+        threshold = threshold | own  # which may lack the table of strangers
     if not threshold:
         why = f"{loaded.path} has no threshold by --criterion {options.criterion} for images like these"
         raise ValueError(f"{why}, and too few training images to calibrate one; give --threshold a number")

@@ -272,7 +272,7 @@ def calibrate(curve: Roc, z: Tensor, labels: Tensor, criteria: Iterable[str]) ->
     """What a checkpoint stores, by criterion, from rows `z` (N, D) of held-back images and their ROC `curve`.
 
     The threshold and how it was found, its errors in percent on the same pairs, `logistic` for
-    `oneshot.probability_same`, and the table of `strangers`. New classes are harder to tell apart than those of the
+    `oneshot.probabilities`, and the table of `strangers`. New classes are harder to tell apart than those of the
     held-back images.
     """
     shared = {

@@ -98,7 +98,7 @@ class Recogniser:
         """Are two pictures of one class? Raises ValueError."""
         first, second = self.embed([a, b])
         similarity = float(first @ second)
-        probability = probability_same(similarity, self.threshold["logistic"])
+        probability = float(probabilities(np.array([[similarity]]), self.threshold["logistic"], 1)[0, 0])
         return Comparison(similarity, similarity > self.threshold["value"], probability)
 
 
@@ -107,12 +107,6 @@ def as_list(some: Any) -> list:
     if isinstance(some, (str, os.PathLike, bytes, Image.Image)) or getattr(some, "ndim", 4) in (2, 3):
         return [some]
     return list(some)
-
-
-def probability_same(similarity: float, logistic: Sequence[float]) -> float:
-    """Probability 0..1 that two pictures of this similarity are of one class, if half of all pairs are."""
-    slope, intercept = logistic
-    return 1 / (1 + math.exp(-max(-700.0, min(700.0, slope * similarity + intercept))))
 
 
 def probabilities(similarities: np.ndarray, logistic: Sequence[float], classes: float) -> np.ndarray:
@@ -148,8 +142,7 @@ def load(path: str | os.PathLike, device: str = "auto") -> Recogniser:
         def network(pixels: np.ndarray) -> np.ndarray:
             return normalised(model.embed(net, model.torch.from_numpy(pixels)).numpy())
 
-    settings = facts["threshold"], frozenset(facts["trained"]), facts["fingerprint"], facts.get("border", 0)
-    return Recogniser(network, facts["size"], *settings)
+    return Recogniser(network, **facts | {"trained": frozenset(facts["trained"])})
 
 
 def load_exported(path: Path) -> tuple[Network, dict]:
@@ -163,8 +156,8 @@ def load_exported(path: Path) -> tuple[Network, dict]:
 
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
             metadata = session.get_modelmeta().custom_metadata_map
-            digest = metadata.get("sha256", "").encode()  # older files have none
-            if digest and digest != sha256_without(path.read_bytes(), digest):
+            digest = metadata.get("sha256", "")  # of the file with zeros in its place
+            if digest and digest != hashlib.sha256(path.read_bytes().replace(digest.encode(), b"0" * 64)).hexdigest():
                 raise ValueError("a checksum is wrong")
         else:
             import torch
@@ -191,11 +184,6 @@ def load_exported(path: Path) -> tuple[Network, dict]:
             return module(torch.from_numpy(pixels)).numpy()
 
     return network, json.loads(metadata["recogniser"])
-
-
-def sha256_without(file: bytes, digest: bytes) -> bytes:
-    """The SHA-256 of a file, in hexadecimal, with zeros where it says `digest`."""
-    return hashlib.sha256(file.replace(digest, b"0" * 64)).hexdigest().encode()
 
 
 def normalised(rows: np.ndarray) -> np.ndarray:
@@ -305,6 +293,7 @@ class Enrolled:
     counts: np.ndarray  # (C,) pictures of each class
     sums: np.ndarray  # (C, D) of their embeddings
     means: np.ndarray  # (C, D) of length 1
+    recogniser: Recogniser
 
     def similarities(self, z: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         """Blocks of embeddings (N, D): where they are, and their similarities (B, C) to the means of all classes."""
@@ -323,19 +312,22 @@ class Enrolled:
             other[part] = similarity.max(1)
         return chosen, other
 
-    def factor(self, table: Strangers, trained: frozenset[str]) -> float:
-        """How many classes of the table each enrolled one counts for.
+    @functools.cached_property
+    def strangers(self) -> tuple[Strangers, float, float]:
+        """The calibration, and what it is asked about: how many classes the enrolled ones count for, and how many
+        pictures each has.
 
         Each picture is a stranger to the gallery without its class. How often these are more similar to another class
         than the table expects says how many more, or fewer, classes they count for. Classes that the network was
-        `trained` on say nothing of strangers.
+        trained on say nothing of strangers.
         """
-        if len(self.classes) < 2:
-            return STRANGERS
-        chosen, other = self.left_out
-        of = self.of[chosen]
-        new = np.array([name not in trained for name in self.classes])[of]
-        return table.factor(other[new], of[new], len(self.classes) - 1, self.counts.mean())
+        table, shots, factor = Strangers(self.recogniser.threshold["strangers"]), self.counts.mean(), STRANGERS
+        if len(self.classes) > 1:
+            chosen, other = self.left_out
+            of = self.of[chosen]
+            new = np.array([name not in self.recogniser.trained for name in self.classes])[of]
+            factor = table.factor(other[new], of[new], len(self.classes) - 1, shots)
+        return table, factor * len(self.classes), shots
 
 
 class Gallery(contextlib.AbstractContextManager):
@@ -350,7 +342,7 @@ class Gallery(contextlib.AbstractContextManager):
         self.path, self.recogniser, self.lock = os.fspath(path), recogniser, threading.RLock()
         if not self.path:  # SQLite would make a file that is gone when it is closed
             raise ValueError("a gallery needs the path of a file")
-        self.version, self.calibrated = None, (None, None)
+        self.version = None
         with self.faults("open"):
             self.database = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
             self.database.execute("PRAGMA trusted_schema = OFF")
@@ -370,7 +362,7 @@ class Gallery(contextlib.AbstractContextManager):
         found = dict(self.ask("SELECT name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"))
         if self.value("PRAGMA application_id") != FORMAT or found != SCHEMA:
             raise ValueError(f"{self.path} is not a gallery")
-        if self.fact("fingerprint") != self.recogniser.fingerprint:
+        if self.value("SELECT value FROM facts WHERE name = 'fingerprint'") != self.recogniser.fingerprint:
             raise ValueError(f"the gallery {self.path} was made with another network; enrol its pictures again")
 
     def close(self, *_: object) -> None:
@@ -412,9 +404,6 @@ class Gallery(contextlib.AbstractContextManager):
     def __len__(self) -> int:
         """The number of pictures."""
         return self.value("SELECT count(*) FROM pictures")
-
-    def fact(self, name: str) -> str | None:
-        return self.value("SELECT value FROM facts WHERE name = ?", name)
 
     def names(self) -> dict[str, int]:
         """The enrolled classes, in alphabetical order, and how many pictures each has."""
@@ -534,33 +523,25 @@ class Gallery(contextlib.AbstractContextManager):
         rows = np.frombuffer(data, "<f4").reshape(len(found), -1)
         _, starts, of, counts = np.unique(classes, return_index=True, return_inverse=True, return_counts=True)
         sums = np.add.reduceat(rows, starts)
-        return Enrolled([names[start] for start in starts], numbers, rows, of, counts, sums, normalised(sums))
+        parts = numbers, rows, of, counts, sums, normalised(sums), self.recogniser
+        return Enrolled([names[start] for start in starts], *parts)
 
-    def strangers(self) -> tuple[Strangers | None, float, float]:
-        """The calibration, None of older checkpoints, and what it is asked about: how many classes the enrolled ones
-        count for, and how many pictures each has."""
-        enrolled, stored = self.load(), self.recogniser.threshold.get("strangers")
-        classes, shots = len(enrolled.classes), enrolled.counts.mean()
-        if not stored:
-            return None, classes, shots
-        known = self.calibrated
-        if known[0] is not enrolled or known[1] is not stored:
-            table = Strangers(stored)
-            known = self.calibrated = enrolled, stored, table, enrolled.factor(table, self.recogniser.trained)
-        return known[2], known[3] * classes, shots
+    def strangers(self) -> tuple[Strangers, float, float]:
+        """`Enrolled.strangers` of what is enrolled."""
+        return self.load().strangers
 
     def threshold(self, false_accept: float = 0.1) -> float:
         """The similarity above which a picture gets a name, so that this share (0..1) of strangers, pictures of no
-        enrolled class, does. Without a calibration, it is the threshold of one pair. Raises ValueError."""
+        enrolled class, does. Raises ValueError."""
         if not 0 < false_accept <= 1:
             raise ValueError(f"false_accept is a share above 0 and up to 1, got {false_accept}")
         table, *asked = self.strangers()
-        return table.threshold(false_accept, *asked) if table else self.recogniser.threshold["value"]
+        return table.threshold(false_accept, *asked)
 
-    def false_accept(self, threshold: float) -> float | None:
-        """The share (0..1) of strangers that is expected to get a name at a threshold; None without a calibration."""
+    def false_accept(self, threshold: float) -> float:
+        """The share (0..1) of strangers that is expected to get a name at a threshold."""
         table, *asked = self.strangers()
-        return table and table.rate(threshold, *asked)
+        return table.rate(threshold, *asked)
 
     def recognise(
         self, some: Any, top: int = 5, false_accept: float = 0.1, threshold: float | None = None

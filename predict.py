@@ -149,10 +149,7 @@ def gallery_text(gallery: oneshot.Gallery, threshold: float) -> str:
     count = len(gallery.names())
     expected, own = gallery.false_accept(threshold), gallery.recognised(threshold)
     text = f"threshold {threshold:.3f} for {count} {'class' if count == 1 else 'classes'}"
-    if expected is None:
-        text += "\nmade for one pair, not for many classes; `python evaluate.py CHECKPOINT --store` adds what is needed"
-    else:
-        text += f"\nexpected to give a name to {100 * expected:.3g} % of the pictures of classes that are not enrolled"
+    text += f"\nexpected to give a name to {100 * expected:.3g} % of the pictures of classes that are not enrolled"
     if own is not None:
         text += f"\nof {own[1]} enrolled pictures, each left out in turn, {100 * own[0]:.1f} % are given their class"
     return text + "\nprobability: assuming that half of all pictures are of an enrolled class"

@@ -51,11 +51,6 @@ class Mapped(NamedTuple):
     memory: mmap.mmap
     fingerprint: str  # SHA-256 of its pixels
 
-    def release(self) -> None:
-        """Give up the memory of what was read; the system may keep it in its file cache."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.memory.madvise(mmap.MADV_DONTNEED)
-
 
 @dataclass(frozen=True)
 class Images:
@@ -92,8 +87,8 @@ class Images:
     def pixels(self, index: Tensor | slice | int, border: bool = False) -> Tensor:
         """Some of the images, without or with their border: (B, 3, size, size) uint8, stored channels last."""
         edge = slice(None) if border or not self.border else slice(self.border, -self.border)
-        if self.mapped:
-            self.mapped.release()
+        if self.mapped and hasattr(mmap, "MADV_DONTNEED"):  # what was read may leave memory, not the file cache
+            self.mapped.memory.madvise(mmap.MADV_DONTNEED)
         return self.store[index if self.rows is None else self.rows[index]][..., edge, edge]
 
     def split(self, batch: int) -> Iterator[Tensor]:

@@ -31,7 +31,9 @@ def embeddings(count: int, dimension: int) -> np.ndarray:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    recogniser = oneshot.Recogniser(None, 32, {"value": 0.5, "logistic": [10.0, -5.0]}, frozenset(), "random")
+    strangers = {"shots": [1], "classes": [1, 100_000], "rates": [0.1], "similarities": [[[0.3], [0.6]]]}
+    threshold = {"value": 0.5, "logistic": [10.0, -5.0], "strangers": strangers}
+    recogniser = oneshot.Recogniser(None, 32, threshold, frozenset(), "random")
     z, queries = embeddings(options.classes, options.dimension), embeddings(1000, options.dimension)
     rows = [(f"class {k}", "", k.to_bytes(4, "big"), row.tobytes(), b"") for k, row in enumerate(z)]
     with tempfile.TemporaryDirectory() as folder:
