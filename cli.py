@@ -162,9 +162,11 @@ def user_errors() -> Iterator[None]:
 
 
 def require(options: object, *names: str, least: float | None = None, most: float = math.inf) -> None:
-    """Raise ValueError unless each of these options is finite, above 0 or at least `least`, and at most `most`."""
+    """Raise ValueError unless each of these options is None, or finite, above 0 or at least `least`, at most `most`."""
     for name in names:
         value = getattr(options, name)
+        if value is None:
+            continue
         if not (math.isfinite(value) and (value > 0 if least is None else value >= least) and value <= most):
             bound = "above 0" if least is None else f"at least {least:g}"
             bound += "" if most == math.inf else f" and at most {most:g}"

@@ -162,12 +162,6 @@ def withhold(class_names: list[str], split: str, seen: list[int], share: float) 
     return seen[:first], seen[first:]
 
 
-def with_held_back(data: Data, seen: list[int], others: Images) -> Data:
-    """A data set whose test images are those that no network was trained on: the held-back images of the seen classes,
-    and `others` of other classes."""
-    return Data(data.name, data.train, hold_back(data.train.of(seen))[1] + others, data.class_names)
-
-
 def is_standard(split: str) -> bool:
     """Is this a split of the few-shot literature, which uses the test images of all classes as well?"""
     return split.removesuffix("+val") in STANDARD_SPLITS

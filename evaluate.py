@@ -9,7 +9,7 @@ the figures. To choose among recipes, `--on validation` measures held-back image
 place of the unseen ones. `--runs all_runs.zip` is the one-shot test of Omniglot's authors, in place of all others.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import tyro
@@ -165,18 +165,17 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
         if names != facts["classes"]:
             raise ValueError(f"--on validation: {path} was trained on other classes than {source} has now")
         seen, unseen, split = facts["seen"], facts["validation"], f"{split}, validation classes"
-        loaded = data.with_held_back(loaded, seen, loaded.train.of(unseen))
     same = bool(seen) and (loaded.name == facts.get("name") or names == facts["classes"])
     on_tests = same and facts.get("trained_on_test", False)
     parts = data.parts_of_training(loaded, seen, facts.get("validation", []) if same else [], on_tests)
+    kept, held_back, validation = parts
     comparable = same and source not in NAMED and has_files(source) and size == own.get("size")
     comparable = comparable and options.on == "test" and (seen, unseen) == (facts["seen"], facts.get("unseen"))
     replaced = on_tests and options.on == "test"
-    if replaced:
-        loaded = data.with_held_back(loaded, seen, loaded.test.of(unseen))
+    if replaced or options.on == "validation":  # images that no network was trained on
+        loaded = replace(loaded, test=held_back + (loaded.test.of(unseen) if replaced else validation))
     if not seen:  # nothing was trained on, so all images are for testing
         loaded = data.Data(loaded.name, loaded.train.of([]), loaded.train + loaded.test, names)
-    kept, held_back = data.hold_back(loaded.train.of(seen))
     net = load_network(path, state, saved, backbone, options, kept, loaded.test)
     views = own.get("mirror", False), own.get("turned", 0.0), own.get("penultimate", 0.0)
     as_trained = (net.mirror, net.turned, net.penultimate) == views and net.size == own.get("size")
@@ -196,7 +195,7 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     foreign = (saved["threshold"] or {}).get("data", loaded.name) != loaded.name
     calibrates = (new or foreign) and metrics.enough(held_back.labels)  # the threshold, on these images
     threshold = saved["threshold"] if as_trained and not calibrates else None
-    return Loaded(path, net.to(device).eval(), loaded, seen, unseen, parts[0], split, notes, saved, threshold)
+    return Loaded(path, net.to(device).eval(), loaded, seen, unseen, kept, split, notes, saved, threshold)
 
 
 def load_network(
@@ -456,12 +455,10 @@ def check(options: Options) -> None:
         raise ValueError("give at least one checkpoint")
     cli.check_criterion(options.criterion)
     cli.check_pixel_statistics(options.pixel_mean, options.pixel_std)
-    for name, least in {"adapt_lr": None, "adapt_steps": 1, "image_size": 8}.items():
-        if getattr(options, name) is not None:
-            cli.require(options, name, least=least)
-    for name in ("turned", "penultimate"):
-        if getattr(options, name) is not None:
-            cli.require(options, name, least=0, most=1)
+    cli.require(options, "adapt_lr")
+    cli.require(options, "adapt_steps", least=1)
+    cli.require(options, "image_size", least=8)
+    cli.require(options, "turned", "penultimate", least=0, most=1)
     if options.threshold != "auto":
         cli.check_threshold(options.threshold)
         if options.store:

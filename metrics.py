@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data import Sampler
 from oneshot import STRANGERS, Strangers
 from sources import Images
 
@@ -109,8 +110,10 @@ def roc(z: Tensor, labels: Tensor) -> Roc | None:
     rejected = counts.double().cumsum(0) / same
     false_reject, false_accept = rejected - counts.double() / same, (different - below).double() / different
     auc = float((counts * (below + up_to).double()).sum()) / (2 * same * different)
-    accepted = torch.stack((false_accept, (different - up_to).double() / different), 1)
-    eer = equal_error(torch.stack((false_reject, rejected), 1).flatten(), accepted.flatten())
+    accepted = torch.stack((false_accept, (different - up_to).double() / different), 1).flatten()
+    rising = np.r_[0, torch.stack((false_reject, rejected), 1).flatten(), 1]
+    falling = np.r_[1, accepted, 0]
+    eer = float(np.interp(0, rising - falling, rising))  # where the two errors meet, linear in between
     thresholds = (values.double() + beneath.double()) / 2
     return Roc(thresholds, false_reject, false_accept, 100 * auc, 100 * eer)
 
@@ -146,16 +149,6 @@ def count_on_grid(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     beneath = taken[torch.searchsorted(taken, steps) - 1]
     up_to = different.cumsum(0)[steps]
     return steps.double() / GRID - 1, same[steps], up_to - different[steps], up_to, beneath.double() / GRID - 1
-
-
-def equal_error(false_reject: Tensor, false_accept: Tensor) -> float:
-    """Where two error rates at rising thresholds, (T,) float64 each, meet; linear in between."""
-    none, all_ = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    rising, falling = torch.cat((none, false_reject, all_)), torch.cat((all_, false_accept, none))
-    after = int((rising >= falling).int().argmax())
-    gap_before, gap_after = falling[after - 1] - rising[after - 1], falling[after] - rising[after]
-    share = gap_before / (gap_before - gap_after)
-    return float(rising[after - 1] + share * (rising[after] - rising[after - 1]))
 
 
 def pair_errors(z: Tensor, labels: Tensor, thresholds: list[float]) -> tuple[Tensor, Tensor]:
@@ -369,9 +362,8 @@ def resample(labels: Tensor, resamples: int = 2000, seed: int = 0) -> Tensor:
 
 def interval(values: Tensor) -> tuple[float, float] | None:
     """95 % interval of a figure from its values in resamples (R,) float64; None without any."""
-    values = values[~values.isnan()]
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return tuple(torch.quantile(values, ends).tolist()) if len(values) else None
+    return tuple(torch.nanquantile(values, ends).tolist()) if len(values) else None
 
 
 def mean_interval(values: Tensor) -> tuple[float, float]:
@@ -391,22 +383,16 @@ def draw_episodes(
     has fewer than shot + queries images. Fewer episodes, but at least 20, if they hold more than COMPARISONS of queries
     with classes. Nothing if there are fewer than `way` classes. The same labels and settings give the same episodes.
     """
-    counts = labels.unique(return_counts=True)[1]
-    usable = (counts > shot).nonzero()[:, 0]
+    sampler = Sampler(labels, torch.Generator().manual_seed(seed))
+    usable = (sampler.counts > shot).nonzero()[:, 0]
     if len(usable) < max(1, way):
         return
-    queries = min(queries, int(counts[usable].min()) - shot)
-    generator = torch.Generator().manual_seed(seed)
-    order, starts = torch.argsort(labels, stable=True), counts.cumsum(0) - counts
-    slots = torch.arange(int(counts.max()))
+    queries = min(queries, int(sampler.counts[usable].min()) - shot)
     episodes = min(episodes, max(20, COMPARISONS // (way * queries * way)))
-    batch = min(250, max(1, CELLS // (way * max(len(slots), way * (shot + queries)))))
+    batch = min(250, max(1, CELLS // (way * max(sampler.largest, way * (shot + queries)))))
     for size in [batch] * (episodes // batch) + [episodes % batch] * (episodes % batch > 0):
-        rows = usable[torch.rand(size, len(usable), generator=generator).topk(way).indices]  # (E, way)
-        chance = torch.rand(size, way, len(slots), generator=generator)
-        chance -= (slots >= counts[rows][:, :, None]).float()
-        draw = chance.topk(shot + queries).indices  # (E, way, shot + queries)
-        yield rows, order[starts[rows][:, :, None] + draw]
+        rows = usable[torch.rand(size, len(usable), generator=sampler.generator).topk(way).indices]  # (E, way)
+        yield rows, sampler.batch(rows.flatten(), shot + queries).view(size, way, -1)
 
 
 def classify(z: Tensor, images: Tensor, shot: int) -> Tensor:

@@ -139,8 +139,6 @@ class ResNet(Embedder):
     standardised by their mean and standard deviation.
     """
 
-    blocks: Sequence[nn.Module]
-
     def __init__(self, dimension: int, before_last: int):
         """`dimension` features after the last block, `before_last` before it."""
         super().__init__()
@@ -148,10 +146,9 @@ class ResNet(Embedder):
         self.register_buffer("penultimate_mean", torch.zeros(before_last))
         self.register_buffer("penultimate_std", torch.ones(before_last))
 
-    def initialise(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # whose numbers PyTorch's compiler makes
-                nn.init.kaiming_normal_(module.weight)
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [block for layer in self.children() if isinstance(layer, nn.Sequential) for block in layer]
 
     def stem(self, x: Tensor) -> Tensor:
         return x
@@ -195,14 +192,9 @@ class CifarResNet(ResNet):
         self.layer1 = stage(width, width, blocks, stride=1)
         self.layer2 = stage(width, 2 * width, blocks, stride=2)
         self.layer3 = stage(2 * width, 4 * width, blocks, stride=2)
-        self.initialise()
 
     def stem(self, x: Tensor) -> Tensor:
         return F.relu(self.bn1(self.conv1(x)), inplace=True)
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return [*self.layer1, *self.layer2, *self.layer3]
 
 
 def stage(in_channels: int, channels: int, blocks: int, stride: int) -> nn.Sequential:
@@ -242,11 +234,6 @@ class ResNet12(ResNet):
         self.layer2 = nn.Sequential(Block12(width, 5 * width // 2))
         self.layer3 = nn.Sequential(Block12(5 * width // 2, 5 * width))
         self.layer4 = nn.Sequential(Block12(5 * width, 10 * width))
-        self.initialise()
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
 
 
 RESNETS = {"resnet12": ResNet12} | {f"resnet{6 * blocks + 2}": partial(CifarResNet, blocks) for blocks in (3, 5, 7, 9)}
@@ -374,6 +361,9 @@ def build(
         raise ValueError(f"width must be at least 1, got {width}")
     if backbone in RESNETS:
         net, own = RESNETS[backbone](width), {"width": width}
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # whose numbers PyTorch's compiler makes
+                nn.init.kaiming_normal_(module.weight)
         net.penultimate = penultimate
         own |= {"penultimate": penultimate} if penultimate else {}
     else:
@@ -393,17 +383,14 @@ def count(net: nn.Module, side: int) -> tuple[int, int]:
 
     def add(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         nonlocal multiply_adds
-        multiply_adds += output.numel() * module.weight[0].numel()
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            multiply_adds += output.numel() * module.weight[0].numel()
 
-    layers = [module for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    handles = [layer.register_forward_hook(add) for layer in layers]
     parameter = next(net.parameters())
     was_training = net.training
-    with torch.no_grad():
+    with torch.no_grad(), nn.modules.module.register_module_forward_hook(add):
         net.eval().embed(parameter.new_zeros(1, 3, side, side))
     net.train(was_training)
-    for handle in handles:
-        handle.remove()
     return sum(parameter.numel() for parameter in net.parameters()), multiply_adds
 
 

@@ -4,8 +4,8 @@
     python serve.py weights/classic-90-10.pt --gallery animals.gallery --host 0.0.0.0    # for other computers too
     curl --data-binary @cat.jpg "http://127.0.0.1:8000/enrol?name=cat"
 
-A request's body is a picture file as it is, or two; all else is in the query string (UTF-8, percent-encoded). So no forms are
-parsed, a file's size is known before it is read, and each picture has its own answer or error.
+A request's body is a picture file as it is, or two; all else is in the query string (UTF-8, percent-encoded). So no
+forms are parsed, a file's size is known before it is read, and each picture has its own answer or error.
 
     POST /embed                         {"embedding": [D numbers]}
     POST /compare?first=BYTES           two files, the first of so many bytes: {"similarity", "same", "probability"}

@@ -98,8 +98,7 @@ def load_teachers(paths: Sequence[str], train: data.TrainingData, net: model.Emb
     for path in paths:
         teacher, saved = checkpoints.load(path)
         training.note_learned(path, saved, train)
-        given = train.facts.get("given", [])
-        train.facts["given"] = [*given, checkpoints.fingerprint(teacher.settings, saved["model"])]
+        train.facts.setdefault("given", []).append(checkpoints.fingerprint(teacher.settings, saved["model"]))
         if teacher.size != net.size:
             raise ValueError(f"{path} was trained on images of {teacher.size} pixels, these have {net.size}")
         teachers.append(teacher)
@@ -164,7 +163,7 @@ def check(options: Options) -> None:
     cli.require(options, "validate_every", most=1e6)
     if not options.epochs and (options.minutes or not (options.weights or options.pretrained)):
         raise ValueError("--epochs 0 takes given weights as they are: give --pretrained or --weights, no --minutes")
-    cli.require(options, "lr", "muon_lr", "softmax_scale")
+    cli.require(options, "lr", "muon_lr", "backbone_lr", "softmax_scale")
     cli.require(
         options,
         "warmup",
@@ -178,10 +177,8 @@ def check(options: Options) -> None:
     cli.require(options, "batch_classes", "images_per_class", least=2, most=100_000)
     if options.warmup >= 1:
         raise ValueError(f"--warmup is a fraction of the run, below 1, got {options.warmup}")
-    if options.backbone_lr is not None:
-        cli.require(options, "backbone_lr")
-        if options.optimizer == "muon":
-            raise ValueError("--backbone-lr is for --optimizer sgd or adam")
+    if options.backbone_lr is not None and options.optimizer == "muon":
+        raise ValueError("--backbone-lr is for --optimizer sgd or adam")
     if not (options.triplet_weight or options.softmax_weight or options.teacher and options.teacher_weight):
         raise ValueError("the weights of all losses are 0: there is nothing to learn from")
     training.check(options)
@@ -201,8 +198,7 @@ def main(args: Sequence[str] | None = None) -> None:
         ways = train.ways if options.rotate else 1
         head = NormalisedSoftmax(ways * len(seen), net.dimension, options.softmax_scale).to(device)
         optimizers = make_optimizers(options, net, head)
-        batch = min(options.batch_classes, len(seen)) * options.images_per_class
-        steps_per_epoch = len(train.kept) / batch
+        steps_per_epoch = len(train.kept) / (classes * options.images_per_class)
         total = max(1, round(options.epochs * steps_per_epoch)) if options.epochs else 0
         train.facts["trained"] = total > 0
         validate_every = max(1, round(options.validate_every * steps_per_epoch))

@@ -38,8 +38,7 @@ FIELDS += ("new_triplet_accuracy", "new_pair_accuracy", "new_one_shot")  # on va
 def check(options: cli.RunOptions) -> None:
     """Raise ValueError unless the options both trainings have make sense."""
     cli.require(options, "temperature", least=1e-6, most=1e6)
-    if options.minutes is not None:
-        cli.require(options, "minutes", most=1e6)
+    cli.require(options, "minutes", most=1e6)
     cli.require(options, "margin", "seed", "withhold", least=0)
     cli.require(options, "crop", "jitter", "distort", "cutout", "rotate", "penultimate", "turned", least=0, most=1)
     cli.require(options, "width", least=1, most=1024)
@@ -106,13 +105,11 @@ def prepare_process(options: cli.RunOptions) -> torch.device:
     torch.manual_seed(options.seed)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(options.deterministic)
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # another C library
-            mallopt = ctypes.CDLL("libc.so.6").mallopt
-            mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to this size come from the heap
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the heap's end is kept
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: blocks up to this size come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory at the heap's end is kept
     return model.pick_device(distributed.join(options.device))
 
 
@@ -239,7 +236,6 @@ class Run:
         self.validation: dict = {}
         self.calibration: dict | None = None
         self.losses: list[Tensor] = []
-        self.embeddings = torch.empty(0)
         self.device = next(net.parameters()).device
         self.dtype = pick_precision(options.precision, self.device)
         self.embed_batch: Callable[[Tensor], Tensor] = net
@@ -289,7 +285,7 @@ class Run:
         if processes != distributed.world():
             raise ValueError(f"{folder} was trained by {processes} processes; resume it with as many")
         try:
-            checkpoints.load_weights(self.net, state["net"])
+            checkpoints.load_weights(self.net, saved["model"])
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.train.sampler.tasks.set_state(state["tasks"])
@@ -297,7 +293,7 @@ class Run:
             torch.set_rng_state(state["rng"][rank].clone())
             if self.device.type == "cuda" and "rng_cuda" in state:
                 torch.cuda.set_rng_state(state["rng_cuda"][rank].clone(), self.device)
-            self.step, self.images, self.seconds = int(state["step"]), int(state["images"]), float(state["seconds"])
+            self.step, self.images, self.seconds = int(saved["step"]), int(saved["images"]), float(saved["seconds"])
             self.best = state["best"] | {"auc": float(state["best"]["auc"])}
             self.losses = list(state["losses"][rank].to(self.device))
             self.collapsed = int(state["collapsed"])
@@ -495,9 +491,8 @@ class Run:
         if not all(tensor.isfinite().all() for tensor in self.net.state_dict().values()):
             raise Stopped(NOT_FINITE)
         training = {name: part.state_dict() for name, part in self.parts.items()}
-        training |= of_processes | {"net": self.net.state_dict(), "collapsed": self.collapsed}
-        training |= {"tasks": self.train.sampler.tasks.get_state(), "best": self.best}
-        training |= {"step": self.step, "images": self.images, "seconds": self.seconds, "log": self.rows}
+        training |= of_processes | {"collapsed": self.collapsed, "best": self.best, "log": self.rows}
+        training |= {"tasks": self.train.sampler.tasks.get_state()}
         self.write("last.pt", self.inference_state() | {"training": training})
         self.folder.committed()
         if not validated:

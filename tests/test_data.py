@@ -182,6 +182,9 @@ def test_standard_splits_train_on_the_test_images_of_seen_classes(tmp_path):
     assert torch.equal(own.images, data.hold_back(loaded.data.train.of(loaded.seen))[1].images)
     assert len(loaded.data.test.of(loaded.unseen)) == 20 * 3 and len(loaded.pictures) == 20 * (8 + 3)
     assert len(loaded.trained_on) == 60 * (6 + 3)
+    choosing = evaluate.load(str(tmp_path / "run/last.pt"), evaluate.Options((), on="validation"), torch.device("cpu"))
+    assert torch.equal(choosing.trained_on.images, loaded.trained_on.images)
+    assert len(choosing.data.test.of(choosing.seen)) == 60 * 2 and len(choosing.pictures) == 20 * 8
     shutil.copy(npz, tmp_path / "other.npz")  # the same images by another name
     other = evaluate.load(
         str(tmp_path / "run/last.pt"), evaluate.Options((), data=str(tmp_path / "other.npz")), torch.device("cpu")

@@ -320,9 +320,10 @@ def test_weights_of_bfloat16_are_recognised(trained, tmp_path):
 def test_a_foreign_last_pt_is_not_resumed(train, npz, tmp_path, refusal):
     out = train(train_classic, CLASSIC, tmp_path / "run", "--epochs", "1")
     saved = torch.load(out / "last.pt", weights_only=True)
-    for change in ({"net": {}}, {"head": None}, {"rng": torch.zeros(3)}, {"step": "x"}, None):
-        training = change if change is None else saved["training"] | change
-        torch.save(saved | {"training": training}, out / "last.pt")
+    changes = [{"model": {}}, {"step": "x"}, {"training": None}]
+    changes += [{"training": saved["training"] | part} for part in ({"head": None}, {"rng": torch.zeros(3)})]
+    for change in changes:
+        torch.save(saved | change, out / "last.pt")
         before = (out / "last.pt").read_bytes()
         errors = refusal(train_classic, "--data", npz, "--out", out, *CLASSIC, "--epochs", "1", "--resume")
         assert "last.pt" in errors and (out / "last.pt").read_bytes() == before
@@ -332,9 +333,8 @@ def test_a_run_of_an_older_version_is_resumed(train, npz, tmp_path):
     """It has no statistics of the features before the last block."""
     out = train(train_classic, CLASSIC, tmp_path / "run", "--epochs", "1")
     saved = torch.load(out / "last.pt", weights_only=True)
-    state = saved["training"]["net"]
-    del state["penultimate_mean"], state["penultimate_std"], saved["options"]["penultimate"]
-    saved["training"] |= {"step": 0, "log": []}
+    del saved["model"]["penultimate_mean"], saved["model"]["penultimate_std"], saved["options"]["penultimate"]
+    saved["step"], saved["training"]["log"] = 0, []
     torch.save(saved, out / "last.pt")
     train(train_classic, CLASSIC, out, "--epochs", "1", "--resume")
     assert torch.load(out / "last.pt", weights_only=True)["model"]["penultimate_std"].std() > 0
