@@ -39,9 +39,10 @@ def test_larger_batches(impl, device, kind, mining):
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("mining", ("hard", "semihard"))
 @pytest.mark.parametrize("kind", DISTANCES)
-def test_agrees_with_the_other_implementation_at_size(impl, device, kind, mining):
-    """Beyond the oracle's reach: several tiles, blocks and tasks, in float64, where mined rows are the same."""
-    x, labels, others = batch(1500, width=37, classes=180, others=700)
+@pytest.mark.parametrize(("rows", "width", "classes", "more"), [(1500, 37, 180, 700), (250, 4099, 60, 50)])
+def test_agrees_with_the_other_implementation_at_size(impl, device, kind, mining, rows, width, classes, more):
+    """Beyond the oracle's reach: several tiles, blocks, tasks and spans, in float64, where mined rows are the same."""
+    x, labels, others = batch(rows, width=width, classes=classes, others=more)
     found = [
         mine(x.to(on), labels.to(on), distance=kind, mining=mining, impl=how, others=tuple(o.to(on) for o in others))
         for how, on in ((impl, device), ("torch", "cpu"))
@@ -60,7 +61,7 @@ def test_label_patterns(impl, device, mining, labels):
 
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
-@pytest.mark.parametrize("dtype", [kind for kind in triplet.LABEL_TYPES if kind != torch.int64])
+@pytest.mark.parametrize("dtype", triplet.LABEL_TYPES)
 def test_label_types_and_strides(impl, device, dtype):
     x, labels, _ = batch(33)
     expected = triplet_loss(x.to(device), labels.to(device), impl=impl)
@@ -160,6 +161,22 @@ def test_zero_rows(impl, device, kind, mining):
     compare(impl, device, x, labels, None, kind, mining)
 
 
+@pytest.mark.parametrize(("impl", "device"), COMPILED)
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_norms_are_clamped(impl, device, mining, reduction):
+    """A row shorter than 1e-12 has smaller cosines, and the norm it is divided by has no gradient."""
+    x, labels, _ = batch(20)
+    x[::3] *= 1e-13
+    found = []
+    for how, on in ((impl, device), ("torch", "cpu")):
+        leaf = x.clone().to(on).requires_grad_()
+        loss = triplet_loss(leaf, labels.to(on), 1.0, mining=mining, reduction=reduction, impl=how)
+        found.append((loss.detach().cpu(), torch.autograd.grad(loss.sum(), leaf)[0].cpu()))
+    (loss, grad), (expected, exact) = found
+    assert torch.allclose(loss, expected) and ((grad - exact).norm(dim=1) <= 1e-9 * exact.norm(dim=1)).all()
+
+
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("factor", [1e18, 1e-18, 1e-40])
 @pytest.mark.parametrize("width", [1, 64, 4097])
@@ -196,9 +213,10 @@ def test_cosine_of_rows_whose_squares_overflow(impl, device, mining):
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("mining", MININGS)
 @pytest.mark.parametrize("soft", [False, True])
-def test_no_anchor_takes_part(impl, device, mining, soft):
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_no_anchor_takes_part(impl, device, mining, soft, dtype):
     for labels in (torch.zeros(6), torch.arange(6), torch.zeros(1)):
-        x = torch.randn(len(labels), 4, device=device, requires_grad=True)
+        x = torch.randn(len(labels), 4, device=device, dtype=dtype, requires_grad=True)
         for reduction in ("mean", "sum", "none"):
             loss = triplet_loss(
                 x, labels.long().to(device), mining=mining, soft_margin=soft, reduction=reduction, impl=impl
@@ -213,8 +231,8 @@ def test_no_anchor_takes_part(impl, device, mining, soft):
 @pytest.mark.parametrize("where", ["embeddings", "others"])
 def test_non_finite_embeddings_give_nan(impl, device, mining, value, where):
     for kind, one_class, reduction in product(DISTANCES, (False, True), ("mean", "none")):
-        x, labels, others = batch(12, others=5)
-        (x if where == "embeddings" else others[0])[4, 2] = value
+        x, labels, others = batch(12, others=260)  # three pieces of rows
+        (x[4] if where == "embeddings" else others[0][140])[2] = value
         leaves = [x.to(device).requires_grad_(), others[0].to(device).requires_grad_()]
         names = [(t * (not one_class)).to(device) for t in (labels, others[1])]
         loss = triplet_loss(
@@ -417,10 +435,11 @@ def test_shapes_without_values(mining, kind, impl):
 @pytest.mark.slow
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("kind", DISTANCES)
-@pytest.mark.parametrize("temperature", [0.02, 0.09, 0.1, 1.0])
-def test_soft_margin_of_all_triplets_near_and_far(impl, device, kind, temperature):
+@pytest.mark.parametrize("temperature", [0.0115, 0.02, 0.021, 0.09, 0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_soft_margin_of_all_triplets_near_and_far(impl, device, kind, temperature, dtype):
     """Rows at two poles: losses from next to nothing to hundreds keep their digits, and so do gradients."""
-    x = contract.two_poles(26)
+    x = contract.two_poles(26).to(dtype)
     rows = x.double().tolist()
     for labels in (torch.arange(26) % 2, torch.arange(26) // 9, torch.arange(26) // 2):
         losses, _, gradient = oracle.triplet_loss(rows, labels.tolist(), 26, kind, "all", 0, True, temperature)
@@ -436,34 +455,42 @@ def test_soft_margin_of_all_triplets_near_and_far(impl, device, kind, temperatur
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("mining", MININGS)
-def test_same_input_same_bits(impl, device, mining):
-    x, labels, others = batch(300, width=24, classes=40, dtype=torch.float32, others=90)
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_same_input_same_bits(impl, device, mining, kind):
+    x, labels, others = batch(300, width=37, classes=40, dtype=torch.float32, others=150)
+    x[100:200], x[200:] = x[:100], x[:100] + 1e-5 * x[200:]  # ties, and rows so close that they are compared exactly
 
     def once():
         leaf = x.to(device).requires_grad_()
         far = (others[0].to(device), others[1].to(device))
-        loss = triplet_loss(leaf, labels.to(device), mining=mining, others=far, impl=impl)
+        loss = triplet_loss(leaf, labels.to(device), mining=mining, distance=kind, others=far, impl=impl)
         return loss.detach().clone(), *torch.autograd.grad(loss, leaf)
 
     runs = [once() for _ in range(3)]
     threads = torch.get_num_threads()
     if impl == "native":  # here for any number of threads
-        torch.set_num_threads(threads % 3 + 1)
-        runs.append(once())
+        for others_than in (threads % 3 + 1, threads + 2):
+            torch.set_num_threads(others_than)
+            runs.append(once())
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("kind", DISTANCES)
-@pytest.mark.parametrize(("rows", "reduction"), [(63, "mean"), (63, "none"), (1500, "sum")])  # 1500: blocks of anchors
-def test_gradients_of_close_rows(impl, device, kind, rows, reduction):
+@pytest.mark.parametrize(
+    ("rows", "anchors", "reduction"),
+    [(63, 63, "mean"), (63, 63, "none"), (63, 30, "mean"), (63, 30, "none"), (1500, 1500, "sum")],  # blocks of anchors
+)
+def test_gradients_of_close_rows(impl, device, kind, rows, anchors, reduction):
     """In float32, rows of all classes 1e-2 to 1e-6 apart, and copies: the derivative of a distance divides by it."""
 
     def gradient(x, impl):
         leaf = x.requires_grad_()
         settings = {"distance": kind, "mining": "all", "soft_margin": True, "temperature": 0.5, "reduction": reduction}
-        loss = triplet_loss(leaf, labels.to(x.device), impl=impl, **settings)
+        names = labels.to(x.device)
+        others = (leaf[anchors:], names[anchors:]) if anchors < rows else None
+        loss = triplet_loss(leaf[:anchors], names[:anchors], others=others, impl=impl, **settings)
         return torch.autograd.grad(loss.sum(), leaf)[0].double().cpu()
 
     x, labels, _ = batch(rows // 3, width=19, classes=rows // 2, dtype=torch.float32)
@@ -476,16 +503,17 @@ def test_gradients_of_close_rows(impl, device, kind, rows, reduction):
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("kind", ["euclidean", "sqeuclidean"])
-@pytest.mark.parametrize("far", [1e5, 1e8, 1e30])
+@pytest.mark.parametrize(("size", "far"), [(1, 1e5), (1, 1e8), (1, 1e30), (1e20, 1e30), (1e-21, 1e-11)])
 @pytest.mark.parametrize("soft", [False, True])
-def test_a_row_far_away_takes_no_digits_from_the_others(impl, device, kind, far, soft):
-    if kind == "sqeuclidean" and far > 1e18:
-        return  # its squares overflow
-    x = torch.cat((torch.randn(40, 7, generator=torch.Generator().manual_seed(0)), torch.full((1, 7), far)))
+def test_a_row_far_away_takes_no_digits_from_the_others(impl, device, kind, size, far, soft):
+    if kind == "sqeuclidean" and (far > 1e18 or size != 1):
+        return  # squares leave the type's range
+    x = torch.cat((size * torch.randn(40, 7, generator=torch.Generator().manual_seed(0)), torch.full((1, 7), far)))
     labels, found = torch.cat((torch.arange(40) // 4, torch.tensor([99]))), []
     for rows, by in ((x.double(), "torch"), (x.to(device), impl)):
         leaf, settings = rows.requires_grad_(), {"distance": kind, "mining": "all", "soft_margin": soft}
-        loss = triplet_loss(leaf, labels.to(rows.device), 1.0, reduction="sum", impl=by, **settings)
+        settings |= {"temperature": size, "reduction": "sum"}
+        loss = triplet_loss(leaf, labels.to(rows.device), 1.0 * size, impl=by, **settings)
         found.append((loss.detach().double().cpu(), torch.autograd.grad(loss, leaf)[0].double().cpu()))
     (expected, gradients), (loss, own) = found
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
@@ -495,10 +523,22 @@ def test_a_row_far_away_takes_no_digits_from_the_others(impl, device, kind, far,
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("mining", MININGS)
 @pytest.mark.parametrize("soft", [False, True])
-def test_squares_that_overflow_are_never_a_perfect_loss(impl, device, mining, soft):
-    x = torch.tensor([[0.0, 0], [3e19, 0], [0, 1e19], [0, 2e19]], device=device)
+@pytest.mark.parametrize("x", [torch.tensor([[0.0, 0], [3e19, 0], [0, 1e19], [0, 2e19]]), 3e19 * torch.eye(4)])
+def test_squares_that_overflow_are_never_a_perfect_loss(impl, device, mining, soft, x):
     labels = torch.tensor([0, 0, 1, 1], device=device)
-    loss = triplet_loss(x, labels, distance="sqeuclidean", mining=mining, soft_margin=soft, impl=impl)
+    loss = triplet_loss(x.to(device), labels, distance="sqeuclidean", mining=mining, soft_margin=soft, impl=impl)
+    assert not loss.isfinite()
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("first", [False, True])
+def test_one_square_of_many_that_overflows(impl, device, first):
+    """Before or after the others, so that it is not in the same vector as all of them."""
+    x = 1.2e19 * torch.tensor([[0, 1], [0.87, -0.5], [-0.87, -0.5]])
+    labels = torch.tensor([0, 0, 1])
+    parts = [(x, labels), (torch.zeros(32, 2), torch.zeros(32, dtype=torch.long))]
+    x, labels = map(torch.cat, zip(*(parts if first else parts[::-1]), strict=True))
+    loss = triplet_loss(x.to(device), labels.to(device), distance="sqeuclidean", mining="all", impl=impl)
     assert not loss.isfinite()
 
 
