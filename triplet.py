@@ -103,7 +103,7 @@ def triplet_loss(
         cosine on cos |cos|, in float64 and a fixed order of summation (`decisive_order`). So rows of integers are mined
         as in integer arithmetic, as long as sums of squares stay below 2^53, for cosine below 2^26. Not so by plain
         PyTorch on a GPU, compiled, vmapped, or where float32 products are set to be less exact: there the last digits
-        of float64 products decide. Nor for float64 rows beyond 1e-90..1e140, nor where differences of rows overflow.
+        of float64 products decide. Nor for float64 rows beyond 1e-75..1e140, nor where differences of rows overflow.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, type, device or value; the message says what came.
