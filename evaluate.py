@@ -132,39 +132,14 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     saved = saved if ours else BARE
     trained, facts, own = saved["options"], saved["data"], checkpoints.settings_of(saved)
     source, backbone = options.runs or options.data or trained.get("data"), options.backbone or trained.get("backbone")
-    if source is None or backbone is None:
-        raise ValueError(f"{path} is a bare state dict: give --backbone and --data (and --split) with it")
-    if options.store and not ours:
-        raise ValueError(f"{path} is a bare state dict: --store needs a checkpoint of the training scripts")
-    if ours and options.pixel_mean is not None:
-        raise ValueError(f"{path} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
-    for option in ("penultimate", "adapt_steps", "width"):
-        if getattr(options, option) and ":" in backbone:
-            name = option.replace("_", "-")
-            raise ValueError(f"--{name} is for resnet12, resnet20 and their like; {path} is of {backbone}")
-    if not (options.runs or options.data) and source not in NAMED and not Path(source).exists():
-        raise ValueError(f"{path} was trained on {source}, which is not found from {Path.cwd()}; give --data PATH")
+    check_options(path, ours, source, backbone, options)
     size = model.image_size(backbone, has_files(source), options.image_size, own.get("size"))
     border = round(size * own.get("border", 0) / own.get("size", size))
     loaded = (
         load_runs(Path(source), size, border) if options.runs else load_data(source, options.data_root, size, border)
     )
     names, learned = loaded.class_names, checkpoints.trained_classes(facts)
-    asked = "0-100" if options.runs else options.split
-    seen, unseen, split = data.pick_classes(loaded, trained, facts, asked, options.split_seed)
-    leaked = [names[label] for label in unseen if names[label] in learned]
-    if leaked:
-        why = f"{path} was trained on classes that --split {split} calls unseen ({', '.join(leaked[:5])})"
-        raise ValueError(f"{why}; leave --split and --split-seed out")
-    if options.adapt_published and (loaded.own_split or not seen or not unseen):
-        why = "takes negatives from seen classes, and needs training images of unseen classes"
-        raise ValueError(f"--adapt-published {why}; this data set or split has none")
-    if options.on == "validation":
-        if not facts.get("validation"):
-            raise ValueError(f"--on validation: {path} has no validation classes; train with --withhold 0.1")
-        if names != facts["classes"]:
-            raise ValueError(f"--on validation: {path} was trained on other classes than {source} has now")
-        seen, unseen, split = facts["seen"], facts["validation"], f"{split}, validation classes"
+    seen, unseen, split = measured_classes(path, saved, loaded, options)
     same = bool(seen) and (loaded.name == facts.get("name") or names == facts["classes"])
     on_tests = same and facts.get("trained_on_test", False)
     parts = data.parts_of_training(loaded, seen, facts.get("validation", []) if same else [], on_tests)
@@ -196,6 +171,45 @@ def load(path: str, options: Options, device: torch.device) -> Loaded:
     calibrates = (new or foreign) and metrics.enough(held_back.labels)  # the threshold, on these images
     threshold = saved["threshold"] if as_trained and not calibrates else None
     return Loaded(path, net.to(device).eval(), loaded, seen, unseen, kept, split, notes, saved, threshold)
+
+
+def check_options(path: str, ours: bool, source: str | None, backbone: str | None, options: Options) -> None:
+    """Raise ValueError unless the options go with a checkpoint of ours, or a bare state dict."""
+    if source is None or backbone is None:
+        raise ValueError(f"{path} is a bare state dict: give --backbone and --data (and --split) with it")
+    if options.store and not ours:
+        raise ValueError(f"{path} is a bare state dict: --store needs a checkpoint of the training scripts")
+    if ours and options.pixel_mean is not None:
+        raise ValueError(f"{path} has its own pixel statistics; leave --pixel-mean and --pixel-std out")
+    for option in ("penultimate", "adapt_steps", "width"):
+        if getattr(options, option) and ":" in backbone:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is for resnet12, resnet20 and their like; {path} is of {backbone}")
+    if not (options.runs or options.data) and source not in NAMED and not Path(source).exists():
+        raise ValueError(f"{path} was trained on {source}, which is not found from {Path.cwd()}; give --data PATH")
+
+
+def measured_classes(path: str, saved: dict, loaded: data.Data, options: Options) -> tuple[list[int], list[int], str]:
+    """Labels of the seen and the unseen classes, or of the validation classes in place of these, and the split in
+    words. Raises ValueError."""
+    facts, names = saved["data"], loaded.class_names
+    learned = checkpoints.trained_classes(facts)
+    asked = "0-100" if options.runs else options.split
+    seen, unseen, split = data.pick_classes(loaded, saved["options"], facts, asked, options.split_seed)
+    leaked = [names[label] for label in unseen if names[label] in learned]
+    if leaked:
+        why = f"{path} was trained on classes that --split {split} calls unseen ({', '.join(leaked[:5])})"
+        raise ValueError(f"{why}; leave --split and --split-seed out")
+    if options.adapt_published and (loaded.own_split or not seen or not unseen):
+        why = "takes negatives from seen classes, and needs training images of unseen classes"
+        raise ValueError(f"--adapt-published {why}; this data set or split has none")
+    if options.on == "validation":
+        if not facts.get("validation"):
+            raise ValueError(f"--on validation: {path} has no validation classes; train with --withhold 0.1")
+        if names != facts["classes"]:
+            raise ValueError(f"--on validation: {path} was trained on other classes than {loaded.name} has now")
+        seen, unseen, split = facts["seen"], facts["validation"], f"{split}, validation classes"
+    return seen, unseen, split
 
 
 def load_network(
