@@ -158,7 +158,8 @@ def loops_of(code: str) -> list[list[str]]:
 @needs_nvcc
 def test_the_machine_code_of_loops(kernels, folder):
     """Few instructions beside the products in a loop over columns or pairs of rows; four or five for a triplet, eight
-    with the soft margin, and forward four more for each logarithm."""
+    with the soft margin, and forward four more for each logarithm. And what the emulation cannot see: fences and atomic
+    operations between blocks, and that products are not fused with sums where the last digit decides."""
     disassembler = importlib.util.find_spec("triton").submodule_search_locations[0] + "/backends/nvidia/bin/cuobjdump"
     command = [disassembler, "-sass", folder / "sm_90.cubin"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -166,6 +167,16 @@ def test_the_machine_code_of_loops(kernels, folder):
     on_tensor_cores = in_triplets = 0
     for name, code in zip(functions[::2], functions[1::2], strict=True):
         loops = loops_of(code)
+        marks = re.findall(r"MEMBAR|BAR\.SYNC|BAR\.RED|ATOMG\.E\.(?:ADD|MAX\.64|MAX)", code)
+        if re.search(r"gpu\d+(finish|sum_triplets)I", name):  # the last block to end adds what all have written
+            assert "MEMBAR ATOMG.E.ADD MEMBAR BAR.RED" in " ".join(marks), (name, marks)
+        elif re.search(r"gpu\d+pull_rowsI", name):
+            assert "MEMBAR BAR.SYNC ATOMG.E.ADD BAR.RED MEMBAR" in " ".join(marks), (name, marks)
+        elif "search_pairs" in name:
+            assert {"ATOMG.E.MAX", "ATOMG.E.MAX.64"} <= {*marks}, (name, marks)
+        elif "choose_positives" in name:
+            sums = [body for body in loops if "DADD" in body and len(body) < 200]
+            assert any("DMUL" in body for body in sums) and not any("DFMA" in body for body in sums), name
         if re.search(r"gpu\d+\w+_(pairs|rows|triplets)Id", name):
             continue  # of doubles
         if "pairs_mma" in name:

@@ -6,7 +6,7 @@ import torch
 
 import triplet
 from contract import MININGS, TYPES, batch, batches_in_doubt, check_integers, integer_batches, two_poles
-from kernels import LARGE, SMALL, Case, compiled, hold_against_the_oracle, hold_against_torch, run
+from kernels import LARGE, SMALL, Case, arguments_of, compiled, hold_against_the_oracle, hold_against_torch, run
 from triplet import DISTANCES
 
 pytestmark = pytest.mark.slow
@@ -102,7 +102,7 @@ def test_label_filters(emulation):
         assert sum(found) - sum(exact) <= 0.05 * len(tiles)
 
 
-@pytest.mark.parametrize(("dtype", "factors"), [(torch.bfloat16, (1e30, 1e-30, 1)), (torch.float16, (200, 1e-3, 1))])
+@pytest.mark.parametrize(("dtype", "factors"), [(torch.bfloat16, (5e37, 1e-30, 1)), (torch.float16, (200, 1e-3, 1))])
 def test_lengths_of_rows_on_tensor_cores(emulation, dtype, factors):
     """Products of such values leave float32; the cosine does not depend on them."""
     x, labels, _ = batch(40, width=16, dtype=torch.float32)
@@ -121,6 +121,13 @@ def test_all_triplets_beyond_a_blocks_memory(emulation):
         hold_against_torch(emulation, case)
 
 
+def test_a_blocks_memory_full_of_positives(emulation):
+    x, labels = batch(600, width=4)[0], torch.arange(600)
+    labels[0] = labels[256:512] = -1
+    for soft in (False, True):
+        hold_against_torch(emulation, Case(x[:1], labels[:1], (x[1:], labels[1:]), "euclidean", "all", soft))
+
+
 @pytest.mark.parametrize("kind", DISTANCES)
 @pytest.mark.parametrize("tensor_cores", [False, True])
 def test_all_triplets_of_more_anchors_than_are_taken_at_a_time(emulation, kind, tensor_cores):
@@ -132,7 +139,7 @@ def test_all_triplets_of_more_anchors_than_are_taken_at_a_time(emulation, kind, 
 
 
 @pytest.mark.parametrize("kind", DISTANCES)
-@pytest.mark.parametrize("temperature", [0.003, 0.06, 0.1, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [0.003, 0.06, 0.093, 0.3, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_soft_margin_of_all_triplets_near_and_far(emulation, kind, temperature, dtype):
     """Losses from next to nothing to hundreds keep their digits, and so do gradients, whether a product has room for
@@ -237,6 +244,20 @@ def test_a_row_that_many_chose(emulation, kind):
         hold_against_torch(emulation, case)
 
 
+def test_a_row_that_a_thousand_chose(emulation):
+    """More pairs than a block looks through at a time."""
+    x, labels, _ = batch(1100, width=3, dtype=torch.float32)
+    rows, weights = torch.arange(1100), torch.linspace(-1, 1, 1100)
+    positive, negative = (rows + 1) % 1100, torch.where(rows == 7, 8, 7)
+    mined = np.array([1100]), positive.numpy(), negative.numpy()
+    arguments = arguments_of(Case(x, labels, None, "sqeuclidean"))
+    grads = emulation.backward(*arguments, SMALL, False, 0, weights.numpy(), 1100, *mined)
+    leaf = x.double().requires_grad_()
+    near, far = ((leaf - leaf[chosen]).square().sum(1) for chosen in (positive, negative))
+    (exact,) = torch.autograd.grad(((near - far + 0.3).clamp(min=0) * weights).sum(), leaf)
+    assert (torch.from_numpy(grads) - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("mining", ("hard", "semihard"))
 def test_rows_that_a_sample_does_not_prepare_for(emulation, dtype, mining):
@@ -291,6 +312,43 @@ def test_zero_rows_and_lone_anchors(emulation, kind, mining):
 
 
 @pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_norms_are_clamped(emulation, mining, tensor_cores):
+    """A row shorter than 1e-12 is farther from itself than from others."""
+    x, labels, _ = batch(20, dtype=torch.float32)
+    x[::3] *= 1e-13
+    hold_against_torch(emulation, Case(x, labels, None, "cosine", mining, tensor_cores=tensor_cores))
+
+
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("labels", [[3] * 9, list(range(9))])
+def test_a_mean_over_nothing(emulation, mining, labels):
+    case = Case(batch(9)[0], torch.tensor(labels), None, "euclidean", mining, reduction="mean")
+    found = run(emulation, case, torch.tensor(1.0))
+    assert found["loss"] == found["count"] == 0 and not found["grads"].any()
+
+
+@pytest.mark.parametrize("mining", MININGS)
+def test_upstream_gradients_of_any_stride(emulation, mining):
+    case, weights = Case(*batch(20, dtype=torch.float32), mining=mining), torch.linspace(-1, 1, 40)
+    for some in (weights[::2], weights[:1].expand(20)):
+        strided, whole = (run(emulation, case, each)["grads"] for each in (some, some.contiguous()))
+        assert torch.equal(strided, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mining", ("hard", "all"))
+def test_gradients_of_halves_are_rounded(emulation, dtype, mining):
+    x, labels, _ = batch(33, width=9, dtype=dtype)
+    cases = [Case(rows, labels, None, "euclidean", mining) for rows in (x, x.float())]
+    half, whole = (run(emulation, case, torch.ones(33))["grads"] for case in cases)
+    assert torch.equal(half, whole.to(dtype))
+    nan = torch.full((9,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # as GPUs have it
+    case = Case(x[:9], torch.arange(9) % 3, None, "euclidean", mining)
+    assert run(emulation, case, nan)["grads"].isnan().all()
+
+
+@pytest.mark.parametrize("mining", MININGS)
 @pytest.mark.parametrize("labels", [[3] * 9, list(range(9)), [-(2**62), 2**62, 0] * 3])
 def test_label_patterns(emulation, mining, labels):
     hold_against_the_oracle(emulation, Case(batch(9)[0], torch.tensor(labels), None, "euclidean", mining))
@@ -306,6 +364,13 @@ def test_non_finite_rows_give_nan(emulation, mining, value):
             found = run(emulation, Case(x, names, others, kind, mining, reduction="none"), torch.ones(12))
             assert np.isnan(found["losses"]).all() and np.isnan(found["loss"]) and found["grads"].isnan().all()
             assert found["count"] == -1 and (found["positive"] == -1).all()
+
+
+def test_a_non_finite_row_far_back(emulation):
+    x, labels = torch.zeros(16450, 1), (torch.arange(16450) > 1).long()
+    x[-1] = torch.nan
+    found = run(emulation, Case(x[:2], labels[:2], (x[2:], labels[2:]), "sqeuclidean"))
+    assert np.isnan(found["losses"]).all()
 
 
 @pytest.mark.parametrize("mining", MININGS)

@@ -71,6 +71,15 @@ def test_label_types_and_strides(impl, device, dtype):
 
 
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rows_that_begin_anywhere_in_memory(impl, device, dtype):
+    x, labels, _ = batch(33, width=8, dtype=dtype)
+    moved = torch.cat((x.new_zeros(1), x.flatten())).to(device)[1:].view(33, 8)
+    expected = triplet_loss(x.to(device), labels.to(device), impl=impl).item()
+    assert triplet_loss(moved, labels.to(device), impl=impl).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("mining", MININGS)
 def test_ties_go_to_the_lowest_row(impl, device, mining):
     """Rows on a grid have exactly equal distances, and copies of rows."""

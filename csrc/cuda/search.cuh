@@ -169,7 +169,7 @@ struct Seeker {
   __device__ float limit_of(int i) const { return ends.limits.get(kByColumn * kTile + anchor(i)); }
 
   // How good a candidate is at best, the better the greater, but for its anchor's slack; NaN: it is none. Positives are
-  // not told from negatives, nor from the anchor, here. No harm: bounds from those are below 0, what positives reach.
+  // not told from negatives here. No harm: bounds from those are below 0, what positives reach.
   __device__ float at_best(int i, int j) const {
     const float value = kSign * order[in_row(i, j)][in_column(i, j)];
     if (kWant == Want::beyond && !(worse(value, j) <= own_slack(i) - limit_of(i))) return NAN;
@@ -239,7 +239,6 @@ struct Seeker {
       }
       const int a = (kByColumn ? at.columns : at.rows) + anchor(i);
       const int row = (kByColumn ? at.rows : at.columns) + candidate(j);
-      if (row == a) continue;
       keep(winners.of(kSlot, a), key_of(better(kSign * value, j), row), ends.floors.get(floor_at(anchor(i))));
     }
   }
@@ -282,6 +281,11 @@ __device__ void search_tile(const T (&product)[Share::kRows][Share::kColumns], P
   if (ends.mixed.get(0)) {
     // where rounding makes a squared distance negative, its size is nearer the truth
     for_all([&](int i, int j, int, int) { order[i][j] = fabsf(order[i][j]); });
+    if (at.itself()) {  // no row is its own positive; one whose norm is clamped is not even near itself
+      for_all([&](int i, int j, int row, int column) {
+        if (column == kTile + row) order[i][j] = NAN;
+      });
+    }
     for (int half = 0; half < 2; ++half) {  // of the labels: registers are few
       for_all([&](int i, int j, int row, int column) {
         const bool same = ends.labels.get(half * 2 * kTile + row) == ends.labels.get(half * 2 * kTile + column);

@@ -41,7 +41,7 @@ struct Emulated {
 template <typename T>
 struct Guarded {
   static constexpr int64_t kGuard = 64;
-  static constexpr char kRubbish = char(0xa5);
+  static constexpr char kRubbish = char(0x7f);  // floats and integers are huge, float16 is NaN
   int64_t count;
   std::vector<T> memory;
 

@@ -319,7 +319,10 @@ inline void wait_for_copies() {
   simt::threads[simt::current].copies.clear();
 }
 
-inline float reciprocal(float x) { return std::nextafter(1 / x, 0.f); }
+inline float reciprocal(float x) {
+  const float y = std::nextafter(1 / x, 0.f);
+  return y < std::numeric_limits<float>::min() ? 0 : y;
+}
 inline double reciprocal(double x) { return 1 / x; }
 
 inline float half_to_float(uint16_t bits) {
