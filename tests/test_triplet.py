@@ -444,7 +444,7 @@ def test_shapes_without_values(mining, kind, impl):
 @pytest.mark.slow
 @pytest.mark.parametrize(("impl", "device"), IMPLS)
 @pytest.mark.parametrize("kind", DISTANCES)
-@pytest.mark.parametrize("temperature", [0.0115, 0.02, 0.021, 0.09, 0.1, 1.0])
+@pytest.mark.parametrize("temperature", [0.0115, 0.021, 0.09, 0.1, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_soft_margin_of_all_triplets_near_and_far(impl, device, kind, temperature, dtype):
     """Rows at two poles: losses from next to nothing to hundreds keep their digits, and so do gradients."""
