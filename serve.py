@@ -100,7 +100,8 @@ class Server(ThreadingHTTPServer):
             raise OSError(f"cannot listen at {address}: {error.strerror}; give another --port or --host") from error
         host, port = self.server_address
         local = ipaddress.ip_address(host).is_loopback
-        self.names = ("localhost", "127.0.0.1", host, options.host.lower()) if local else None  # a Host header's
+        names = "localhost", "127.0.0.1", host, options.host.lower()
+        self.names = names if local else None  # what a Host header may say
         self.token = options.token or (None if local else secrets.token_urlsafe(16))
         self.cookie = f"oneshot-{port}"  # browsers send a cookie to all ports
         host = socket.gethostname() if host == "0.0.0.0" else host

@@ -299,7 +299,7 @@ def test_damaged_checkpoints_give_one_message(trained, tmp_path, refusal, change
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 200  # MB
 
 
-@pytest.mark.parametrize("field", ["false_accept", "false_reject", "calibrated_on", "logistic"])
+@pytest.mark.parametrize("field", ["false_accept", "false_reject", "calibrated_on", "logistic", "strangers"])
 def test_a_checkpoint_without_all_of_its_calibration_is_refused(trained, tmp_path, refusal, field):
     saved = torch.load(trained / "run" / "best.pt", weights_only=True)
     del saved["threshold"][field]

@@ -603,11 +603,14 @@ def test_the_page_and_what_it_did_not_make(folder, start, page, tmp_path):
     assert server.enrolled.names()["new"] == 2
 
 
+NAMES = {"class 9": "a <img src=x onerror=alert(1)> name", "class 10": "東京タワー", "class 11": "שלום"}
+
+
 @pytest.mark.slow
 @needs_browser
 def test_the_page(folder, start, page, tmp_path):
-    """Real uploads, clicks and keys: classes are made, a picture is recognised, two are compared, a class is removed;
-    at no moment does anything overflow, lack contrast or a label, or ask for anything elsewhere."""
+    """Real uploads, clicks and keys: classes are made, a picture is recognised, two are compared; at no moment does
+    anything overflow, lack contrast or a label, or ask for anything elsewhere."""
     server = start(host="127.0.0.1", token="a-token-of-mine")
     (broken := tmp_path / "broken.png").write_bytes(b"no picture")
     page.window(1200, "light", 3000)
@@ -617,8 +620,7 @@ def test_the_page(folder, start, page, tmp_path):
 
     page.choose("#query-file", pictures(folder, part="queries")[0])
     page.wait("$('query-status').textContent.includes('is empty; enrol pictures first')")
-    names = {"class 9": "a <img src=x onerror=alert(1)> name", "class 10": "東京タワー", "class 11": "שלום"}
-    for old, name in names.items():
+    for old, name in NAMES.items():
         files = pictures(folder, old)
         page.choose("#enrol-files", *files, *([broken] if old == "class 9" else []))
         page.value(f"$('class').value = {json.dumps(name)}")
@@ -628,7 +630,7 @@ def test_the_page(folder, start, page, tmp_path):
         if old == "class 9":
             assert "broken.png: this file is not a picture" in text(page, "#enrol-status")
             assert page.value("['enrol-status', 'query-status'].map(id => $(id).className)") == ["wrong", ""]
-    assert server.enrolled.names() == dict.fromkeys(names.values(), 4)
+    assert server.enrolled.names() == dict.fromkeys(NAMES.values(), 4)
     assert page.value("document.querySelectorAll('#list img').length") == 12
     assert page.value("document.querySelectorAll('img[onerror]').length") == 0
 
@@ -636,7 +638,7 @@ def test_the_page(folder, start, page, tmp_path):
     shown = call(server, "POST", "/recognise?token=a-token-of-mine", pictures(folder, part="queries")[0].read_bytes())[
         1
     ]
-    assert text(page, "#name") == (names["class 9"] if shown["name"] else "unknown")
+    assert text(page, "#name") == (NAMES["class 9"] if shown["name"] else "unknown")
     assert f"{shown['candidates'][0]['similarity']:.3f}" in text(page, "#why")
     assert page.value("document.querySelectorAll('#nearest img').length") == 5
     percents = page.value("[0.1234, 0.99, 0.9962, 1].map(percent)")
@@ -653,7 +655,7 @@ def test_the_page(folder, start, page, tmp_path):
     assert ", not above the threshold of 1.000." in text(page, "#why")
     page.press("Home", 36)
     page.wait("$('own').textContent.startsWith('Of 12 enrolled pictures') && $('value').textContent === '-1.000'")
-    assert text(page, "#name") == names["class 9"] and ", above the threshold of -1.000." in text(page, "#why")
+    assert text(page, "#name") == NAMES["class 9"] and ", above the threshold of -1.000." in text(page, "#why")
     page.wait("$('strangers').textContent.startsWith('About 100\u00a0%')")
     assert page.value("$('threshold').ariaValueText").startswith("-1.000. ")
     page.click("#default")
@@ -692,6 +694,17 @@ def test_the_page(folder, start, page, tmp_path):
     assert text(page, "#name") == text(page, "#why") == "" and page.value("$('answer').hidden")
     assert page.value("setThreshold(0).then(() => setThreshold(null)).then(() => $('name').textContent)") == ""
 
+
+@pytest.mark.slow
+@needs_browser
+def test_the_page_while_classes_come_and_go(folder, start, page):
+    """Pictures are dropped, a class is removed, at last the server ends."""
+    server = start()
+    for old, name in NAMES.items():
+        server.enrolled.enrol(name, pictures(folder, old))
+    page.window(1200, "light", 3000)
+    page.open(server.address)
+    page.wait("document.querySelectorAll('#list > li').length === 3")
     page.drop("#query", pictures(folder, "class 11", "queries")[0])
     page.wait("$('query').querySelector('img').alt.endsWith('.png') && answer?.nearest[0][0] === 'שלום'")
     page.drop("#list > li:last-child", *pictures(folder, "class 10", "queries")[:2], pictures(folder, "class 10")[0])
